@@ -1,0 +1,145 @@
+"""Configuration of SmolAndFast: a SmolVLM configuration plus the action side of the policy."""
+
+from transformers import SmolVLMConfig
+
+# SmolVLM 1 checkpoints call themselves Idefics3; their weights have the same names and shapes.
+BACKBONE_MODEL_TYPES = ("smolvlm", "idefics3")
+
+
+class SmolAndFastConfig(SmolVLMConfig):
+    r"""
+    Everything of [`SmolVLMConfig`], and what turns the language model into a policy.
+
+    [`SmolAndFastProcessor.model_kwargs`] gives the fields that must agree with the processor, so that each choice is
+    stated once:
+    `SmolAndFastForActionPrediction.from_pretrained("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", **processor.model_kwargs())`.
+
+    Args:
+        scale_factor (`int`, defaults to 1):
+            Side of the pixel shuffle: an image of P x P patches becomes (P / scale_factor)^2 visual tokens. SmolVLM's
+            own checkpoints have 4; another value re-creates the connector's projection.
+        do_image_splitting (`bool`, defaults to `False`):
+            Whether the processor cuts large images into sub-images beside the whole one.
+        chunk_size (`int`, defaults to 10): Actions predicted at once, the horizon of the FAST tokenizer.
+        n_action_steps (`int`, defaults to 5): Actions of a chunk to execute before the next prediction.
+        action_dim (`int`, *optional*): Dimensions of one action.
+        n_state_bins (`int`, defaults to 256): Bins of each state dimension in the prompt.
+        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the text vocabulary that action tokens leave alone.
+        action_token_base_id (`int`, *optional*):
+            Vocabulary id of FAST token 0; token k has id `action_token_base_id - k`.
+        fast_token_lengths (`list[int]`, *optional*):
+            Coefficients in each token of a fitted FAST tokenizer, in the order of the ids.
+        fast_token_bytes (`list[str | None]`, *optional*):
+            UTF-8 bytes of each token of a byte-level FAST tokenizer (FAST+), in hexadecimal, in the order of the ids;
+            `None` for tokens longer than a chunk.
+        freeze_vision_tower (`bool`, defaults to `False`): Whether the vision tower takes no gradient.
+        freeze_connector (`bool`, defaults to `False`): Whether the connector takes no gradient.
+
+    Raises:
+        ValueError: Fields that contradict each other; the message says the mend.
+    """
+
+    model_type = "smolandfast"
+
+    scale_factor: int = 1
+    do_image_splitting: bool = False
+    chunk_size: int = 10
+    n_action_steps: int = 5
+    action_dim: int | None = None
+    n_state_bins: int = 256
+    fast_skip_tokens: int = 280
+    action_token_base_id: int | None = None
+    fast_token_lengths: list[int] | None = None
+    fast_token_bytes: list[str | None] | None = None
+    freeze_vision_tower: bool = False
+    freeze_connector: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        found = config_dict.get("model_type", cls.model_type)
+        if found not in (cls.model_type, *BACKBONE_MODEL_TYPES):
+            raise ValueError(
+                f"This is a checkpoint of model type {found!r}, expected 'smolandfast', or 'smolvlm' to start from. "
+                "Name a SmolAndFast folder or a SmolVLM one such as HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
+            )
+        result = super().from_dict(config_dict, **kwargs)
+        # Transformers sets keyword arguments on the finished object, after `__post_init__`.
+        (result[0] if isinstance(result, tuple) else result).check()
+        return result
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs):
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") in BACKBONE_MODEL_TYPES:
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
+
+    def check(self) -> None:
+        """Refuse contradictions. Called on construction, and by the model again."""
+        positive = ("scale_factor", "chunk_size", "n_action_steps", "n_state_bins")
+        for name in (*positive, *(("action_dim",) if self.action_dim is not None else ())):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
+        for name in ("do_image_splitting", "freeze_vision_tower", "freeze_connector"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False.")
+        if not isinstance(self.fast_skip_tokens, int) or self.fast_skip_tokens < 0:
+            raise ValueError(f"fast_skip_tokens is {self.fast_skip_tokens!r}, expected a whole number of at least 0.")
+        if self.n_action_steps > self.chunk_size:
+            raise ValueError(
+                f"n_action_steps is {self.n_action_steps}, more than the chunk_size of {self.chunk_size} actions that "
+                "one prediction holds. Execute fewer steps or predict longer chunks."
+            )
+        vision = self.vision_config
+        if vision.image_size % (vision.patch_size * self.scale_factor):
+            raise ValueError(
+                f"An image of {vision.image_size} pixels does not divide into patches of {vision.patch_size} and these "
+                f"into groups of scale_factor {self.scale_factor}. Make vision_config.image_size a multiple of "
+                f"{vision.patch_size * self.scale_factor}, or change scale_factor."
+            )
+        if self.fast_token_lengths is not None and self.fast_token_bytes is not None:
+            raise ValueError(
+                "Both fast_token_lengths and fast_token_bytes are given; a fitted tokenizer has the first, FAST+ the "
+                "second. Take both from one tokenizer with FastActionTokenizer.token_grammar()."
+            )
+        self._check_action_tokens()
+
+    def _check_action_tokens(self) -> None:
+        fields = {
+            "action_dim": self.action_dim,
+            "action_token_base_id": self.action_token_base_id,
+            "fast_token_lengths or fast_token_bytes": self.fast_token_lengths or self.fast_token_bytes,
+        }
+        missing = [name for name, value in fields.items() if value is None]
+        if len(missing) == len(fields):
+            return  # a backbone that no action tokenizer has been chosen for yet
+        if missing:
+            raise ValueError(
+                f"The action side is half filled: {', '.join(missing)} missing. Take all of it from "
+                "SmolAndFastProcessor.model_kwargs()."
+            )
+        first_id = self.action_token_base_id - self.num_action_tokens + 1
+        if first_id < 0 or self.action_token_base_id >= self.text_config.vocab_size:
+            raise ValueError(
+                f"{self.num_action_tokens} action tokens that end at id {self.action_token_base_id} do not fit into a "
+                f"vocabulary of {self.text_config.vocab_size}. Fit a smaller FAST vocabulary, or take "
+                "action_token_base_id from the tokenizer of this checkpoint."
+            )
+
+    @property
+    def num_action_tokens(self) -> int:
+        """Size of the FAST vocabulary, 0 where none is chosen."""
+        return len(self.fast_token_lengths or self.fast_token_bytes or ())
+
+    @property
+    def image_seq_len(self) -> int:
+        """Visual tokens of one image (or sub-image)."""
+        return (self.vision_config.image_size // self.vision_config.patch_size // self.scale_factor) ** 2
+
+
+SmolAndFastConfig.register_for_auto_class("AutoConfig")

@@ -1,0 +1,377 @@
+"""Read a LeRobot v3.0 data set as (images, task, state, action chunk) samples.
+
+The layout is the one of the hub's `lerobot/*` data sets: `meta/` holds JSON and the episodes table, `data/` the
+low-dimensional frames as parquet, `videos/` a stream a camera with many episodes one after the other in each mp4.
+Seeking in such a stream for every sample is slow, so each file is decoded once, into a uint8 `.npy` file in a cache.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
+
+STATE_KEY, ACTION_KEY = "observation.state", "action"
+IN_MEMORY_BYTES = 4 * 1024**3  # decoded frames below this are read into memory: page faults cost more than the reading
+AGAIN = "Download or convert the data set again."
+
+
+def download_dataset(repo_id: str, revision: str | None = None) -> Path:
+    """Download a data set from the hub, or find it in the hub's cache, and return its folder.
+
+    Raises:
+        OSError: the hub cannot be reached, or has no such data set or revision.
+    """
+    try:
+        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"Cannot download the data set {repo_id!r} (revision {revision or 'main'}) from the hub: {error} "
+            "Check its name and the network, or pass the folder of a local copy with `--dataset_root`."
+        ) from error
+
+
+class LeRobotChunkDataset(torch.utils.data.Dataset):
+    """Every frame of the chosen episodes, each with the `chunk_size` actions that start at it.
+
+    A sample is `{"images": [uint8 (H, W, 3), one per image key], "text": the task, "state": float32 (state_dim,),
+    "actions": float32 (chunk_size, action_dim)}`, in the robot's units.
+
+    A chunk never crosses its episode's end: past the end, the episode's last action is repeated. For position targets
+    this means "hold", which is what the robot did when the recording stopped. Zeros would send it to the origin, and
+    leaving short chunks out would leave the end of the task unlearnt. For velocities it means "keep moving": there,
+    choose a `chunk_size` that is short beside the episodes.
+
+    Args:
+        root: folder of the data set. It is only read.
+        chunk_size: actions in a chunk, at least 1.
+        episodes: indices of the episodes to read, in the order wanted; all by default.
+        image_keys: features to read as images, in the order wanted; all of dtype `video` or `image` by default.
+        cache_dir: where decoded frames are kept; `smolandfast` in `$XDG_CACHE_HOME` or `~/.cache` by default. It may
+            be deleted at any time. A file whose path, size or modification time changed is decoded again.
+
+    Attributes:
+        info, stats: `meta/info.json`; `meta/stats.json` as arrays, over all episodes whichever are chosen.
+        image_keys, state_dim, action_dim, fps: what a sample looks like.
+        states, actions: `(N, state_dim)` and `(N, action_dim)` float32 of the chosen frames.
+        episode_index, frame_index: `(N,)`, the episode of each frame and its place there.
+
+    Raises:
+        ValueError: an argument or the content of a file is wrong.
+        OSError: a file is missing or unreadable, or the cache cannot be written.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        chunk_size: int,
+        episodes: Sequence[int] | None = None,
+        image_keys: Sequence[str] | None = None,
+        cache_dir: str | Path | None = None,
+    ):
+        is_count = isinstance(chunk_size, (int, np.integer)) and chunk_size >= 1
+        _expect(is_count, f"chunk_size is {chunk_size!r}, expected a whole number of actions, at least 1.")
+        self.root = Path(root).expanduser()
+        self.chunk_size = int(chunk_size)
+        self.info = _read_info(self.root)
+        self.fps = self.info["fps"]
+        self.stats = _read_stats(self.root / "meta/stats.json")
+        features = self.info["features"]
+        self.image_keys = _choose_image_keys(image_keys, features)
+        self.state_dim, self.action_dim = (_vector_dim(features, key) for key in (STATE_KEY, ACTION_KEY))
+
+        table = self._read_episodes()
+        chosen = _choose_episodes(episodes, len(table["length"]))
+        self._read_rows(table, chosen)
+        self._read_images(table, chosen, _cache_folder(cache_dir, self.root))
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __getitem__(self, i: int) -> dict:
+        i = range(len(self))[i]  # negative indices count from the end, others outside are an IndexError
+        episode, frame = self.episode_index[i], self.frame_index[i]
+        return {
+            "images": [np.array(self._clips[key, episode][frame]) for key in self.image_keys],
+            "text": self._texts[i],
+            "state": self.states[i].copy(),
+            "actions": self.actions[np.minimum(i + np.arange(self.chunk_size), self._last[i])],
+        }
+
+    def action_chunks(self) -> np.ndarray:
+        """The chunks of all frames, `(N, chunk_size, action_dim)` float32: what a tokenizer is fitted to."""
+        rows = np.arange(len(self))[:, None] + np.arange(self.chunk_size)  # (N, chunk_size)
+        return self.actions[np.minimum(rows, self._last[:, None])]
+
+    def _read_episodes(self) -> dict[str, np.ndarray]:
+        """The columns of the episodes table that locate rows and images, in order of the episodes."""
+        folder = self.root / "meta/episodes"
+        columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+        for key in filter(self._is_video, self.image_keys):
+            columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+        paths = sorted(folder.glob("chunk-*/file-*.parquet"))
+        _expect(paths, f"{folder} has no chunk-*/file-*.parquet, the table of episodes. {AGAIN}")
+        table = _read_numbers(paths, dict.fromkeys(columns, 1))
+        order = np.argsort(table["episode_index"][:, 0], kind="stable")
+        kinds = {name: np.float64 if name.endswith("timestamp") else np.int64 for name in columns}
+        table = {name: table[name][order, 0].astype(kind) for name, kind in kinds.items()}
+        _expect(
+            np.array_equal(table["episode_index"], np.arange(len(order))) and (table["length"] > 0).all(),
+            f"{folder} lists {len(order)} episodes, expected 0 to {len(order) - 1}, each once and not empty. {AGAIN}",
+        )
+        return table
+
+    def _read_rows(self, table: dict[str, np.ndarray], chosen: np.ndarray) -> None:
+        """Read `data/`, check it against the episodes table and keep the chosen rows."""
+        folder, lengths, total = self.root / "data", table["length"], self.info["total_frames"]
+        widths = {STATE_KEY: self.state_dim, ACTION_KEY: self.action_dim, "episode_index": 1, "frame_index": 1}
+        data = _read_numbers(list(dict.fromkeys(self._files("data", table))), {**widths, "task_index": 1})
+        n_rows = len(data["task_index"])
+        _expect(
+            n_rows == total == lengths.sum(),
+            f"{folder} has {n_rows} rows, total_frames in meta/info.json is {total}, the lengths in meta/episodes add "
+            f"up to {lengths.sum()}; expected the same. {AGAIN}",
+        )
+        first = np.cumsum(lengths) - lengths  # the row where each episode starts
+        frames = np.arange(n_rows) - np.repeat(first, lengths)
+        expected = np.stack([np.repeat(table["episode_index"], lengths), frames], axis=1)  # (rows, 2)
+        found = np.hstack([data["episode_index"], data["frame_index"]])
+        row = (found != expected).any(axis=1).argmax()  # the first that differs, if any
+        _expect(
+            (found[row] == expected[row]).all(),
+            f"Row {row} of {folder} is [episode, frame] {found[row].tolist()}, expected {expected[row].tolist()} by "
+            f"the lengths in meta/episodes. {AGAIN}",
+        )
+        rows = np.concatenate([np.arange(first[e], first[e] + lengths[e]) for e in chosen])
+        self.episode_index, self.frame_index = expected[rows].T
+        self.states, self.actions = (data[key][rows].astype(np.float32) for key in (STATE_KEY, ACTION_KEY))
+        for key, values in ((STATE_KEY, self.states), (ACTION_KEY, self.actions)):
+            i = (~np.isfinite(values)).any(axis=1).argmax()
+            _expect(
+                np.isfinite(values[i]).all(),
+                f"{key} is {values[i].tolist()} in episode {self.episode_index[i]}, frame {self.frame_index[i]} of "
+                f"{folder}, expected finite numbers. Repair it, or leave the episode out with `episodes`.",
+            )
+        self._last = np.repeat(np.cumsum(lengths[chosen]) - 1, lengths[chosen])  # (N,) where its episode ends
+        self._texts = _read_texts(self.root / "meta/tasks.parquet", data["task_index"][rows, 0].tolist())
+
+    def _read_images(self, table: dict[str, np.ndarray], chosen: np.ndarray, cache_dir: Path) -> None:
+        """Decode what is not in the cache yet, and open the frames of every chosen episode."""
+        clips, n_bytes = {}, 0  # by (key, episode)
+        for key in self.image_keys:
+            paths, starts, n_frames = self._locate_images(key, table)
+            arrays = {path: _open_frames(path, key, n_frames[path], cache_dir) for path in {paths[e] for e in chosen}}
+            for e in chosen.tolist():
+                clips[key, e] = (arrays[paths[e]], int(starts[e]), int(table["length"][e]))
+                n_bytes += arrays[paths[e]][0].nbytes * int(table["length"][e])
+        in_memory = n_bytes < IN_MEMORY_BYTES
+        self._clips = {source: _read_clip(*clip, in_memory) for source, clip in clips.items()}
+
+    def _locate_images(self, key: str, table: dict[str, np.ndarray]) -> tuple[list[Path], np.ndarray, dict[Path, int]]:
+        """The file of each episode, the index of its first frame there, and the number of frames of each file."""
+        paths = self._files(f"videos/{key}" if self._is_video(key) else "data", table)
+        starts, n_frames = np.zeros(len(paths), np.int64), dict.fromkeys(paths, 0)
+        seconds = table.get(f"videos/{key}/from_timestamp")  # images in parquet have none: they lie row by row
+        for e in range(len(paths)) if seconds is None else np.argsort(seconds, kind="stable"):
+            starts[e] = n_frames[paths[e]]
+            n_frames[paths[e]] += int(table["length"][e])
+            _expect(
+                seconds is None or np.rint(seconds[e] * self.fps) == starts[e],
+                f"videos/{key}/from_timestamp of episode {e} does not fit the lengths of the episodes before it in "
+                f"{paths[e]}, expected {starts[e] / self.fps} s. {AGAIN}",
+            )
+        return paths, starts, n_frames
+
+    def _files(self, prefix: str, table: dict[str, np.ndarray]) -> list[Path]:
+        indices = zip(table[f"{prefix}/chunk_index"], table[f"{prefix}/file_index"], strict=True)
+        suffix = "parquet" if prefix == "data" else "mp4"
+        return [self.root / f"{prefix}/chunk-{int(c):03d}/file-{int(f):03d}.{suffix}" for c, f in indices]
+
+    def _is_video(self, key: str) -> bool:
+        return self.info["features"][key]["dtype"] == "video"
+
+
+def _expect(holds: object, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@contextlib.contextmanager
+def _naming(path: Path, mend: str = AGAIN) -> Iterator[None]:
+    """Turn what a library says of a broken file into an OSError with the file's name and the mend."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, pa.ArrowException, av.FFmpegError) as error:
+        raise OSError(f"{path} cannot be used: {error}. {mend}") from error
+
+
+def _choose_episodes(episodes: Sequence[int] | None, n_episodes: int) -> np.ndarray:
+    chosen = np.arange(n_episodes) if episodes is None else np.asarray(episodes)
+    is_index = chosen.ndim == 1 and chosen.size > 0 and chosen.dtype.kind in "iu"
+    _expect(
+        is_index and len(set(chosen.tolist())) == chosen.size and chosen.min() >= 0 and chosen.max() < n_episodes,
+        f"episodes is {episodes!r}, expected one or more indices up to {n_episodes - 1}, each once, or None for all.",
+    )
+    return chosen
+
+
+def _choose_image_keys(image_keys: Sequence[str] | None, features: dict) -> list[str]:
+    known = [key for key, feature in features.items() if feature.get("dtype") in ("video", "image")]
+    chosen = known if image_keys is None else list(image_keys)
+    _expect(
+        chosen and len(set(chosen)) == len(chosen) and set(chosen) <= set(known),
+        f"image_keys is {image_keys!r}, expected one or more, each once, of this data set's {known}.",
+    )
+    return chosen
+
+
+def _vector_dim(features: dict, key: str) -> int:
+    shape = features.get(key, {}).get("shape")
+    _expect(
+        isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > 0,
+        f"Feature {key!r} in meta/info.json has the shape {shape}, expected [dim], a flat vector. This data set has "
+        f"{list(features)}: rename the feature that is meant.",
+    )
+    return shape[0]
+
+
+def _read_json(path: Path) -> dict:
+    with _naming(path, f"Pass the folder of a LeRobot v3.0 data set. {AGAIN}"):
+        content = json.loads(path.read_bytes())
+    _expect(isinstance(content, dict), f"{path} holds a {type(content).__name__}, expected a JSON object. {AGAIN}")
+    return content
+
+
+def _read_info(root: Path) -> dict:
+    _expect(root.is_dir(), f"root is {root}, which is no folder. Pass a data set's, or use `download_dataset`.")
+    path = root / "meta/info.json"
+    info = _read_json(path)
+    version, features = info.get("codebase_version"), info.get("features")
+    _expect(
+        version == "v3.0",
+        f"codebase_version in {path} is {version!r}, expected 'v3.0'. Convert an older data set with LeRobot's "
+        "converter (convert_dataset_v21_to_v30).",
+    )
+    for name in ("fps", "total_frames"):
+        is_number = isinstance(info.get(name), (int, float)) and info[name] > 0
+        _expect(is_number, f"{name} in {path} is {info.get(name)!r}, expected a number above 0. {AGAIN}")
+    is_described = isinstance(features, dict) and all(isinstance(feature, dict) for feature in features.values())
+    _expect(is_described, f"features in {path} is {features!r}, expected a JSON object for each feature. {AGAIN}")
+    return info
+
+
+def _read_stats(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    content = _read_json(path)
+    for key in (STATE_KEY, ACTION_KEY):
+        _expect(key in content, f"{path} has statistics of {list(content)}, expected {key!r} among them. {AGAIN}")
+    with _naming(path):
+        return {key: {name: np.asarray(v, np.float64) for name, v in stats.items()} for key, stats in content.items()}
+
+
+def _read_numbers(paths: list[Path], widths: dict[str, int]) -> dict[str, np.ndarray]:
+    """Each column of all files as `(rows, width)`. Where the width is 1, plain numbers do as well as lists of one."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in widths}
+    for path in paths:
+        with _naming(path), pq.ParquetFile(path) as file:
+            table = file.read(columns=list(widths))
+        for name, width in widths.items():
+            _expect(name in table.column_names, f"{path} has no column {name!r}, only {table.column_names}. {AGAIN}")
+            column, sizes = table[name], [1]
+            if isinstance(column.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+                sizes, column = pc.unique(pc.list_value_length(column)).to_pylist(), pc.list_flatten(column)
+            values = column.to_numpy()
+            _expect(
+                set(sizes) <= {width} and values.dtype.kind in "iuf" and not column.null_count,
+                f"Column {name!r} of {path} is {table[name].type} of lengths {sizes}, expected {width} numbers a row "
+                f"and no gaps. {AGAIN}",
+            )
+            parts[name].append(values.reshape(-1, width))
+    return {name: np.concatenate(part) for name, part in parts.items()}
+
+
+def _read_texts(path: Path, task_index: list[int]) -> list[str]:
+    with _naming(path):
+        table = pq.read_table(path).to_pydict()
+        name = "task" if "task" in table else "__index_level_0__"  # what pandas calls an index without a name
+        tasks = dict(zip(table["task_index"], table[name], strict=True))
+        return [tasks[index] for index in task_index]
+
+
+def _cache_folder(cache_dir: str | Path | None, root: Path) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "smolandfast"
+    folder = Path(cache_dir or default).expanduser()
+    is_inside = folder.resolve().is_relative_to(root.resolve())
+    _expect(not is_inside, f"cache_dir is {folder}, inside the data set, which is only read. Choose another.")
+    return folder
+
+
+def _open_frames(path: Path, key: str, n_frames: int, folder: Path) -> np.memmap:
+    """The frames of a file, `(n_frames, H, W, 3)` uint8, decoded into a `.npy` file in `folder` unless it is there."""
+    with _naming(path):
+        stat = path.stat()
+    fingerprint = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{key}"
+    target = folder / f"{key.replace('/', '_')}-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        frames = np.load(target, mmap_mode="r")  # refuses a file that was cut off
+        if len(frames) == n_frames:
+            return frames
+    mend = "Choose a cache_dir that can be written and has room."
+    with _naming(folder, mend):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False)  # noqa: SIM115
+    try:
+        count, shape = 0, None
+        with file:
+            for frame in _decode_frames(path, key):
+                if shape is None:
+                    shape = frame.shape
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (n_frames, *shape)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                _expect(frame.shape == shape, f"Frame {count} of {path} is {frame.shape}, expected {shape}. {AGAIN}")
+                with _naming(folder, mend):
+                    file.write(frame.tobytes())
+                count += 1
+        _expect(
+            count == n_frames,
+            f"{path} has {count} frames, expected {n_frames} by the lengths in meta/episodes. {AGAIN}",
+        )
+        os.replace(file.name, target)  # at once: another process sees all frames or none
+    finally:
+        Path(file.name).unlink(missing_ok=True)
+    return np.load(target, mmap_mode="r")
+
+
+def _read_clip(frames: np.memmap, start: int, length: int, in_memory: bool) -> np.ndarray:
+    if not in_memory:
+        return frames[start : start + length]
+    size = frames[0].size
+    clip = np.fromfile(frames.filename, np.uint8, length * size, offset=frames.offset + start * size)
+    return clip.reshape(length, *frames.shape[1:])
+
+
+def _decode_frames(path: Path, key: str) -> Iterator[np.ndarray]:
+    """The frames of a video, or of the image column `key` of a parquet file, as uint8 `(H, W, 3)`."""
+    with _naming(path):
+        if path.suffix == ".mp4":
+            with av.open(str(path)) as video:
+                for frame in video.decode(video=0):
+                    if frame.is_corrupt:
+                        raise ValueError(f"the frame at {frame.time} s is damaged")
+                    yield frame.to_ndarray(format="rgb24")
+        else:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(64, columns=[key]):
+                    for image in batch.column(key).to_pylist():
+                        yield np.array(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))

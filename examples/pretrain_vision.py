@@ -1,0 +1,124 @@
+"""Teach the tiny vision tower to see: where agent, T and target are, in scenes rendered at random poses.
+
+    python examples/pretrain_vision.py --output_dir outputs/vision
+
+SmolVLM's vision tower comes pretrained; the tiny one does not, and inside the policy's loss it hardly learns to see.
+Scenes and labels come from the simulator alone; no demonstration and no action is used. Writes `vision.safetensors`
+with the weights of the vision tower and the connector, for `train_pusht.py --vision_weights`.
+"""
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from pusht_scenes import NUM_POINTS, WORLD_SIZE, TellEpoch, render_scenes, vary_scene
+from safetensors.torch import save_file
+from tiny_preset import make_tiny_vision
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class PoseRegressor(nn.Module):
+    """The vision tower and connector of the tiny model, and a linear layer that reads positions off their tokens."""
+
+    def __init__(self, vision_model: nn.Module, connector: nn.Module, num_features: int):
+        super().__init__()
+        self.vision_model = vision_model
+        self.connector = connector
+        self.head = nn.Linear(num_features, NUM_POINTS * 2)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`(B, 3, 96, 96)`, `(B, 10)` in [-1, 1] -> loss and positions `(B, 10)`."""
+        tokens = self.connector(self.vision_model(pixel_values).last_hidden_state)
+        positions = self.head(tokens.flatten(1))
+        return {"loss": nn.functional.smooth_l1_loss(positions.float(), labels, beta=0.05), "positions": positions}
+
+
+class Scenes(torch.utils.data.Dataset):
+    """Scenes with their positions as labels; while training, another variation of each in every epoch."""
+
+    def __init__(self, images: np.ndarray, points: np.ndarray, seed: int):
+        self.images, self.points, self.seed, self.epoch = images, points, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        rng = np.random.default_rng((self.seed, self.epoch, i))
+        image, points = vary_scene(self.images[i], self.points[i], rng, turn_probability=0.5, max_shift=6)
+        pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1  # as the processor normalises
+        return {"pixel_values": pixels, "labels": torch.from_numpy(points).flatten() / (WORLD_SIZE / 2) - 1}
+
+
+class SaveVision(TrainerCallback):
+    """Writes the weights that the policy starts from beside each checkpoint."""
+
+    def on_save(self, args, state, control, model, **kwargs):
+        tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
+        save_file(tensors, Path(args.output_dir) / "vision.safetensors")
+
+
+def mean_error_pixels(prediction) -> dict[str, float]:
+    """Mean distance of agent, T and target from their true places, in the simulator's pixels (512 a side)."""
+    errors = (prediction.predictions - prediction.label_ids).reshape(-1, NUM_POINTS, 2) * (WORLD_SIZE / 2)
+    distances = np.linalg.norm(errors, axis=2).mean(axis=0)
+    return {"agent_px": distances[0], "t_px": distances[1:3].mean(), "target_px": distances[3:].mean()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="outputs/vision")
+    parser.add_argument("--num_scenes", type=int, default=60_000)
+    parser.add_argument("--max_steps", type=int, default=3_000)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast: faster where the CPU has AMX")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    with ProcessPoolExecutor(2) as pool:
+        parts = list(pool.map(render_scenes, [args.num_scenes // 2] * 2, [args.seed, args.seed + 1]))
+    images, points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    held_out = max(args.num_scenes // 60, 1)
+    model = PoseRegressor(*make_tiny_vision())
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            args.output_dir,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            weight_decay=0.01,
+            warmup_steps=200,
+            lr_scheduler_type="cosine",
+            bf16=args.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            optim="adamw_torch_fused",
+            logging_steps=100,
+            eval_strategy="steps",
+            eval_steps=500,
+            save_steps=500,
+            save_total_limit=1,
+            report_to="none",
+            seed=args.seed,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Scenes(images[held_out:], points[held_out:], args.seed),
+        eval_dataset=Scenes(images[:held_out], points[:held_out], args.seed),
+        compute_metrics=mean_error_pixels,
+        callbacks=[TellEpoch(), SaveVision()],
+    )
+    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""PushT scenes: rendered at random poses, and moved as a whole.
+
+A scene is a 96x96 image and points in the simulator's coordinates, [0, 512]^2 with y downwards. Turning, mirroring or
+shifting image and points together gives another valid scene, so demonstrations can be varied without being changed.
+"""
+
+import os
+
+import numpy as np
+from transformers import TrainerCallback
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+
+WORLD_SIZE, IMAGE_SIZE = 512, 96
+# Points that fix the T's pose, in its own frame: middle of the bar, end of the stem.
+T_POINTS = ((0.0, 15.0), (0.0, 120.0))
+NUM_POINTS = 1 + 2 * len(T_POINTS)  # the agent, the T, the target
+
+
+def render_scenes(num_scenes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Render PushT at random poses; in three scenes of ten the T lies near its target, where precision counts.
+
+    Returns:
+        Images `(num_scenes, 96, 96, 3)` uint8 and points `(num_scenes, 5, 2)` float32: the agent, the T's bar and
+        stem end, the target's bar and stem end.
+    """
+    import gym_pusht  # noqa: F401  registers the environment
+    import gymnasium
+
+    env = gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos").unwrapped
+    env.reset(seed=seed)
+    rng = np.random.default_rng(seed)
+    images = np.empty((num_scenes, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    points = np.empty((num_scenes, NUM_POINTS, 2), dtype=np.float32)
+    target = env.get_goal_pose_body(env.goal_pose)
+    for i in range(num_scenes):
+        if rng.random() < 0.3:
+            position = env.goal_pose[:2] + rng.normal(0, 25, 2)
+            angle = env.goal_pose[2] + rng.normal(0, 0.3)
+        else:
+            position, angle = rng.uniform(80, 430, 2), rng.uniform(-np.pi, np.pi)
+        env.agent.position = tuple(rng.uniform(20, 492, 2))
+        env.block.position, env.block.angle = tuple(position), angle
+        for body in (env.agent, env.block):  # drawing uses shapes that pymunk moves only when it steps or is told
+            env.space.reindex_shapes_for_body(body)
+        corners = [body.local_to_world(point) for body in (env.block, target) for point in T_POINTS]
+        images[i] = env.get_obs()["pixels"]
+        points[i] = [env.agent.position, *corners]
+    env.close()
+    return images, points
+
+
+def turn_points(points: np.ndarray, symmetry: int) -> np.ndarray:
+    """Move points `(..., 2)` in [0, 512]^2 as one of the square's eight symmetries moves its image.
+
+    Symmetry s mirrors left and right where s >= 4, then makes s % 4 quarter turns anticlockwise, like `np.rot90`.
+    """
+    x, y = points[..., 0], points[..., 1]
+    if symmetry >= 4:
+        x = WORLD_SIZE - x
+    for _ in range(symmetry % 4):
+        x, y = y, WORLD_SIZE - x
+    return np.stack([x, y], axis=-1)
+
+
+def vary_scene(
+    image: np.ndarray, points: np.ndarray, rng: np.random.Generator, turn_probability: float, max_shift: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn, mirror and shift a scene as a whole.
+
+    Args:
+        image: `(96, 96, 3)` uint8.
+        points: `(..., 2)`, [0, 512].
+        rng: Decides everything.
+        turn_probability: Share of scenes that get one of the seven symmetries besides the identity.
+        max_shift: Largest shift along each axis, in image pixels. The border's pixels fill the gap.
+
+    Returns:
+        A new image and new points of the same shapes.
+    """
+    symmetry = rng.integers(1, 8) if rng.random() < turn_probability else 0
+    dx, dy = rng.integers(-max_shift, max_shift + 1, 2)
+    image = np.rot90(image[:, ::-1] if symmetry >= 4 else image, symmetry % 4)
+    rows, columns = (np.clip(np.arange(IMAGE_SIZE) - shift, 0, IMAGE_SIZE - 1) for shift in (dy, dx))
+    points = turn_points(points, symmetry) + np.array([dx, dy]) * (WORLD_SIZE / IMAGE_SIZE)
+    return image[rows[:, None], columns], points.astype(np.float32)
+
+
+class TellEpoch(TrainerCallback):
+    """Tells the training set which epoch it is, so that what it draws depends on seed, epoch and index alone.
+
+    So a resumed run, or one on several processes, sees the very samples that an uninterrupted one does.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))  # a resumed run begins inside an epoch

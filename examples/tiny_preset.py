@@ -1,0 +1,123 @@
+"""The `tiny` preset: SmolVLM's architecture at a few million parameters, with a small text vocabulary of its own.
+
+Same classes as the 256M model, so everything learnt here carries over; small enough to train on a laptop's CPU.
+"""
+
+import json
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
+
+from smolandfast import (
+    FastActionTokenizer,
+    SmolAndFastConfig,
+    SmolAndFastForActionPrediction,
+    SmolAndFastProcessor,
+)
+from smolandfast.processing_smolandfast import PROMPT
+
+IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3
+VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
+TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
+SPECIAL_TOKENS = {
+    "unk_token": "<|endoftext|>",
+    "bos_token": "<|im_start|>",
+    "pad_token": "<|im_end|>",
+    "eos_token": "<end_of_utterance>",
+    "fake_image_token": "<fake_token_around_image>",
+    "image_token": "<image>",
+    "global_image_token": "<global-img>",
+}
+# SmolVLM's template for one user turn.
+CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def make_text_tokenizer(tasks: list[str], n_state_bins: int, num_action_tokens: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the prompts themselves, so that a prompt takes few tokens.
+
+    Numbers are kept apart, so a bin is one token; any other text still falls back to bytes. The tail of the vocabulary
+    is left to the action tokens.
+    """
+    prompts = [PROMPT.format(task=task, bins=f"{i} {i}") for task in tasks for i in range(n_state_bins)]
+    prompts += ["User:", "\nAssistant:"] * n_state_bins
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(prompts, trainer)
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"<fast_{k}>": len(vocabulary) + i for i, k in enumerate(reversed(range(num_action_tokens)))}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        **{name: token for name, token in SPECIAL_TOKENS.items() if not name.endswith("image_token")},
+        extra_special_tokens={name: token for name, token in SPECIAL_TOKENS.items() if name.endswith("image_token")},
+    )
+
+
+def make_tiny_processor(action_tokenizer: FastActionTokenizer, statistics: dict, task: str, **kwargs):
+    """A processor for 96x96 images with a text vocabulary fitted to one task; kwargs go to `SmolAndFastProcessor`."""
+    n_state_bins = kwargs.setdefault("n_state_bins", 256)
+    image_processor = SmolVLMImageProcessorPil(
+        do_image_splitting=False, do_resize=False, max_image_size={"longest_edge": IMAGE_SIZE}
+    )
+    return SmolAndFastProcessor(
+        image_processor,
+        make_text_tokenizer([task], n_state_bins, len(action_tokenizer)),
+        action_tokenizer,
+        statistics,
+        fast_skip_tokens=0,
+        scale_factor=SCALE_FACTOR,
+        patch_size=PATCH_SIZE,
+        default_task=task,
+        chat_template=CHAT_TEMPLATE,
+        **kwargs,
+    )
+
+
+def make_tiny_vision() -> tuple[nn.Module, nn.Module, int]:
+    """Vision tower and connector of the tiny model with random weights, and the numbers a whole image becomes."""
+    config = SmolAndFastConfig(
+        vision_config={**VISION, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        text_config={**TEXT, "model_type": "llama"},
+        scale_factor=SCALE_FACTOR,
+        attn_implementation="eager",
+    )
+    model = SmolVLMVisionTransformer(config.vision_config)
+    return model, SmolVLMConnector(config), config.image_seq_len * TEXT["hidden_size"]
+
+
+def make_tiny_model(processor: SmolAndFastProcessor, n_action_steps: int, **kwargs) -> SmolAndFastForActionPrediction:
+    """A model with random weights that fits the processor; kwargs go to `SmolAndFastConfig`."""
+    tokenizer = processor.tokenizer
+    special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = SmolAndFastConfig(
+        vision_config={**VISION, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        text_config={
+            **TEXT,
+            "model_type": "llama",
+            "num_key_value_heads": TEXT["num_attention_heads"],
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": 512,
+            **special_ids,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
+        n_action_steps=n_action_steps,
+        **processor.model_kwargs(),
+        **kwargs,
+    )
+    return SmolAndFastForActionPrediction(config)

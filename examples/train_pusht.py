@@ -1,0 +1,265 @@
+"""Train a SmolAndFast policy on the PushT demonstrations with `Trainer`.
+
+    python examples/train_pusht.py --preset tiny --dataset_root path/to/pusht --output_dir outputs/tiny
+    python examples/train_pusht.py --preset 256M --output_dir outputs/256m      # lerobot/pusht from the hub
+
+Every argument of `TrainingArguments` works too: `--max_steps`, `--per_device_train_batch_size`, `--report_to`,
+`--resume_from_checkpoint last`, ... While training, the policy is played in the simulator at each evaluation; the
+checkpoint with the highest success rate is kept, and saved in the output folder at the end.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from eval_pusht import make_predict
+from lerobot_dataset import LeRobotChunkDataset, download_dataset
+from pusht import TASK, rollout
+from pusht_scenes import TellEpoch, turn_points, vary_scene
+from safetensors.torch import load_file
+from tiny_preset import make_tiny_model, make_tiny_processor
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from smolandfast import (
+    FastActionTokenizer,
+    Normalizer,
+    SmolAndFastForActionPrediction,
+    SmolAndFastProcessor,
+    compute_statistics,
+)
+from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer
+
+COMMON = {
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_total_limit": 2,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "max_grad_norm": 1.0,
+    "remove_unused_columns": False,
+    "dataloader_pin_memory": False,
+    "report_to": "tensorboard",
+    "metric_for_best_model": "eval_score",
+    "load_best_model_at_end": True,
+    "use_cpu": not torch.cuda.is_available(),
+}
+PRESETS = {
+    "256M": COMMON
+    | {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 16,
+        "max_steps": 30_000,
+        "warmup_steps": 1_000,
+        "eval_steps": 1_000,
+        "save_steps": 1_000,
+        "logging_steps": 10,
+    },
+    "tiny": COMMON
+    | {
+        "chunk_size": 16,
+        "n_action_steps": 8,
+        "use_relative_actions": True,
+        "fast_scale": 30.0,
+        "fast_vocab_size": 512,
+        "turn_probability": 0.3,
+        "max_shift": 3,
+        "vision_learning_rate": 3e-4,
+        "connector_learning_rate": 1e-3,
+        "text_learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "per_device_train_batch_size": 128,
+        "per_device_eval_batch_size": 128,
+        "max_steps": 7_000,
+        "warmup_steps": 200,
+        "eval_steps": 500,
+        "save_steps": 500,
+        "logging_steps": 50,
+    },
+}
+
+
+@dataclass
+class PolicyArguments:
+    """What is trained, on what, and how it is evaluated."""
+
+    preset: str = field(default="tiny", metadata={"choices": sorted(PRESETS), "help": "defaults for everything below"})
+    dataset_root: str | None = field(default=None, metadata={"help": "folder of a local data set"})
+    dataset_repo_id: str = field(default="lerobot/pusht", metadata={"help": "data set on the hub, without a root"})
+    vlm: str = field(
+        default="HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+        metadata={"help": "SmolVLM checkpoint that the 256M preset starts from: hub id or folder"},
+    )
+    action_tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "FAST tokenizer: hub id or folder, e.g. physical-intelligence/fast; none: fit one"},
+    )
+    fast_scale: float = field(default=10.0, metadata={"help": "scale of a fitted FAST tokenizer"})
+    fast_vocab_size: int = field(default=1024, metadata={"help": "vocabulary of a fitted FAST tokenizer"})
+    chunk_size: int = 10
+    n_action_steps: int = 5
+    scale_factor: int = field(default=1, metadata={"help": "pixel shuffle of the 256M preset"})
+    use_relative_actions: bool = False
+    freeze_vision_tower: bool = False
+    freeze_connector: bool = False
+    vision_weights: str | None = field(
+        default=None, metadata={"help": "vision.safetensors from pretrain_vision.py, for the tiny preset"}
+    )
+    vision_learning_rate: float = 2e-5
+    connector_learning_rate: float = 2e-4
+    text_learning_rate: float = 2e-4
+    min_lr_rate: float = field(default=0.05, metadata={"help": "floor of the cosine, as a share of the peak"})
+    turn_probability: float = field(default=0.0, metadata={"help": "share of samples that are turned or mirrored"})
+    max_shift: int = field(default=0, metadata={"help": "largest shift of image, state and actions, in image pixels"})
+    held_out_episodes: int = field(default=6, metadata={"help": "last demonstrations, for the evaluation loss"})
+    eval_episodes: int = field(default=20, metadata={"help": "simulator episodes at each evaluation"})
+    eval_seed: int = field(default=100_000, metadata={"help": "first seed of those episodes"})
+
+
+class VariedDemonstrations(torch.utils.data.Dataset):
+    """Demonstrations that are turned and shifted as a whole, another way in every epoch."""
+
+    def __init__(self, dataset: LeRobotChunkDataset, turn_probability: float, max_shift: int, seed: int):
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+        self.variation = {"turn_probability": turn_probability, "max_shift": max_shift}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict:
+        sample = self.dataset[i]
+        points = np.concatenate([sample["state"][None], sample["actions"]])
+        rng = np.random.default_rng((self.seed, self.epoch, i))
+        image, points = vary_scene(sample["images"][0], points, rng, **self.variation)
+        return {**sample, "images": [image], "state": points[0], "actions": points[1:]}
+
+
+class PolicyTrainer(Trainer):
+    """`Trainer` whose evaluation also plays the policy in the simulator, and scores it by that."""
+
+    def __init__(self, *args, eval_seeds: range, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eval_seeds = eval_seeds
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        scores = [None]
+        if self.is_world_process_zero():
+            policy = self.accelerator.unwrap_model(self.model).eval()
+            predict = make_predict(policy, self.processing_class)
+            played = rollout(predict, self.eval_seeds, policy.config.n_action_steps).metrics()
+            names = ("avg_max_reward", "avg_sum_reward", "pc_success")
+            scores = [{f"eval_{name}": played[name] for name in names}]
+            # The reward, at most 1, decides between checkpoints of equal success.
+            scores[0]["eval_score"] = played["pc_success"] + played["avg_max_reward"]
+        scores = broadcast_object_list(scores)[0]
+        self.log(scores)
+        return metrics | scores
+
+
+def fit_statistics_and_tokenizer(
+    dataset: LeRobotChunkDataset, args: PolicyArguments
+) -> tuple[dict, FastActionTokenizer]:
+    """Measure the demonstrations, and their turned copies where training turns them; fit FAST to the result."""
+    states, chunks = dataset.states, dataset.action_chunks()
+    if args.turn_probability > 0:
+        copies = [(turn_points(states[s::7], s), turn_points(chunks[s::7], s)) for s in range(1, 8)]
+        states = np.concatenate([states, *(copy[0] for copy in copies)])
+        chunks = np.concatenate([chunks, *(copy[1] for copy in copies)])
+    statistics = compute_statistics(states, chunks)
+    if args.action_tokenizer is not None:
+        return statistics, FastActionTokenizer.from_pretrained(args.action_tokenizer)
+    normalizer = Normalizer(statistics, use_relative_actions=args.use_relative_actions)
+    normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
+    tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)
+    print("FAST:", ", ".join(f"{name} {value:.4g}" for name, value in tokenizer.fit_report.items()))
+    return statistics, tokenizer
+
+
+def make_policy(
+    dataset: LeRobotChunkDataset, args: PolicyArguments, **kwargs
+) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
+    """The preset's model and processor; kwargs go to `from_pretrained` or the configuration."""
+    statistics, action_tokenizer = fit_statistics_and_tokenizer(dataset, args)
+    options = {"chunk_size": args.chunk_size, "use_relative_actions": args.use_relative_actions}
+    frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}
+    if args.preset == "256M":
+        processor = SmolAndFastProcessor.from_vlm(
+            args.vlm, action_tokenizer, statistics, args.scale_factor, default_task=TASK, **options
+        )
+        model = SmolAndFastForActionPrediction.from_pretrained(
+            args.vlm,
+            **processor.model_kwargs(),
+            n_action_steps=args.n_action_steps,
+            dtype=torch.float32,
+            **frozen,
+            **kwargs,
+        )
+        return model, processor
+    processor = make_tiny_processor(action_tokenizer, statistics, TASK, **options)
+    # On a CPU, eager attention trains short sequences faster than the fused kernel.
+    model = make_tiny_model(processor, args.n_action_steps, attn_implementation="eager", **frozen, **kwargs)
+    if args.vision_weights:
+        unexpected = model.load_state_dict(load_file(args.vision_weights), strict=False).unexpected_keys
+        if unexpected:
+            raise ValueError(f"{args.vision_weights} has weights that the tiny policy has not, such as {unexpected[0]}.")
+    return model, processor
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, TrainingArguments]:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", default="tiny")
+    preset = first.parse_known_args(argv)[0].preset
+    parser = HfArgumentParser((PolicyArguments, TrainingArguments), description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(**PRESETS.get(preset, {}), bf16=bf16_is_faster())
+    args, training = parser.parse_args_into_dataclasses(argv)
+    training.lr_scheduler_kwargs = {"min_lr_rate": args.min_lr_rate}
+    return args, training
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, training = parse_args(argv)
+    set_seed(training.seed)
+    root = args.dataset_root or download_dataset(args.dataset_repo_id)
+    held_out = LeRobotChunkDataset(root, args.chunk_size, [0]).info["total_episodes"] - args.held_out_episodes
+    train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))
+    model, processor = make_policy(train_set, args)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, bf16 autocast: {training.bf16}")
+    trainer = PolicyTrainer(
+        model,
+        training,
+        data_collator=ActionDataCollator(processor),
+        train_dataset=VariedDemonstrations(train_set, args.turn_probability, args.max_shift, training.seed),
+        eval_dataset=LeRobotChunkDataset(root, args.chunk_size, range(held_out, held_out + args.held_out_episodes)),
+        processing_class=processor,
+        optimizers=(
+            make_optimizer(
+                model,
+                args.vision_learning_rate,
+                args.connector_learning_rate,
+                args.text_learning_rate,
+                weight_decay=training.weight_decay,
+            ),
+            None,
+        ),
+        callbacks=[TellEpoch()],
+        eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
+    )
+    checkpoint = training.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"Best checkpoint: {trainer.state.best_model_checkpoint}, saved in {Path(training.output_dir)}")
+
+
+if __name__ == "__main__":
+    main()

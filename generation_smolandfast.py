@@ -1,0 +1,139 @@
+"""Constrained decoding: only strings that decode to exactly one action chunk can be written.
+
+Every FAST token stands for a known number of DCT coefficients, and a chunk has `chunk_size * action_dim` of them. At
+each step the logits of all tokens that do not fit into what is left are set to -inf; when nothing is left, the string
+ends. Tokens of a byte-level tokenizer (FAST+) may begin or end inside a UTF-8 character, so there the automaton of
+well-formed UTF-8 (Unicode standard, table 3-7) runs along.
+"""
+
+import torch
+from transformers import LogitsProcessor, StoppingCriteria
+
+from .configuration_smolandfast import SmolAndFastConfig
+from .tokenization_fast_action import action_token_map
+
+# Inside a character: what the next byte may be, as (first, last, next state). State 0 stands between characters.
+# Limited to code points up to 0xD7FF, the symbols that FastActionTokenizer writes.
+UTF8_STATES = (
+    ((0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 3), (0xE1, 0xEC, 2), (0xED, 0xED, 4)),
+    ((0x80, 0xBF, 0),),
+    ((0x80, 0xBF, 1),),
+    ((0xA0, 0xBF, 1),),
+    ((0x80, 0x9F, 1),),
+)
+INVALID = -1
+
+
+class ActionGrammar:
+    """The automaton that recognises the FAST strings of one chunk.
+
+    Args:
+        config: A configuration with its action side filled.
+
+    Attributes:
+        num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
+        max_new_tokens: No string of the grammar is longer.
+        started: `(num_action_tokens,)`, the coefficients that begin inside each token.
+        next_state: `(num_states, num_action_tokens)`, the state after a token, -1 where it must not follow.
+    """
+
+    def __init__(self, config: SmolAndFastConfig):
+        if config.num_action_tokens == 0:
+            raise ValueError(
+                "The configuration holds no action tokens, so this model cannot write actions yet. Load it with "
+                "SmolAndFastForActionPrediction.from_pretrained(folder, **processor.model_kwargs())."
+            )
+        self.base_id = config.action_token_base_id
+        self.num_coefficients = config.chunk_size * config.action_dim
+        if config.fast_token_lengths is not None:
+            self.started = torch.tensor(config.fast_token_lengths)
+            self.next_state = torch.zeros(1, config.num_action_tokens, dtype=torch.long)
+            self.max_new_tokens = self.num_coefficients
+        else:
+            too_long = self.num_coefficients + 1
+            tokens = [b"\x00" * too_long if token is None else bytes.fromhex(token) for token in config.fast_token_bytes]
+            if not {bytes([byte]) for byte in range(256)} <= set(tokens):
+                raise ValueError("fast_token_bytes lacks single bytes, so not every chunk can be written.")
+            self.started = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens])
+            self.next_state = torch.tensor(
+                [[_read_bytes(state, token) for token in tokens] for state in range(len(UTF8_STATES))]
+            )
+            self.max_new_tokens = 3 * self.num_coefficients  # bytes of the longest symbols
+        if (self.started == 1).sum() == 0 or (self.started < 0).any():
+            raise ValueError("No action token stands for a single coefficient, so not every chunk can be written.")
+
+    def read(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Run the automaton over what has been written.
+
+        Args:
+            action_ids: `(batch, length)` vocabulary ids after the prompt.
+
+        Returns:
+            The coefficients left to begin and the state, each `(batch,)`. Once a string is whole, the padding that
+            follows does not count; a string outside the grammar has state -1.
+        """
+        started, next_state = self.started.to(action_ids.device), self.next_state.to(action_ids.device)
+        left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
+        state = torch.zeros_like(left)
+        for ids in action_ids.T:
+            tokens = action_token_map(ids, self.base_id)
+            known = (tokens >= 0) & (tokens < len(started))
+            tokens = tokens.clamp(0, len(started) - 1)
+            whole = (left == 0) & (state == 0)
+            after = torch.where(known & (state != INVALID), next_state[state.clamp(min=0), tokens], INVALID)
+            after = torch.where(started[tokens] > left, INVALID, after)
+            left = torch.where(whole | (after == INVALID), left, left - started[tokens])
+            state = torch.where(whole, state, after)
+        return left, state
+
+    def allowed(self, left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
+        """The tokens that may follow: `(batch,)`, `(batch,) -> (batch, num_action_tokens)`."""
+        next_state = self.next_state.to(left.device)[state.clamp(min=0)]
+        fits = self.started.to(left.device) <= left[:, None]
+        going_on = (state != INVALID) & ~((left == 0) & (state == 0))
+        return (next_state != INVALID) & fits & going_on[:, None]
+
+
+class ActionLogitsProcessor(LogitsProcessor):
+    """Leaves only the tokens that the grammar allows after what stands behind the prompt, then only EOS."""
+
+    def __init__(self, grammar: ActionGrammar, prompt_length: int, eos_token_id: int):
+        self.grammar = grammar
+        self.prompt_length = prompt_length
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        left, state = self.grammar.read(input_ids[:, self.prompt_length :])
+        allowed = self.grammar.allowed(left, state)
+        first_id = action_token_map(allowed.shape[1] - 1, self.grammar.base_id)
+        band = slice(first_id, self.grammar.base_id + 1)
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, band] = scores[:, band].masked_fill(~allowed.flip(1), -torch.inf)
+        masked[:, self.eos_token_id] = torch.where(allowed.any(1), masked[:, self.eos_token_id], 0.0)
+        best = masked.amax(dim=1)
+        if not torch.isfinite(best).all():
+            raise ValueError(
+                f"The model's scores for the action tokens are {best[~torch.isfinite(best)][0].item()}: no action can "
+                "be chosen. Look for NaN in the weights or the inputs, or for generation options that ban tokens."
+            )
+        return masked
+
+
+class ChunkIsWhole(StoppingCriteria):
+    """Ends each string at its last coefficient, without a forward pass for EOS."""
+
+    def __init__(self, grammar: ActionGrammar, prompt_length: int):
+        self.grammar = grammar
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        left, state = self.grammar.read(input_ids[:, self.prompt_length :])
+        return ((left == 0) & (state == 0)) | (state == INVALID)
+
+
+def _read_bytes(state: int, token: bytes) -> int:
+    for byte in token:
+        state = next((after for first, last, after in UTF8_STATES[state] if first <= byte <= last), INVALID)
+        if state == INVALID:
+            break
+    return state

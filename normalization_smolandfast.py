@@ -1,0 +1,156 @@
+"""Robot units to [-1, 1] and back, and states to bins.
+
+The numbers of a data set that this needs, its statistics, use LeRobot's names: `observation.state` and `action`, each
+with `min`, `max` and, for quantile normalisation, `q01`, `q99`.
+"""
+
+import numpy as np
+import torch
+
+STATE, ACTION, RELATIVE_ACTION = "observation.state", "action", "relative_action"
+BOUNDS = {"min_max": ("min", "max"), "quantiles": ("q01", "q99")}
+
+
+def compute_statistics(states: np.ndarray, actions: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """Measure a data set for [`Normalizer`].
+
+    Args:
+        states: `(N, state_dim)`, robot units.
+        actions: `(N, chunk_size, action_dim)`, robot units: the chunk that starts at each state.
+
+    Returns:
+        `min`, `max`, `q01`, `q99` of each dimension, under `observation.state`, `action` and, where the dimensions
+        match, `relative_action` (action minus state).
+    """
+    states, actions = np.asarray(states, dtype=np.float64), np.asarray(actions, dtype=np.float64)
+    values = {STATE: states, ACTION: actions}
+    if states.shape[-1] == actions.shape[-1]:
+        values[RELATIVE_ACTION] = actions - states[:, None]
+    statistics = {}
+    for name, array in values.items():
+        flat = array.reshape(-1, array.shape[-1])
+        low, high = np.quantile(flat, [0.01, 0.99], axis=0)
+        numbers = {"min": flat.min(axis=0), "max": flat.max(axis=0), "q01": low, "q99": high}
+        statistics[name] = {key: value.tolist() for key, value in numbers.items()}
+    return statistics
+
+
+class Normalizer:
+    """Normalises states and actions with the statistics of a data set.
+
+    With relative actions, the state that is subtracted is the one the prompt holds: the centre of its bins. So what is
+    added back after decoding can be read from the prompt, and nothing is lost to the bins' width.
+
+    Args:
+        statistics: See [`compute_statistics`]; `meta/stats.json` of a LeRobot data set has the same layout.
+        normalization: `"min_max"` maps [min, max] to [-1, 1]; `"quantiles"` maps [q01, q99] there.
+        n_state_bins: Bins of each state dimension.
+        use_relative_actions: Whether actions are taken relative to the state.
+
+    Raises:
+        ValueError: Statistics that are missing, not finite or of unequal length; relative actions where the
+            dimensions differ.
+    """
+
+    def __init__(
+        self,
+        statistics: dict,
+        normalization: str = "min_max",
+        n_state_bins: int = 256,
+        use_relative_actions: bool = False,
+    ):
+        if normalization not in BOUNDS:
+            raise ValueError(f"normalization is {normalization!r}, expected one of {', '.join(BOUNDS)}.")
+        if not isinstance(statistics, dict):
+            raise ValueError(
+                f"statistics is {statistics!r}, expected a dictionary with {STATE!r} and {ACTION!r}. Compute it from "
+                "the demonstrations with compute_statistics(states, actions)."
+            )
+        low, high = BOUNDS[normalization]
+        self.n_state_bins = n_state_bins
+        self.use_relative_actions = use_relative_actions
+        self._state = _read_bounds(statistics, STATE, low, high)
+        self._action = _read_bounds(statistics, RELATIVE_ACTION if use_relative_actions else ACTION, low, high)
+        self.action_limits = _read_bounds(statistics, ACTION, "min", "max")
+        self.state_dim, self.action_dim = len(self._state[0]), len(self._action[0])
+        if use_relative_actions and self.state_dim != self.action_dim:
+            raise ValueError(
+                f"use_relative_actions needs a state and an action of equal dimensions, got {self.state_dim} and "
+                f"{self.action_dim}. Use absolute actions, or make the state the position that the action commands."
+            )
+
+    @property
+    def action_scale(self) -> np.ndarray:
+        """Robot units in one normalised unit of action: `(action_dim,)`."""
+        return (self._action[1] - self._action[0]) / 2
+
+    def state_bins(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
+        """Bins of each state: `(B, state_dim)` robot units `-> (B, state_dim)` in [0, n_state_bins), clamped."""
+        state = as_numbers(state, "state", ("batch", self.state_dim))
+        positions = (_to_unit(state, self._state) + 1) / 2 * self.n_state_bins
+        return np.clip(np.floor(positions), 0, self.n_state_bins - 1).astype(np.int64)
+
+    def normalize_actions(self, actions: "np.ndarray | torch.Tensor", bins: np.ndarray) -> np.ndarray:
+        """`(B, H, action_dim)` robot units and the state's bins `-> (B, H, action_dim)` float32, about [-1, 1]."""
+        actions = as_numbers(actions, "actions", ("batch", "chunk_size", self.action_dim))
+        if len(actions) != len(bins):
+            raise ValueError(f"actions has {len(actions)} chunks for {len(bins)} states: pass one chunk a state.")
+        return _to_unit(actions - self._reference(bins), self._action).astype(np.float32)
+
+    def unnormalize_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
+        """The inverse of `normalize_actions`, clipped to the smallest and largest action of the statistics."""
+        low, high = self._action
+        actions = (actions + 1) / 2 * (high - low) + low + self._reference(bins)
+        return np.clip(actions, *self.action_limits).astype(np.float32)
+
+    def _reference(self, bins: np.ndarray | None) -> "np.ndarray | float":
+        if not self.use_relative_actions:
+            return 0.0
+        low, high = self._state
+        centres = (bins + 0.5) / self.n_state_bins * (high - low) + low
+        return centres[:, None]  # (B, D) -> (B, 1, D)
+
+
+def _to_unit(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    low, high = bounds
+    width = np.where(high > low, high - low, 1.0)  # a dimension that never moves is 0, and its constant comes back
+    return np.where(high > low, (values - low) / width * 2 - 1, 0.0)
+
+
+def _read_bounds(statistics: dict, name: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
+    if name not in statistics:
+        raise ValueError(
+            f"statistics has no {name!r}, only {sorted(statistics)}. Compute it from the demonstrations with "
+            "compute_statistics(states, actions)."
+        )
+    bounds = []
+    for key in (low, high):
+        if key not in statistics[name]:
+            raise ValueError(f"statistics[{name!r}] has no {key!r}, only {sorted(statistics[name])}. Compute it anew.")
+        values = np.asarray(statistics[name][key], dtype=np.float64)
+        if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+            raise ValueError(f"statistics[{name!r}][{key!r}] is {values.tolist()}, expected a list of finite numbers.")
+        bounds.append(values)
+    if len(bounds[0]) != len(bounds[1]) or (bounds[0] > bounds[1]).any():
+        raise ValueError(f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}.")
+    return bounds[0], bounds[1]
+
+
+def as_numbers(values: "np.ndarray | torch.Tensor", name: str, shape: tuple | None = None) -> np.ndarray:
+    """Float64 array of this shape, where a word stands for any size; refuses numbers that are not finite."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().double().numpy()
+    try:
+        values = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is not an array of numbers: {error}.") from error
+    fits = shape is None or (
+        values.ndim == len(shape)
+        and all(isinstance(size, str) or size == found for size, found in zip(shape, values.shape, strict=True))
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {values.shape}, expected ({', '.join(map(str, shape))}).")
+    if not np.isfinite(values).all():
+        first = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise ValueError(f"{name}{list(first)} is {values[first]}, expected finite numbers. Check the sensor or the data.")
+    return values

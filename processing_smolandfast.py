@@ -1,0 +1,354 @@
+"""From camera images, task and robot state to model inputs, and from generated ids to robot actions.
+
+The only place that knows the prompt: SmolVLM's chat template around
+
+    <image> Task: {task}, State: {bins}, Action:
+
+with one bin number for each dimension of the state. The statistics of the data set travel in `processor_config.json`.
+"""
+
+import json
+import re
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+from transformers.utils import cached_file
+
+from .configuration_smolandfast import SmolAndFastConfig
+from .normalization_smolandfast import Normalizer, as_numbers
+from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer, action_token_map
+
+PROMPT = "Task: {task}, State: {bins}, Action: "
+BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")
+
+
+class SmolAndFastProcessor(ProcessorMixin):
+    r"""
+    Joins SmolVLM's image processor and tokenizer with a FAST tokenizer and the robot's statistics.
+
+    Make one for a SmolVLM checkpoint with [`SmolAndFastProcessor.from_vlm`]; load a saved one with
+    `AutoProcessor.from_pretrained(folder, trust_remote_code=True)`.
+
+    Args:
+        image_processor ([`SmolVLMImageProcessorPil`]): Resizes and normalises images.
+        tokenizer ([`PreTrainedTokenizerFast`]): The language model's tokenizer.
+        action_tokenizer ([`FastActionTokenizer`]): Turns action chunks into tokens.
+        statistics (`dict`): See [`compute_statistics`].
+        normalization (`str`, defaults to `"min_max"`): Or `"quantiles"`.
+        use_relative_actions (`bool`, defaults to `False`): Whether actions are predicted relative to the state.
+        chunk_size (`int`, *optional*): Actions in a chunk. The FAST tokenizer's horizon, which FAST+ leaves open.
+        n_state_bins (`int`, defaults to 256): Bins of each state dimension in the prompt.
+        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that action tokens leave alone.
+        scale_factor (`int`, defaults to 1): Side of the model's pixel shuffle.
+        patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
+        default_task (`str`, defaults to `""`): Stands in for an empty task.
+
+    Raises:
+        ValueError: Parts that do not fit together; the message says the mend.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        action_tokenizer=None,
+        statistics: dict | None = None,
+        normalization: str = "min_max",
+        use_relative_actions: bool = False,
+        chunk_size: int | None = None,
+        n_state_bins: int = 256,
+        fast_skip_tokens: int = 280,
+        scale_factor: int = 1,
+        patch_size: int = 16,
+        default_task: str = "",
+        chat_template: str | None = None,
+    ):
+        # Not isinstance: under `trust_remote_code` the tokenizer may come from a copy of its module.
+        if not hasattr(action_tokenizer, "encode_actions"):
+            raise ValueError(
+                f"action_tokenizer is a {type(action_tokenizer).__name__}, expected a FastActionTokenizer. Fit one or "
+                "load FAST+; a processor of another model cannot be used here."
+            )
+        self.statistics = statistics
+        self.normalization = normalization
+        self.use_relative_actions = use_relative_actions
+        self.n_state_bins = n_state_bins
+        self.fast_skip_tokens = fast_skip_tokens
+        self.scale_factor = scale_factor
+        self.patch_size = patch_size
+        self.default_task = default_task
+        self.normalizer = Normalizer(statistics, normalization, n_state_bins, use_relative_actions)
+        self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
+        if self.chunk_size is None:
+            raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
+        if action_tokenizer.horizon not in (None, self.chunk_size):
+            raise ValueError(
+                f"chunk_size is {self.chunk_size}, but the FAST tokenizer was fitted for {action_tokenizer.horizon} "
+                "actions. Fit one on chunks of this size."
+            )
+        if action_tokenizer.action_dim not in (None, self.normalizer.action_dim):
+            raise ValueError(
+                f"The statistics have {self.normalizer.action_dim} action dimensions, but the FAST tokenizer was fitted "
+                f"for {action_tokenizer.action_dim}. Fit one on the actions of this robot."
+            )
+        super().__init__(image_processor, tokenizer, action_tokenizer, chat_template=chat_template)
+        self.action_token_base_id = tokenizer.vocab_size - 1 - fast_skip_tokens
+        if self.action_token_base_id + 1 < len(action_tokenizer):
+            raise ValueError(
+                f"{len(action_tokenizer)} action tokens and fast_skip_tokens={fast_skip_tokens} do not fit into a "
+                f"vocabulary of {tokenizer.vocab_size}. Fit a smaller FAST vocabulary."
+            )
+        last_prompt_id = tokenizer(self._prompt_around_images(1)[1])["input_ids"][-1]
+        if self._is_action(np.array(last_prompt_id)):
+            raise ValueError("The prompt ends with an action token, so the two cannot be told apart. Change the vocabulary.")
+
+    @classmethod
+    def from_vlm(
+        cls,
+        pretrained_model_name_or_path,
+        action_tokenizer: FastActionTokenizer,
+        statistics: dict,
+        scale_factor: int = 1,
+        do_image_splitting: bool = False,
+        **kwargs,
+    ) -> "SmolAndFastProcessor":
+        """Make a processor for a SmolVLM or SmolVLM2 checkpoint folder or hub id.
+
+        Args:
+            do_image_splitting: Whether large images are also cut into sub-images, as SmolVLM itself does. Otherwise an
+                image is one square of the vision tower's size.
+            kwargs: The class's other arguments, and those of `from_pretrained` that find files on the hub.
+        """
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        vision_config = SmolAndFastConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs).vision_config
+        # Its own files name GPT2Tokenizer, which forgets that digits are split.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        image_processor = SmolVLMImageProcessorPil.from_pretrained(
+            pretrained_model_name_or_path,
+            do_image_splitting=do_image_splitting,
+            # Without splitting, stock SmolVLM enlarges the image first, only to shrink it to the square below.
+            do_resize=do_image_splitting,
+            max_image_size={"longest_edge": vision_config.image_size},
+            **hub_kwargs,
+        )
+        chat_template = tokenizer.chat_template
+        if chat_template is None:  # SmolVLM's own repositories have it in a file that tokenizers do not read
+            with open(cached_file(pretrained_model_name_or_path, "chat_template.json", **hub_kwargs)) as file:
+                chat_template = json.load(file)["chat_template"]
+        return cls(
+            image_processor,
+            tokenizer,
+            action_tokenizer,
+            statistics,
+            scale_factor=scale_factor,
+            patch_size=vision_config.patch_size,
+            chat_template=chat_template,
+            **kwargs,
+        )
+
+    def model_kwargs(self) -> dict:
+        """The fields of [`SmolAndFastConfig`] that must agree with this processor."""
+        return {
+            "scale_factor": self.scale_factor,
+            "do_image_splitting": bool(self.image_processor.do_image_splitting),
+            "chunk_size": self.chunk_size,
+            "action_dim": self.normalizer.action_dim,
+            "n_state_bins": self.n_state_bins,
+            "fast_skip_tokens": self.fast_skip_tokens,
+            "action_token_base_id": self.action_token_base_id,
+            **self.action_tokenizer.token_grammar(self.chunk_size * self.normalizer.action_dim),
+        }
+
+    @property
+    def image_seq_len(self) -> int:
+        """Visual tokens of one image or sub-image."""
+        return (self.image_processor.max_image_size["longest_edge"] // self.patch_size // self.scale_factor) ** 2
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"]
+
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        state: "np.ndarray | torch.Tensor | None" = None,
+        actions: "np.ndarray | torch.Tensor | None" = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Prepare one sample or a batch.
+
+        Args:
+            images: One sample: an RGB image (PIL; NumPy array or tensor, `(H, W, 3)` or `(3, H, W)`, uint8 or floats in
+                [0, 1]; any size), or a list with one of each camera. A batch: a list with one entry a sample, or an
+                array `(batch, ...)` for one camera.
+            text: The task, one sentence or one a sample. `None` or empty: the default task.
+            state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
+            actions: `(chunk_size, action_dim)` or `(batch, chunk_size, action_dim)`, to train: adds `labels`.
+            return_tensors: Only `"pt"`.
+
+        Returns:
+            `input_ids`, `attention_mask` `(batch, length)`, padded on the left to generate and on the right to train;
+            `pixel_values` `(batch, num_images, 3, height, width)`, `pixel_attention_mask`; with actions, `labels`,
+            -100 outside the action tokens and their EOS.
+
+        Raises:
+            ValueError: Input that is missing, of the wrong shape or kind, or not finite.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
+        if images is None or state is None:
+            raise ValueError("The policy needs images and state: processor(images=image, text=task, state=state).")
+        state = as_numbers(state, "state")
+        if state.ndim == 1:
+            state, images = state[None], [images]
+            actions = None if actions is None else as_numbers(actions, "actions")[None]
+        batch_size = len(state)
+        tasks = text if isinstance(text, (list, tuple)) else [text] * batch_size
+        num_images = len(images) if isinstance(images, (list, tuple)) or np.ndim(images) > 3 else 1
+        if num_images != batch_size or len(tasks) != batch_size:
+            raise ValueError(
+                f"Got {num_images} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of each "
+                "a sample. For one sample, state has shape (state_dim,)."
+            )
+        images = [_as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)]
+        bins = self.normalizer.state_bins(state)
+        pixels = self.image_processor(images, return_row_col_info=True, return_tensors="pt")
+        rows, cols = pixels.pop("rows"), pixels.pop("cols")
+        templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
+        prompts = [
+            self._write_prompt(templates[len(rows[i])], tasks[i], bins[i], rows[i], cols[i]) for i in range(batch_size)
+        ]
+        input_ids = self.tokenizer(prompts)["input_ids"]
+        if actions is None:
+            return BatchFeature({**_pad(input_ids, self.tokenizer.pad_token_id, left=True), **pixels})
+
+        normalized = self.normalizer.normalize_actions(actions, bins)
+        targets = [
+            [action_token_map(token, self.action_token_base_id) for token in tokens] + [self.tokenizer.eos_token_id]
+            for tokens in self.action_tokenizer.encode_actions(normalized)
+        ]
+        inputs = _pad(
+            [prompt + target for prompt, target in zip(input_ids, targets, strict=True)],
+            self.tokenizer.pad_token_id,
+        )
+        labels = _pad([[-100] * len(p) + t for p, t in zip(input_ids, targets, strict=True)], -100)["input_ids"]
+        return BatchFeature({**inputs, **pixels, "labels": labels})
+
+    def post_process_actions(self, generated_ids: torch.LongTensor) -> np.ndarray:
+        """Turn what `model.generate(**inputs)` returned into actions for the robot.
+
+        Args:
+            generated_ids: `(batch, length)` ids, the prompt included.
+
+        Returns:
+            `(batch, chunk_size, action_dim)` float32 in the robot's units, clipped to the smallest and largest action
+            in the statistics.
+
+        Raises:
+            ValueError: A row that does not end with exactly one chunk. Nothing is padded, cut or replaced by zeros.
+        """
+        ids = torch.as_tensor(generated_ids).cpu().numpy()
+        if ids.ndim != 2:
+            raise ValueError(f"generated_ids has shape {ids.shape}, expected (batch, length) as generate() returns it.")
+        tokens, prompts = [], []
+        for row in ids:
+            is_action = self._is_action(row)
+            end = len(row) - np.argmax(is_action[::-1])  # behind the last action token stand EOS and padding
+            start = end - np.argmin(np.append(is_action[:end][::-1], False)) if is_action.any() else end
+            tokens.append(action_token_map(row[start:end], self.action_token_base_id).tolist())
+            prompts.append(row[:start])
+        actions = self.action_tokenizer.decode_actions(tokens, self.chunk_size, self.normalizer.action_dim)
+        bins = self._read_bins(prompts) if self.use_relative_actions else None
+        return self.normalizer.unnormalize_actions(actions, bins)
+
+    def _is_action(self, ids: np.ndarray) -> np.ndarray:
+        tokens = action_token_map(ids, self.action_token_base_id)
+        return (tokens >= 0) & (tokens < len(self.action_tokenizer))
+
+    def _prompt_around_images(self, num_images: int) -> tuple[str, str]:
+        """What the chat template writes before and after the user's images and text."""
+        mark = "{prompt}"
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
+        rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        before, after = rendered.split(mark)
+        return before, after
+
+    def _write_prompt(self, template: tuple[str, str], task: str | None, bins, rows: list[int], cols: list[int]) -> str:
+        task = task or self.default_task
+        if not isinstance(task, str) or any(token in task for token in self.tokenizer.get_added_vocab()):
+            raise ValueError(f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens.")
+        prompt, *pieces = template[0].split(self.tokenizer.image_token)
+        for row, col, piece in zip(rows, cols, pieces, strict=True):
+            prompt += get_image_prompt_string(
+                row,
+                col,
+                self.image_seq_len,
+                fake_token_around_image=self.tokenizer.fake_image_token,
+                image_token=self.tokenizer.image_token,
+                global_image_token=self.tokenizer.global_image_token,
+            )
+            prompt += piece
+        return prompt + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + template[1]
+
+    def _read_bins(self, prompts: list[np.ndarray]) -> np.ndarray:
+        rows = []
+        for index, text in enumerate(self.tokenizer.batch_decode(prompts)):
+            found = BINS_IN_PROMPT.findall(text)
+            bins = [int(number) for number in found[-1].split()] if found else []
+            if len(bins) != self.normalizer.state_dim or max(bins) >= self.n_state_bins:
+                raise ValueError(
+                    f"generated_ids[{index}] holds no state of {self.normalizer.state_dim} bins before its actions, and "
+                    "relative actions are relative to it. Pass what generate() returned, the prompt included."
+                )
+            rows.append(bins)
+        return np.array(rows)
+
+
+def _as_rgb_images(sample, name: str) -> list[np.ndarray]:
+    """The images of one sample, one a camera, as uint8 arrays `(H, W, 3)`."""
+    is_many = isinstance(sample, (list, tuple)) or (not isinstance(sample, Image.Image) and np.ndim(sample) == 4)
+    images = [_as_rgb(image, f"{name}[{i}]") for i, image in enumerate(sample)] if is_many else [_as_rgb(sample, name)]
+    if not images:
+        raise ValueError(f"{name} is empty, expected at least one camera's image.")
+    return images
+
+
+def _as_rgb(image, name: str) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{name} is a {type(image).__name__}, expected an RGB image: PIL, NumPy array or tensor.")
+    if image.ndim == 3 and image.shape[-1] != 3 and image.shape[0] == 3:
+        image = image.transpose(1, 2, 0)
+    if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(f"{name} has shape {image.shape}, expected (height, width, 3) or (3, height, width), RGB.")
+    if image.dtype.kind == "f":
+        # The comparison is written so that NaN fails it.
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(
+                f"{name} has floats from {image.min()} to {image.max()}, expected [0, 1], or uint8 in [0, 255]. Divide "
+                "by 255, and do not normalise: the processor does."
+            )
+        image = np.round(image * 255).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"{name} has dtype {image.dtype}, expected uint8, or floats in [0, 1].")
+    return image
+
+
+def _pad(rows: list[list[int]], value: int, left: bool = False) -> dict[str, torch.LongTensor]:
+    length = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), length), value), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        span = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, span], mask[i, span] = torch.tensor(row), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+SmolAndFastProcessor.register_for_auto_class("AutoProcessor")

@@ -1,0 +1,386 @@
+"""The LeRobot v3.0 reader, on a tiny data set written here and, where it is at hand, on the real PushT one."""
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import av
+import huggingface_hub
+import lerobot_dataset
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lerobot_dataset import LeRobotChunkDataset, download_dataset
+from PIL import Image
+
+PUSHT = Path(__file__).parents[1].parent / "shared/data/pusht"
+FPS, LENGTHS = 10, [5, 7, 4]
+EPISODE = np.repeat(np.arange(3), LENGTHS)  # (16,)
+FRAME = np.concatenate([np.arange(n) for n in LENGTHS])
+STATES = np.stack([EPISODE, FRAME], axis=1).astype(np.float32)
+ACTIONS = np.stack([EPISODE, FRAME, 100 * EPISODE + FRAME], axis=1).astype(np.float32)
+TASKS = ["push", "pull"]
+# Each frame is one shade of grey, so that a picture says which frame it is. Cameras split their videos differently.
+SHADES = {"observation.image.front": 40 + 12 * np.arange(16), "observation.image.wrist": 230 - 12 * np.arange(16)}
+VIDEO_FILES = {"observation.image.front": [0, 0, 1], "observation.image.wrist": [0, 0, 0]}
+DATA_FILES = [0, 1, 1]
+FRONT = "videos/observation.image.front/chunk-000/file-000.mp4"
+WRIST = "videos/observation.image.wrist/chunk-000/file-000.mp4"
+INFO, DATA, EPISODES = "meta/info.json", "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
+
+
+def write_video(path: Path, shades: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=FPS)
+        stream.width = stream.height = 32
+        for shade in shades:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), shade, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_table(path: Path, columns: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+
+
+def edit_table(path: Path, **columns) -> None:
+    """Replace columns of a table, or drop those that are None."""
+    table = pq.read_table(path).to_pydict() | columns
+    pq.write_table(pa.table({name: column for name, column in table.items() if column is not None}), path)
+
+
+def edit_info(root: Path, **fields) -> None:
+    (root / INFO).write_text(json.dumps(json.loads((root / INFO).read_text()) | fields))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+@pytest.fixture(scope="module")
+def tiny_source(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("source") / "tiny"
+    features = {key: {"dtype": "video", "shape": [32, 32, 3]} for key in SHADES}
+    features |= {"observation.state": {"dtype": "float32", "shape": [2]}, "action": {"dtype": "float32", "shape": [3]}}
+    info = {"codebase_version": "v3.0", "fps": FPS, "total_frames": 16, "total_episodes": 3, "features": features}
+    episodes = {
+        "episode_index": [0, 1, 2],
+        "length": LENGTHS,
+        "data/chunk_index": [0] * 3,
+        "data/file_index": DATA_FILES,
+    }
+    for key, shades in SHADES.items():
+        files = np.array(VIDEO_FILES[key])
+        for file in set(VIDEO_FILES[key]):
+            write_video(root / f"videos/{key}/chunk-000/file-{file:03d}.mp4", shades[files[EPISODE] == file])
+        starts = [
+            sum(n for n, other in zip(LENGTHS[:e], files[:e], strict=True) if other == files[e]) for e in range(3)
+        ]
+        episodes |= {f"videos/{key}/chunk_index": [0] * 3, f"videos/{key}/file_index": files}
+        episodes[f"videos/{key}/from_timestamp"] = np.array(starts) / FPS
+    write_table(root / EPISODES, episodes)
+    for file in set(DATA_FILES):
+        rows = np.array(DATA_FILES)[EPISODE] == file
+        columns = {"observation.state": list(STATES[rows]), "action": list(ACTIONS[rows])}
+        columns |= {"episode_index": EPISODE[rows], "frame_index": FRAME[rows], "task_index": EPISODE[rows] % 2}
+        write_table(root / f"data/chunk-000/file-{file:03d}.parquet", columns)
+    write_table(root / "meta/tasks.parquet", {"task_index": [0, 1], "task": TASKS})
+    (root / INFO).write_text(json.dumps(info))
+    stats = {"observation.state": STATES, "action": ACTIONS}
+    stats = {key: {"min": v.min(0).tolist(), "max": v.max(0).tolist(), "count": [16]} for key, v in stats.items()}
+    (root / "meta/stats.json").write_text(json.dumps(stats))
+    return root
+
+
+@pytest.fixture
+def tiny(tiny_source, tmp_path) -> Path:
+    return shutil.copytree(tiny_source, tmp_path / "tiny")
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+def shades_of(dataset: LeRobotChunkDataset, camera: int) -> np.ndarray:
+    return np.array([dataset[i]["images"][camera].mean() for i in range(len(dataset))])
+
+
+def test_a_sample_has_the_documented_fields(tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, chunk_size=4, cache_dir=cache)
+    assert (len(dataset), dataset.state_dim, dataset.action_dim, dataset.fps) == (16, 2, 3, FPS)
+    assert dataset.image_keys == list(SHADES)
+    sample = dataset[6]
+    assert set(sample) == {"images", "text", "state", "actions"}
+    assert [(image.shape, image.dtype) for image in sample["images"]] == [((32, 32, 3), np.uint8)] * 2
+    assert sample["text"] == "pull"
+    assert sample["state"].dtype == sample["actions"].dtype == np.float32
+    np.testing.assert_array_equal(sample["state"], STATES[6])
+    np.testing.assert_array_equal(sample["actions"], ACTIONS[6:10])
+    np.testing.assert_array_equal(dataset[-1]["state"], STATES[-1])
+    with pytest.raises(IndexError):
+        dataset[16]
+
+
+def test_arrays_and_statistics_are_those_of_the_files(tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, chunk_size=4, cache_dir=cache)
+    for found, expected in (
+        (dataset.states, STATES),
+        (dataset.actions, ACTIONS),
+        (dataset.episode_index, EPISODE),
+        (dataset.frame_index, FRAME),
+        (dataset.stats["action"]["max"], ACTIONS.max(0)),
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_every_image_belongs_to_its_frame_in_every_camera(tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, chunk_size=1, cache_dir=cache)
+    for camera, shades in enumerate(SHADES.values()):
+        np.testing.assert_allclose(shades_of(dataset, camera), shades, atol=4)
+
+
+def test_chunks_never_cross_an_episodes_end(tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, chunk_size=6, cache_dir=cache)
+    chunks = dataset.action_chunks()
+    assert chunks.shape == (16, 6, 3) and chunks.dtype == np.float32
+    for i, chunk in enumerate(chunks):
+        frames = np.minimum(FRAME[i] + np.arange(6), LENGTHS[EPISODE[i]] - 1)  # the last action is held
+        np.testing.assert_array_equal(chunk[:, 0], EPISODE[i])
+        np.testing.assert_array_equal(chunk[:, 1], frames)
+        np.testing.assert_array_equal(dataset[i]["actions"], chunk)
+
+
+def test_episodes_are_read_in_the_order_asked_for(tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, chunk_size=3, episodes=[2, 0], cache_dir=cache)
+    rows = np.r_[12:16, 0:5]
+    np.testing.assert_array_equal(dataset.states, STATES[rows])
+    np.testing.assert_array_equal(dataset.action_chunks()[3], ACTIONS[[15, 15, 15]])
+    np.testing.assert_allclose(shades_of(dataset, 0), SHADES["observation.image.front"][rows], atol=4)
+    assert [dataset[0]["text"], dataset[8]["text"]] == ["push", "push"]
+
+
+def test_image_keys_choose_and_order_the_cameras(tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, 1, image_keys=["observation.image.wrist"], cache_dir=cache)
+    np.testing.assert_allclose(shades_of(dataset, 0), SHADES["observation.image.wrist"], atol=4)
+    both = LeRobotChunkDataset(tiny, 1, image_keys=list(SHADES)[::-1], cache_dir=cache)
+    np.testing.assert_allclose(shades_of(both, 1), SHADES["observation.image.front"], atol=4)
+
+
+def test_images_stored_in_parquet_read_like_videos(tiny, cache):
+    key = "observation.image.front"
+    for file in (0, 1):
+        images = []
+        for shade in SHADES[key][np.array(DATA_FILES)[EPISODE] == file]:
+            Image.fromarray(np.full((32, 32, 3), shade, np.uint8)).save(buffer := io.BytesIO(), "PNG")
+            images.append({"bytes": buffer.getvalue(), "path": "frame.png"})
+        edit_table(tiny / f"data/chunk-000/file-{file:03d}.parquet", **{key: images})
+    features = json.loads((tiny / INFO).read_text())["features"]
+    edit_info(tiny, features=features | {key: {"dtype": "image", "shape": [32, 32, 3]}})
+    shutil.rmtree(tiny / "videos" / key)
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    np.testing.assert_array_equal(shades_of(dataset, 0), SHADES[key])
+    np.testing.assert_array_equal(
+        shades_of(LeRobotChunkDataset(tiny, 1, [2, 1], cache_dir=cache), 0)[:4], SHADES[key][12:]
+    )
+
+
+def test_sentences_without_a_column_name_are_found(tiny, cache):
+    write_table(tiny / "meta/tasks.parquet", {"task_index": [1, 0], "__index_level_0__": TASKS[::-1]})
+    assert LeRobotChunkDataset(tiny, 1, cache_dir=cache)[6]["text"] == "pull"
+
+
+def test_frames_are_decoded_once_and_never_into_the_data_set(tiny, cache, monkeypatch):
+    before = sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*"))
+    first = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    assert len(list(cache.iterdir())) == 3  # two videos of the front camera, one of the wrist's
+    monkeypatch.setattr(lerobot_dataset, "_decode_frames", lambda path, key: pytest.fail(f"{path} is decoded again"))
+    again = LeRobotChunkDataset(tiny, 2, episodes=[1], cache_dir=cache)
+    np.testing.assert_array_equal(again[0]["images"][1], first[5]["images"][1])
+    assert sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*")) == before
+
+
+def test_the_cache_is_under_xdg_cache_home_by_default(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    LeRobotChunkDataset(tiny, 1)
+    assert len(list((tmp_path / "xdg/smolandfast").glob("*.npy"))) == 3
+
+
+def test_a_changed_video_is_decoded_again(tiny, cache):
+    LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    write_video(tiny / WRIST, SHADES["observation.image.front"])
+    os.utime(tiny / WRIST, (1, 1))
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    np.testing.assert_allclose(shades_of(dataset, 1), SHADES["observation.image.front"], atol=4)
+
+
+def test_a_cut_off_cache_file_is_written_again(tiny, cache):
+    LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    for path in cache.iterdir():
+        truncate(path)
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    np.testing.assert_allclose(shades_of(dataset, 0), SHADES["observation.image.front"], atol=4)
+
+
+def test_frames_beyond_the_memory_limit_stay_on_disk(tiny, cache, monkeypatch):
+    monkeypatch.setattr(lerobot_dataset, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(np, "fromfile", lambda *args, **kwargs: pytest.fail("frames are read into memory"))
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    np.testing.assert_allclose(shades_of(dataset, 0), SHADES["observation.image.front"], atol=4)
+    dataset[0]["images"][0][:] = 0  # a sample is the caller's own
+
+
+def nan_at_row_3(values: np.ndarray) -> list:
+    values = values[:5].copy()
+    values[3, 1] = np.nan
+    return list(values)
+
+
+BREAKS = {  # what is done to the data set: words that the error must have
+    "root_missing": (shutil.rmtree, ["tiny", "download_dataset"]),
+    "info_missing": (lambda r: (r / INFO).unlink(), ["info.json", "LeRobot v3.0"]),
+    "info_cut_off": (lambda r: truncate(r / INFO), ["info.json", "again"]),
+    "info_not_an_object": (lambda r: (r / INFO).write_text("[]"), ["info.json", "list"]),
+    "version_2_1": (lambda r: edit_info(r, codebase_version="v2.1"), ["'v2.1'", "'v3.0'", "converter"]),
+    "fps_zero": (lambda r: edit_info(r, fps=0), ["fps", "info.json", "0"]),
+    "features_missing": (lambda r: edit_info(r, features=None), ["features", "None"]),
+    "no_action": (
+        lambda r: edit_info(r, features={"observation.image.front": {"dtype": "video"}}),
+        ["observation.state"],
+    ),
+    "no_image": (lambda r: edit_info(r, features={}), ["image_keys", "[]"]),
+    "total_frames": (lambda r: edit_info(r, total_frames=17), ["16", "17", "total_frames"]),
+    "stats_missing": (lambda r: (r / "meta/stats.json").unlink(), ["stats.json"]),
+    "stats_without_action": (lambda r: (r / "meta/stats.json").write_text('{"observation.state": {}}'), ["'action'"]),
+    "stats_not_numbers": (
+        lambda r: (r / "meta/stats.json").write_text('{"observation.state": {"min": "x"}, "action": {}}'),
+        ["stats.json", "x"],
+    ),
+    "episodes_missing": (lambda r: shutil.rmtree(r / "meta/episodes"), ["episodes"]),
+    "episodes_cut_off": (lambda r: truncate(r / EPISODES), ["file-000.parquet", "again"]),
+    "episode_missing": (lambda r: edit_table(r / EPISODES, episode_index=[0, 1, 3]), ["3 episodes", "0 to 2"]),
+    "lengths_swapped": (lambda r: edit_table(r / EPISODES, length=[7, 5, 4]), ["Row 5", "[1, 0]", "[0, 5]"]),
+    "lengths_too_short": (lambda r: edit_table(r / EPISODES, length=[5, 6, 4]), ["15", "16", "lengths"]),
+    "video_columns_missing": (
+        lambda r: edit_table(r / EPISODES, **{"videos/observation.image.wrist/file_index": None}),
+        ["videos/observation.image.wrist/file_index", "no column"],
+    ),
+    "timestamps_shifted": (
+        lambda r: edit_table(r / EPISODES, **{"videos/observation.image.wrist/from_timestamp": [0.0, 0.6, 1.2]}),
+        ["from_timestamp", "episode 1", "0.5 s"],
+    ),
+    "data_missing": (lambda r: (r / DATA).unlink(), [DATA]),
+    "data_cut_off": (lambda r: truncate(r / DATA), [DATA, "again"]),
+    "data_without_action": (lambda r: edit_table(r / DATA, action=None), [DATA, "'action'", "no column"]),
+    "data_of_another_width": (lambda r: edit_table(r / DATA, action=[[1.0, 2.0]] * 5), [DATA, "[2]", "3 numbers"]),
+    "data_with_a_gap": (lambda r: edit_table(r / DATA, action=[[1.0, 2.0, 3.0]] * 4 + [None]), [DATA, "None"]),
+    "data_of_strings": (lambda r: edit_table(r / DATA, action=[["a", "b", "c"]] * 5), [DATA, "string"]),
+    "action_not_finite": (
+        lambda r: edit_table(r / DATA, action=nan_at_row_3(ACTIONS)),
+        ["action", "episode 0, frame 3"],
+    ),
+    "state_not_finite": (
+        lambda r: edit_table(r / DATA, **{"observation.state": nan_at_row_3(STATES)}),
+        ["observation.state", "episode 0, frame 3"],
+    ),
+    "task_unknown": (
+        lambda r: write_table(r / "meta/tasks.parquet", {"task_index": [0], "task": ["x"]}),
+        ["tasks", "1"],
+    ),
+    "video_missing": (lambda r: (r / WRIST).unlink(), [WRIST]),
+    "video_cut_off": (lambda r: truncate(r / FRONT), [FRONT, "again"]),
+    "video_too_short": (lambda r: write_video(r / FRONT, np.arange(11)), [FRONT, "11 frames", "12"]),
+    "video_too_long": (lambda r: write_video(r / FRONT, np.arange(13)), [FRONT, "13 frames", "12"]),
+    "video_is_text": (lambda r: (r / FRONT).write_text("no video"), [FRONT]),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_data_set_is_a_clear_error(name, tiny, cache):
+    break_it, words = BREAKS[name]
+    break_it(tiny)
+    with pytest.raises((ValueError, OSError)) as error:
+        LeRobotChunkDataset(tiny, 4, cache_dir=cache)
+    assert [word for word in words if word not in str(error.value)] == []
+    assert not list(cache.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"chunk_size": 0}, ["chunk_size is 0"]),
+        ({"chunk_size": 1.5}, ["chunk_size is 1.5"]),
+        ({"episodes": []}, ["episodes is []"]),
+        ({"episodes": [0, 3]}, ["[0, 3]", "up to 2"]),
+        ({"episodes": [-1]}, ["[-1]"]),
+        ({"episodes": [1, 1]}, ["[1, 1]", "each once"]),
+        ({"episodes": [0.5]}, ["[0.5]"]),
+        ({"image_keys": []}, ["image_keys is []", *SHADES]),
+        ({"image_keys": ["observation.image.top"]}, ["observation.image.top", *SHADES]),
+    ],
+)
+def test_a_wrong_argument_is_a_clear_error(arguments, words, tiny, cache):
+    with pytest.raises(ValueError) as error:
+        LeRobotChunkDataset(tiny, **{"chunk_size": 4, "cache_dir": cache} | arguments)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_a_frame_that_is_not_finite_can_be_left_out(tiny, cache):
+    edit_table(tiny / DATA, action=nan_at_row_3(ACTIONS))
+    assert len(LeRobotChunkDataset(tiny, 4, episodes=[1, 2], cache_dir=cache)) == 11
+
+
+def test_a_cache_that_cannot_be_written_is_a_clear_error(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file.*cache_dir"):
+        LeRobotChunkDataset(tiny, 4, cache_dir=tmp_path / "file")
+    with pytest.raises(ValueError, match="inside the data set"):
+        LeRobotChunkDataset(tiny, 4, cache_dir=tiny / "cache")
+
+
+def test_a_data_set_that_cannot_be_downloaded_is_a_clear_error(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="'nobody/no-such-data-set'.*--dataset_root"):
+        download_dataset("nobody/no-such-data-set")
+
+
+@pytest.fixture(scope="module")
+def pusht(tmp_path_factory):
+    if not PUSHT.is_dir():
+        pytest.skip(f"the PushT data set is not at {PUSHT}")
+    cache = tmp_path_factory.mktemp("pusht")
+    yield LeRobotChunkDataset(PUSHT, chunk_size=16, cache_dir=cache)
+    shutil.rmtree(cache)  # 700 MB
+
+
+def test_pusht_is_read_whole(pusht):
+    assert (len(pusht), len(np.unique(pusht.episode_index)), pusht.fps) == (25650, 206, 10)
+    assert pusht.action_chunks().shape == (25650, 16, 2)
+    assert pusht[0]["images"][0].shape == (96, 96, 3)
+    assert pusht[0]["text"] == "Push the T-shaped block onto the T-shaped target."
+    for values, key in ((pusht.states, "observation.state"), (pusht.actions, "action")):
+        np.testing.assert_allclose(values.min(0), pusht.stats[key]["min"])
+        np.testing.assert_allclose(values.max(0), pusht.stats[key]["max"])
+
+
+def test_pusht_images_show_the_agent_where_the_state_says(pusht):
+    """Frame 30 of each episode: the video's compression smears the agent, a blue disc, in most odd frames."""
+    frames = np.flatnonzero(pusht.frame_index == 30)
+    assert len(frames) > 190
+
+    def distances(shift: int) -> np.ndarray:
+        """In pixels, from the blue disc to the state of the frame `shift` later."""
+        centres = []
+        for i in frames:
+            blue = np.abs(pusht[i]["images"][0] - np.array([65, 105, 225])).max(axis=2) < 60
+            centres.append(np.argwhere(blue).mean(axis=0)[::-1])
+        return np.abs(np.array(centres) - (pusht.states[frames + shift] / 512 * 96 - 0.5)).max(axis=1)
+
+    assert (distances(0) < 2).mean() > 0.97
+    assert np.median(distances(0)) < 0.5
+    assert min(np.median(distances(-1)), np.median(distances(1))) > 1
