@@ -1,5 +1,7 @@
 """Configuration of SmolAndFast: a SmolVLM configuration plus the action side of the policy."""
 
+import re
+
 from transformers import SmolVLMConfig
 
 # SmolVLM 1 checkpoints call themselves Idefics3; their weights have the same names and shapes.
@@ -11,8 +13,7 @@ class SmolAndFastConfig(SmolVLMConfig):
     Everything of [`SmolVLMConfig`], and what turns the language model into a policy.
 
     [`SmolAndFastProcessor.model_kwargs`] gives the fields that must agree with the processor, so that each choice is
-    stated once:
-    `SmolAndFastForActionPrediction.from_pretrained("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", **processor.model_kwargs())`.
+    stated once: `SmolAndFastForActionPrediction.from_pretrained(smolvlm_folder, **processor.model_kwargs())`.
 
     Args:
         scale_factor (`int`, defaults to 1):
@@ -24,7 +25,7 @@ class SmolAndFastConfig(SmolVLMConfig):
         n_action_steps (`int`, defaults to 5): Actions of a chunk to execute before the next prediction.
         action_dim (`int`, *optional*): Dimensions of one action.
         n_state_bins (`int`, defaults to 256): Bins of each state dimension in the prompt.
-        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the text vocabulary that action tokens leave alone.
+        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the text vocabulary that stay text.
         action_token_base_id (`int`, *optional*):
             Vocabulary id of FAST token 0; token k has id `action_token_base_id - k`.
         fast_token_lengths (`list[int]`, *optional*):
@@ -98,8 +99,8 @@ class SmolAndFastConfig(SmolVLMConfig):
         vision = self.vision_config
         if vision.image_size % (vision.patch_size * self.scale_factor):
             raise ValueError(
-                f"An image of {vision.image_size} pixels does not divide into patches of {vision.patch_size} and these "
-                f"into groups of scale_factor {self.scale_factor}. Make vision_config.image_size a multiple of "
+                f"An image of {vision.image_size} pixels does not divide into patches of {vision.patch_size}, these "
+                f"into squares of scale_factor {self.scale_factor}. Make vision_config.image_size a multiple of "
                 f"{vision.patch_size * self.scale_factor}, or change scale_factor."
             )
         if self.fast_token_lengths is not None and self.fast_token_bytes is not None:
@@ -113,7 +114,7 @@ class SmolAndFastConfig(SmolVLMConfig):
         fields = {
             "action_dim": self.action_dim,
             "action_token_base_id": self.action_token_base_id,
-            "fast_token_lengths or fast_token_bytes": self.fast_token_lengths or self.fast_token_bytes,
+            "fast_token_lengths or fast_token_bytes": self.fast_token_lengths or self.fast_token_bytes or None,
         }
         missing = [name for name, value in fields.items() if value is None]
         if len(missing) == len(fields):
@@ -123,6 +124,13 @@ class SmolAndFastConfig(SmolVLMConfig):
                 f"The action side is half filled: {', '.join(missing)} missing. Take all of it from "
                 "SmolAndFastProcessor.model_kwargs()."
             )
+        lengths, hexes = self.fast_token_lengths or (), self.fast_token_bytes or ()
+        if any(not isinstance(n, int) or n < 1 for n in lengths):
+            raise ValueError("fast_token_lengths holds a token of no coefficient. Take it from token_grammar().")
+        if any(token is not None and not re.fullmatch("([0-9a-f]{2})+", token) for token in hexes):
+            raise ValueError("fast_token_bytes holds what is no hexadecimal. Take it from token_grammar().")
+        if not isinstance(self.action_token_base_id, int):
+            raise ValueError(f"action_token_base_id is {self.action_token_base_id!r}, expected a vocabulary id.")
         first_id = self.action_token_base_id - self.num_action_tokens + 1
         if first_id < 0 or self.action_token_base_id >= self.text_config.vocab_size:
             raise ValueError(

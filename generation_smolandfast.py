@@ -51,7 +51,9 @@ class ActionGrammar:
             self.max_new_tokens = self.num_coefficients
         else:
             too_long = self.num_coefficients + 1
-            tokens = [b"\x00" * too_long if token is None else bytes.fromhex(token) for token in config.fast_token_bytes]
+            tokens = [
+                b"\x00" * too_long if token is None else bytes.fromhex(token) for token in config.fast_token_bytes
+            ]
             if not {bytes([byte]) for byte in range(256)} <= set(tokens):
                 raise ValueError("fast_token_bytes lacks single bytes, so not every chunk can be written.")
             self.started = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens])
@@ -59,7 +61,7 @@ class ActionGrammar:
                 [[_read_bytes(state, token) for token in tokens] for state in range(len(UTF8_STATES))]
             )
             self.max_new_tokens = 3 * self.num_coefficients  # bytes of the longest symbols
-        if (self.started == 1).sum() == 0 or (self.started < 0).any():
+        if not (self.started == 1).any():
             raise ValueError("No action token stands for a single coefficient, so not every chunk can be written.")
 
     def read(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -85,6 +87,14 @@ class ActionGrammar:
             left = torch.where(whole | (after == INVALID), left, left - started[tokens])
             state = torch.where(whole, state, after)
         return left, state
+
+    def is_whole(self, action_ids: torch.LongTensor) -> torch.BoolTensor:
+        """Whether each string holds exactly one chunk: `(batch, length) -> (batch,)`."""
+        left, state = self.read(action_ids)
+        return (left == 0) & (state == 0)
+
+    def is_action(self, token_id: int) -> bool:
+        return 0 <= action_token_map(token_id, self.base_id) < len(self.started)
 
     def allowed(self, left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
         """The tokens that may follow: `(batch,)`, `(batch,) -> (batch, num_action_tokens)`."""
@@ -127,8 +137,7 @@ class ChunkIsWhole(StoppingCriteria):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        left, state = self.grammar.read(input_ids[:, self.prompt_length :])
-        return ((left == 0) & (state == 0)) | (state == INVALID)
+        return self.grammar.is_whole(input_ids[:, self.prompt_length :])
 
 
 def _read_bytes(state: int, token: bytes) -> int:

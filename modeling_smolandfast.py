@@ -7,6 +7,7 @@ loads. What is added: the loss over the action tokens alone, and `generate()` th
 from functools import cached_property, wraps
 
 import torch
+from safetensors import SafetensorError
 from transformers import LogitsProcessorList, SmolVLMForConditionalGeneration, StoppingCriteriaList
 from transformers.utils import logging
 
@@ -48,31 +49,37 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         Raises:
             ValueError: A checkpoint of another kind, or one that does not fit the configuration; a connector that had
                 to be re-created though `freeze_connector` is set.
+            OSError: Files that are missing or damaged.
         """
         kwargs["ignore_mismatched_sizes"] = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"model.safetensors of {pretrained_model_name_or_path} is damaged: {error}. Download or save it again."
+            ) from error
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} of this model's weights, {missing[0]} first: it "
-                "is not a whole SmolAndFast or SmolVLM checkpoint. Download or save it again."
+                f"{pretrained_model_name_or_path} lacks {len(missing)} of this model's weights, {missing[0]} first: "
+                "it is not a whole SmolAndFast or SmolVLM checkpoint. Download or save it again."
             )
         mismatched = {key: (tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"]}
         recreated = mismatched.pop(PROJECTION_KEY, None)
         for key, (found, expected) in mismatched.items():
             raise ValueError(
-                f"{key} has shape {found} in {pretrained_model_name_or_path} and {expected} in the configuration. Only "
-                "scale_factor may differ from the checkpoint; leave the other sizes as they are."
+                f"{key} has shape {found} in {pretrained_model_name_or_path} and {expected} in the configuration. "
+                "Only scale_factor may differ from the checkpoint; leave the other sizes as they are."
             )
         if recreated is not None:
             found, expected = recreated
             if model.config.freeze_connector:
                 raise ValueError(
                     f"freeze_connector is set, but scale_factor={model.config.scale_factor} differs from the "
-                    f"checkpoint's, so the connector's projection was re-created at random ({found} -> {expected}) and "
-                    "would never be trained. Unfreeze the connector or keep the checkpoint's scale_factor."
+                    f"checkpoint's, so the connector's projection was re-created at random ({found} -> {expected}) "
+                    "and would never be trained. Unfreeze the connector or keep the checkpoint's scale_factor."
                 )
             logger.warning(
                 f"scale_factor={model.config.scale_factor} differs from the checkpoint's: the connector's projection "
@@ -90,7 +97,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         # ignores -100 in any case, so it and its gradients are those of the full logits.
         kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
         if len(kept) == 0:
-            raise ValueError("labels has no action token to learn: every entry is -100. Pass actions to the processor.")
+            raise ValueError(
+                "labels has no action token to learn: every entry is -100. Pass actions to the processor."
+            )
         outputs = super().forward(*args, logits_to_keep=kept, return_dict=True, **kwargs)
         outputs.loss = self.loss_function(
             logits=outputs.logits,
@@ -125,26 +134,38 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 scores that are not finite.
         """
         grammar = self.action_grammar
-        for name in ("max_new_tokens", "max_length", "min_new_tokens", "min_length", "stop_strings"):
-            if kwargs.get(name) is not None:
+        for name in ("max_new_tokens", "max_length", "max_time", "min_new_tokens", "min_length", "stop_strings"):
+            if kwargs.pop(name, None) is not None:
                 raise ValueError(
-                    f"{name}={kwargs[name]!r}: an action string ends by itself at its last coefficient. Drop {name}."
+                    f"generate() takes no {name}: an action string ends by itself at its last coefficient. Drop it."
                 )
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
         eos_token_id = self.generation_config.eos_token_id
         eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+        if eos_token_id is None or grammar.is_action(eos_token_id):
+            raise ValueError(
+                f"generation_config.eos_token_id is {eos_token_id}, expected an id outside the action tokens. Set it "
+                "to processor.tokenizer.eos_token_id."
+            )
         prompt_length = input_ids.shape[1]
         constraint = ActionLogitsProcessor(grammar, prompt_length, eos_token_id)
         whole = ChunkIsWhole(grammar, prompt_length)
-        return super().generate(
+        output = super().generate(
             inputs,
             logits_processor=LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), constraint]),
             stopping_criteria=StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), whole]),
             max_new_tokens=grammar.max_new_tokens,
             **kwargs,
         )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if not grammar.is_whole(sequences[:, prompt_length:]).all():
+            raise ValueError(
+                "The options given to generate() cut a chunk short or asked for more different chunks than exist. "
+                "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
+            )
+        return output
 
 
 SmolAndFastForActionPrediction.register_for_auto_class("AutoModel")

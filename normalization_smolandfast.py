@@ -22,7 +22,10 @@ def compute_statistics(states: np.ndarray, actions: np.ndarray) -> dict[str, dic
         `min`, `max`, `q01`, `q99` of each dimension, under `observation.state`, `action` and, where the dimensions
         match, `relative_action` (action minus state).
     """
-    states, actions = np.asarray(states, dtype=np.float64), np.asarray(actions, dtype=np.float64)
+    states = as_numbers(states, "states", ("N", "state_dim"))
+    actions = as_numbers(actions, "actions", (len(states), "chunk_size", "action_dim"))
+    if len(states) == 0:
+        raise ValueError("states is empty: pass the demonstrations.")
     values = {STATE: states, ACTION: actions}
     if states.shape[-1] == actions.shape[-1]:
         values[RELATIVE_ACTION] = actions - states[:, None]
@@ -59,20 +62,27 @@ class Normalizer:
         n_state_bins: int = 256,
         use_relative_actions: bool = False,
     ):
-        if normalization not in BOUNDS:
+        if normalization not in list(BOUNDS):
             raise ValueError(f"normalization is {normalization!r}, expected one of {', '.join(BOUNDS)}.")
         if not isinstance(statistics, dict):
             raise ValueError(
                 f"statistics is {statistics!r}, expected a dictionary with {STATE!r} and {ACTION!r}. Compute it from "
                 "the demonstrations with compute_statistics(states, actions)."
             )
+        if not isinstance(n_state_bins, int) or n_state_bins < 1:
+            raise ValueError(f"n_state_bins is {n_state_bins!r}, expected a whole number of at least 1.")
         low, high = BOUNDS[normalization]
         self.n_state_bins = n_state_bins
         self.use_relative_actions = use_relative_actions
-        self._state = _read_bounds(statistics, STATE, low, high)
-        self._action = _read_bounds(statistics, RELATIVE_ACTION if use_relative_actions else ACTION, low, high)
+        self._state = _read_widest(statistics, STATE, low, high)
+        self._action = _read_widest(statistics, RELATIVE_ACTION if use_relative_actions else ACTION, low, high)
         self.action_limits = _read_bounds(statistics, ACTION, "min", "max")
         self.state_dim, self.action_dim = len(self._state[0]), len(self._action[0])
+        if len(self.action_limits[0]) != self.action_dim:
+            raise ValueError(
+                f"statistics[{ACTION!r}] has {len(self.action_limits[0])} dimensions in min and max, and "
+                f"{self.action_dim} elsewhere. Compute it anew."
+            )
         if use_relative_actions and self.state_dim != self.action_dim:
             raise ValueError(
                 f"use_relative_actions needs a state and an action of equal dimensions, got {self.state_dim} and "
@@ -117,20 +127,24 @@ def _to_unit(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.nd
     return np.where(high > low, (values - low) / width * 2 - 1, 0.0)
 
 
+def _read_widest(statistics: dict, name: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds, and min and max for a dimension that moves too rarely (a gripper) for its quantiles to differ."""
+    bounds, widest = _read_bounds(statistics, name, low, high), _read_bounds(statistics, name, "min", "max")
+    still = bounds[0] == bounds[1]
+    return np.where(still, widest[0], bounds[0]), np.where(still, widest[1], bounds[1])
+
+
 def _read_bounds(statistics: dict, name: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
-    if name not in statistics:
+    if not isinstance(statistics.get(name), dict):
         raise ValueError(
-            f"statistics has no {name!r}, only {sorted(statistics)}. Compute it from the demonstrations with "
-            "compute_statistics(states, actions)."
+            f"statistics has no dictionary {name!r}, only {sorted(map(str, statistics))}. "
+            "Compute it from the demonstrations with compute_statistics(states, actions)."
         )
     bounds = []
     for key in (low, high):
         if key not in statistics[name]:
             raise ValueError(f"statistics[{name!r}] has no {key!r}, only {sorted(statistics[name])}. Compute it anew.")
-        values = np.asarray(statistics[name][key], dtype=np.float64)
-        if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-            raise ValueError(f"statistics[{name!r}][{key!r}] is {values.tolist()}, expected a list of finite numbers.")
-        bounds.append(values)
+        bounds.append(as_numbers(statistics[name][key], f"statistics[{name!r}][{key!r}]", ("dim",)))
     if len(bounds[0]) != len(bounds[1]) or (bounds[0] > bounds[1]).any():
         raise ValueError(f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}.")
     return bounds[0], bounds[1]
@@ -152,5 +166,7 @@ def as_numbers(values: "np.ndarray | torch.Tensor", name: str, shape: tuple | No
         raise ValueError(f"{name} has shape {values.shape}, expected ({', '.join(map(str, shape))}).")
     if not np.isfinite(values).all():
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-        raise ValueError(f"{name}{list(first)} is {values[first]}, expected finite numbers. Check the sensor or the data.")
+        raise ValueError(
+            f"{name}{list(first)} is {values[first]}, expected finite numbers. Check the sensor or the data."
+        )
     return values

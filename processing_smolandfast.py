@@ -41,7 +41,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         use_relative_actions (`bool`, defaults to `False`): Whether actions are predicted relative to the state.
         chunk_size (`int`, *optional*): Actions in a chunk. The FAST tokenizer's horizon, which FAST+ leaves open.
         n_state_bins (`int`, defaults to 256): Bins of each state dimension in the prompt.
-        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that action tokens leave alone.
+        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that stay text.
         scale_factor (`int`, defaults to 1): Side of the model's pixel shuffle.
         patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
         default_task (`str`, defaults to `""`): Stands in for an empty task.
@@ -91,8 +91,8 @@ class SmolAndFastProcessor(ProcessorMixin):
             )
         if action_tokenizer.action_dim not in (None, self.normalizer.action_dim):
             raise ValueError(
-                f"The statistics have {self.normalizer.action_dim} action dimensions, but the FAST tokenizer was fitted "
-                f"for {action_tokenizer.action_dim}. Fit one on the actions of this robot."
+                f"The statistics have {self.normalizer.action_dim} action dimensions, but the FAST tokenizer was "
+                f"fitted for {action_tokenizer.action_dim}. Fit one on the actions of this robot."
             )
         super().__init__(image_processor, tokenizer, action_tokenizer, chat_template=chat_template)
         self.action_token_base_id = tokenizer.vocab_size - 1 - fast_skip_tokens
@@ -103,7 +103,9 @@ class SmolAndFastProcessor(ProcessorMixin):
             )
         last_prompt_id = tokenizer(self._prompt_around_images(1)[1])["input_ids"][-1]
         if self._is_action(np.array(last_prompt_id)):
-            raise ValueError("The prompt ends with an action token, so the two cannot be told apart. Change the vocabulary.")
+            raise ValueError(
+                "The prompt ends with an action token, so the two cannot be told apart. Change the vocabulary."
+            )
 
     @classmethod
     def from_vlm(
@@ -182,8 +184,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         """Prepare one sample or a batch.
 
         Args:
-            images: One sample: an RGB image (PIL; NumPy array or tensor, `(H, W, 3)` or `(3, H, W)`, uint8 or floats in
-                [0, 1]; any size), or a list with one of each camera. A batch: a list with one entry a sample, or an
+            images: One sample: an RGB image (PIL; NumPy array or tensor, `(H, W, 3)` or `(3, H, W)`, uint8 or floats
+                in [0, 1]; any size), or a list with one of each camera. A batch: a list with one entry a sample, or an
                 array `(batch, ...)` for one camera.
             text: The task, one sentence or one a sample. `None` or empty: the default task.
             state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
@@ -211,8 +213,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         num_images = len(images) if isinstance(images, (list, tuple)) or np.ndim(images) > 3 else 1
         if num_images != batch_size or len(tasks) != batch_size:
             raise ValueError(
-                f"Got {num_images} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of each "
-                "a sample. For one sample, state has shape (state_dim,)."
+                f"Got {num_images} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of "
+                "each a sample. For one sample, state has shape (state_dim,)."
             )
         images = [_as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)]
         bins = self.normalizer.state_bins(state)
@@ -253,7 +255,9 @@ class SmolAndFastProcessor(ProcessorMixin):
         """
         ids = torch.as_tensor(generated_ids).cpu().numpy()
         if ids.ndim != 2:
-            raise ValueError(f"generated_ids has shape {ids.shape}, expected (batch, length) as generate() returns it.")
+            raise ValueError(
+                f"generated_ids has shape {ids.shape}, expected (batch, length) as generate() returns it."
+            )
         tokens, prompts = [], []
         for row in ids:
             is_action = self._is_action(row)
@@ -277,10 +281,14 @@ class SmolAndFastProcessor(ProcessorMixin):
         before, after = rendered.split(mark)
         return before, after
 
-    def _write_prompt(self, template: tuple[str, str], task: str | None, bins, rows: list[int], cols: list[int]) -> str:
+    def _write_prompt(
+        self, template: tuple[str, str], task: str | None, bins, rows: list[int], cols: list[int]
+    ) -> str:
         task = task or self.default_task
         if not isinstance(task, str) or any(token in task for token in self.tokenizer.get_added_vocab()):
-            raise ValueError(f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens.")
+            raise ValueError(
+                f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens."
+            )
         prompt, *pieces = template[0].split(self.tokenizer.image_token)
         for row, col, piece in zip(rows, cols, pieces, strict=True):
             prompt += get_image_prompt_string(
@@ -301,8 +309,8 @@ class SmolAndFastProcessor(ProcessorMixin):
             bins = [int(number) for number in found[-1].split()] if found else []
             if len(bins) != self.normalizer.state_dim or max(bins) >= self.n_state_bins:
                 raise ValueError(
-                    f"generated_ids[{index}] holds no state of {self.normalizer.state_dim} bins before its actions, and "
-                    "relative actions are relative to it. Pass what generate() returned, the prompt included."
+                    f"generated_ids[{index}] holds no state of {self.normalizer.state_dim} bins before its actions, "
+                    "and relative actions are relative to it. Pass what generate() returned, the prompt included."
                 )
             rows.append(bins)
         return np.array(rows)
@@ -333,8 +341,8 @@ def _as_rgb(image, name: str) -> np.ndarray:
         # The comparison is written so that NaN fails it.
         if not (image.min() >= 0 and image.max() <= 1):
             raise ValueError(
-                f"{name} has floats from {image.min()} to {image.max()}, expected [0, 1], or uint8 in [0, 255]. Divide "
-                "by 255, and do not normalise: the processor does."
+                f"{name} has floats from {image.min()} to {image.max()}, expected [0, 1], or uint8 in [0, 255]. "
+                "Divide by 255, and do not normalise: the processor does."
             )
         image = np.round(image * 255).astype(np.uint8)
     if image.dtype != np.uint8:

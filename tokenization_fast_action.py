@@ -71,8 +71,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 "not belong to an action tokenizer. Fit one with FastActionTokenizer.fit(...), or load FAST+ from "
                 "'physical-intelligence/fast'."
             )
-        if not scale > 0:
-            raise ValueError(f"scale is {scale}, expected a number above 0. The FAST paper uses 10.")
+        _check_scale(scale)
         # The official files name classes that live in another repository.
         kwargs.pop("auto_map", None)
         kwargs.pop("processor_class", None)
@@ -106,7 +105,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
-        # Transformers rebuilds the tokenizer of a subclass that has an `__init__` from its vocabulary and merges alone;
+        # Transformers rebuilds the tokenizer of a subclass that has an `__init__` from vocabulary and merges alone;
         # ours is to be the file as it is, like PreTrainedTokenizerFast's.
         return PreTrainedTokenizerFast.convert_to_native_format(**kwargs)
 
@@ -158,8 +157,9 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             ValueError: wrong shape, values that are not finite, or fewer tokens than symbols.
         """
         chunks = _as_chunks(chunks)
-        if not scale > 0:
-            raise ValueError(f"scale is {scale}, expected a number above 0. The FAST paper uses 10.")
+        _check_scale(scale)
+        if not isinstance(vocab_size, int):
+            raise ValueError(f"vocab_size is {vocab_size!r}, expected a whole number.")
         if chunks.shape[0] == 0:
             raise ValueError("chunks is empty: pass at least one (H, D) chunk to fit on.")
         coefficients = _dct_coefficients(chunks, scale)
@@ -168,7 +168,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         if num_symbols > min(vocab_size, MAX_SYMBOLS):
             raise ValueError(
                 f"The coefficients run from {low} to {high}: {num_symbols} symbols, more than the vocabulary of "
-                f"{vocab_size} can hold. Use a larger vocab_size or a scale smaller than {scale}, or look for outliers "
+                f"{vocab_size} can hold. Use a larger vocab_size or a scale below {scale}, or look for outliers "
                 "in the actions (quantile normalisation tames them)."
             )
         backend = Tokenizer(models.BPE())
@@ -239,6 +239,8 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"Asked for chunks of shape ({horizon}, {action_dim}), but this tokenizer was fitted for "
                 f"({self.horizon}, {self.action_dim}). Fit a tokenizer for the other shape."
             )
+        if min(horizon, action_dim) < 1:
+            raise ValueError(f"horizon is {horizon} and action_dim is {action_dim}, expected at least 1 each.")
         rows = [self._read_coefficients(row, index) for index, row in enumerate(ids)]
         for index, row in enumerate(rows):
             if row.size != horizon * action_dim:
@@ -268,6 +270,8 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             vocabulary that these chunks use; `num_chunks`, `vocab_size`.
         """
         actions = self._check_shape(_as_chunks(actions))
+        if len(actions) == 0:
+            raise ValueError("actions is empty: pass at least one (H, D) chunk to report on.")
         ids = self.encode_actions(actions)
         lengths = np.array([len(row) for row in ids])
         errors = (self.decode_actions(ids, *actions.shape[1:]) - actions) * np.asarray(action_scale)
@@ -309,9 +313,12 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         return actions
 
     def _read_coefficients(self, ids: Sequence[int], index: int) -> np.ndarray:
-        if np.ndim(ids) != 1:
-            raise ValueError(f"ids[{index}] is {ids!r}, expected a list of ids: decode_actions takes a batch of lists.")
-        ids = [int(i) for i in ids]
+        array = np.asarray(ids)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(
+                f"ids[{index}] is {ids!r}, expected a list of ids: decode_actions takes a batch of lists."
+            )
+        ids = array.tolist()
         if not all(0 <= i < len(self._token_bytes) for i in ids):
             wrong = next(i for i in ids if not 0 <= i < len(self._token_bytes))
             raise ValueError(f"ids[{index}] holds {wrong}, expected FAST ids in [0, {len(self._token_bytes)}).")
@@ -326,6 +333,11 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         return symbols - self._first_symbol + self.min_coefficient
 
 
+def _check_scale(scale: float) -> None:
+    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale!r}, expected a number above 0. The FAST paper uses 10.")
+
+
 def _as_chunks(actions: "np.ndarray | torch.Tensor") -> np.ndarray:
     """Check `(batch, horizon, action_dim)` finite numbers; float32 and float64 stay what they are."""
     if isinstance(actions, torch.Tensor):
@@ -338,7 +350,8 @@ def _as_chunks(actions: "np.ndarray | torch.Tensor") -> np.ndarray:
         actions = actions.astype(np.float32 if actions.dtype == np.float16 else np.float64)
     if actions.ndim != 3 or 0 in actions.shape[1:]:
         raise ValueError(
-            f"actions has shape {actions.shape}, expected (batch, horizon, action_dim). A single chunk is actions[None]."
+            f"actions has shape {actions.shape}, expected (batch, horizon, action_dim). "
+            "A single chunk is actions[None]."
         )
     if not np.isfinite(actions).all():
         first = tuple(int(i) for i in np.argwhere(~np.isfinite(actions))[0])
@@ -351,9 +364,10 @@ def _dct_coefficients(actions: np.ndarray, scale: float) -> np.ndarray:
     coefficients = np.around(dct(actions, axis=1, norm="ortho") * scale)
     if not np.isfinite(coefficients).all():
         raise ValueError(
-            f"actions go up to {np.abs(actions).max():.3g} and overflow the transform. Normalise them to about [-1, 1]."
+            f"actions go up to {np.abs(actions).max():.3g} and overflow the transform. "
+            "Normalise them to about [-1, 1]."
         )
-    return coefficients.reshape(len(actions), -1)
+    return coefficients.reshape(len(actions), actions.shape[1] * actions.shape[2])
 
 
 def _write_symbols(code_points: np.ndarray) -> list[str]:

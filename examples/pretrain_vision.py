@@ -20,6 +20,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from smolandfast.training_smolandfast import bf16_is_faster
+
 
 class PoseRegressor(nn.Module):
     """The vision tower and connector of the tiny model, and a linear layer that reads positions off their tokens."""
@@ -74,11 +76,10 @@ def mean_error_pixels(prediction) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="outputs/vision")
-    parser.add_argument("--num_scenes", type=int, default=60_000)
-    parser.add_argument("--max_steps", type=int, default=3_000)
+    parser.add_argument("--num_scenes", type=int, default=40_000)
+    parser.add_argument("--max_steps", type=int, default=2_400)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast: faster where the CPU has AMX")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -99,7 +100,7 @@ def main() -> None:
             weight_decay=0.01,
             warmup_steps=200,
             lr_scheduler_type="cosine",
-            bf16=args.bf16,
+            bf16=bf16_is_faster(),
             use_cpu=not torch.cuda.is_available(),
             optim="adamw_torch_fused",
             logging_steps=100,

@@ -3,24 +3,24 @@
 `gym_pusht/PushT-v0` (Chi et al. 2023, "Diffusion Policy"): a round pusher moves a T-shaped block onto its outline. An
 action is the point in [0, 512]^2 that the pusher is drawn to for a tenth of a second. The reward is the covered share
 of the outline, divided by 0.95 and cut at 1; covering 95 % ends the episode as a success.
-
-The environments are stepped in turn in this process, as by gymnasium's `SyncVectorEnv`. In a plain list, unlike there,
-an episode that is over costs nothing, and pixels, most of a step's time, are drawn only when the policy looks at them.
 """
 
+import contextlib
 import io
 import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
 import av
 import gymnasium
 import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -40,35 +40,22 @@ BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 
 Predict = Callable[[list[np.ndarray], np.ndarray], np.ndarray]
 
 
+@dataclass
 class Episode:
-    """One episode in an environment of its own, so that nothing but its seed and its actions decides it."""
+    """One episode: its scores, and, if it is filmed, its scenes as PNG files (raw, six would take 800 MB)."""
 
-    def __init__(self, seed: int, max_steps: int, record: bool):
-        size = {"visualization_width": FRAME_SIZE, "visualization_height": FRAME_SIZE}
-        # The environment checker objects to the observations that `step` leaves undrawn.
-        options = {"obs_type": "pixels_agent_pos", "max_episode_steps": max_steps, "disable_env_checker": True}
-        self.env = gymnasium.make(ENV_ID, **options, **size)
-        self.observation, _ = self.env.reset(seed=seed)
-        self.queue: deque[np.ndarray] = deque()  # actions of the current chunk still to execute
-        self.seed, self.record, self.success, self.done = seed, record, False, False
-        self.rewards: list[float] = []
-        self.frames: list[bytes] = []  # the filmed scenes, as PNG files: raw, six episodes would take 800 MB
-        self._film()
+    seed: int
+    is_filmed: bool
+    rewards: list[float] = field(default_factory=list)
+    success: bool = False
+    done: bool = False
+    frames: list[bytes] = field(default_factory=list)
+    queue: deque[np.ndarray] = field(default_factory=deque)  # actions of the current chunk still to execute
 
-    def step(self) -> None:
-        # The policy looks only at what follows a chunk's last action: no other observation needs its pixels.
-        self.env.unwrapped.obs_type = "state" if len(self.queue) > 1 else "pixels_agent_pos"
-        self.observation, reward, terminated, truncated, info = self.env.step(self.queue.popleft())
-        self.rewards.append(float(reward))
-        self.success, self.done = bool(info["is_success"]), bool(terminated or truncated)
-        self._film()
-        if self.done:
-            self.env.close()
-
-    def _film(self) -> None:
-        if self.record:
+    def film(self, env: gymnasium.Env) -> None:
+        if self.is_filmed:
             png = io.BytesIO()
-            Image.fromarray(self.env.render()).save(png, "PNG", compress_level=1)
+            Image.fromarray(env.render()).save(png, "PNG", compress_level=1)
             self.frames.append(png.getvalue())
 
 
@@ -146,34 +133,46 @@ def rollout(
     """
     if min(counts := (len(seeds), n_action_steps, num_envs, max_steps)) < 1:
         raise ValueError(f"len(seeds), n_action_steps, num_envs, max_steps are {counts}, expected at least 1 each.")
-    seeds = [int(seed) for seed in seeds]
-    episodes: list[Episode] = []
-    running: list[Episode] = []
+    episodes = [Episode(int(seed), is_filmed=i < record) for i, seed in enumerate(seeds)]
+    to_come, playing = deque(episodes), [Episode(0, is_filmed=False, done=True)] * min(num_envs, len(episodes))
+    envs = SyncVectorEnv([partial(_make_env, max_steps)] * len(playing), autoreset_mode=AutoresetMode.DISABLED)
     num_requested, num_chunks, predict_seconds = 0, 0, 0.0
-    with tqdm(total=len(seeds) * max_steps, unit="step", disable=not progress) as bar:
-        while running or len(episodes) < len(seeds):
-            while len(running) < num_envs and len(episodes) < len(seeds):
-                episodes.append(Episode(seeds[len(episodes)], max_steps, record=len(episodes) < record))
-                running.append(episodes[-1])
+    with contextlib.closing(envs), tqdm(total=len(episodes), unit="episode", disable=not progress) as bar:
+        while True:
+            free = np.array([episode.done for episode in playing])
+            if free.all() and not to_come:
+                break
+            if free.any():
+                # Once no seed is left, an environment that is done plays on for nobody: a vector steps them all.
+                for slot in np.flatnonzero(free).tolist():
+                    playing[slot] = to_come.popleft() if to_come else Episode(0, is_filmed=False, done=True)
+                observations, _ = envs.reset(seed=[e.seed for e in playing], options={"reset_mask": free})
+                for slot in np.flatnonzero(free).tolist():
+                    playing[slot].film(envs.envs[slot])
 
-            waiting = [episode for episode in running if not episode.queue]
+            waiting = [slot for slot, episode in enumerate(playing) if not episode.queue and not episode.done]
             if waiting:
-                images = [episode.observation["pixels"] for episode in waiting]
-                states = np.stack([episode.observation["agent_pos"] for episode in waiting]).astype(np.float32)
                 num_requested += len(waiting)
                 start = time.perf_counter()
-                chunks = predict(images, states)
+                images, states = observations["pixels"][waiting], observations["agent_pos"][waiting]
+                chunks = predict(list(images), states.astype(np.float32))
                 predict_seconds += time.perf_counter() - start
-                for episode, chunk in zip(waiting, _checked(chunks, len(waiting), n_action_steps), strict=True):
-                    episode.queue.extend(chunk[:n_action_steps])
+                for slot, chunk in zip(waiting, _checked(chunks, len(waiting), n_action_steps), strict=True):
+                    playing[slot].queue.extend(chunk[:n_action_steps])
                 num_chunks += len(waiting)
-            for episode in running:
-                episode.step()
-            bar.update(sum(1 + episode.done * (max_steps - len(episode.rewards)) for episode in running))
-            running = [episode for episode in running if not episode.done]
+            rest = np.zeros(ACTION_DIM, dtype=np.float32)
+            actions = np.stack([rest if episode.done else episode.queue.popleft() for episode in playing])
+            observations, rewards, terminated, truncated, infos = envs.step(actions)
+            for slot, episode in enumerate(playing):
+                if not episode.done:
+                    episode.rewards.append(float(rewards[slot]))
+                    episode.success = bool(infos["is_success"][slot])
+                    episode.done = bool(terminated[slot] or truncated[slot])
+                    episode.film(envs.envs[slot])
+                    bar.update(episode.done)
 
     return RolloutResult(
-        seeds=seeds,
+        seeds=[episode.seed for episode in episodes],
         max_rewards=[max(episode.rewards) for episode in episodes],
         sum_rewards=[sum(episode.rewards) for episode in episodes],
         successes=[episode.success for episode in episodes],
@@ -183,6 +182,11 @@ def rollout(
         predict_seconds=predict_seconds,
         recordings=episodes[:record],
     )
+
+
+def _make_env(max_steps: int) -> gymnasium.Env:
+    size = {"visualization_width": FRAME_SIZE, "visualization_height": FRAME_SIZE}
+    return gymnasium.make(ENV_ID, obs_type="pixels_agent_pos", max_episode_steps=max_steps, **size)
 
 
 def _checked(chunks: np.ndarray, num_asked: int, n_action_steps: int) -> np.ndarray:

@@ -63,20 +63,20 @@ PRESETS = {
         "chunk_size": 16,
         "n_action_steps": 8,
         "use_relative_actions": True,
-        "fast_scale": 30.0,
-        "fast_vocab_size": 512,
+        "fast_scale": 20.0,
+        "fast_vocab_size": 256,
         "turn_probability": 0.3,
         "max_shift": 3,
-        "vision_learning_rate": 3e-4,
+        "vision_learning_rate": 5e-4,
         "connector_learning_rate": 1e-3,
         "text_learning_rate": 1e-3,
         "weight_decay": 0.05,
-        "per_device_train_batch_size": 128,
+        "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 128,
-        "max_steps": 7_000,
+        "max_steps": 8_000,
         "warmup_steps": 200,
-        "eval_steps": 500,
-        "save_steps": 500,
+        "eval_steps": 2_000,
+        "save_steps": 2_000,
         "logging_steps": 50,
     },
 }
@@ -208,7 +208,9 @@ def make_policy(
     if args.vision_weights:
         unexpected = model.load_state_dict(load_file(args.vision_weights), strict=False).unexpected_keys
         if unexpected:
-            raise ValueError(f"{args.vision_weights} has weights that the tiny policy has not, such as {unexpected[0]}.")
+            raise ValueError(
+                f"{args.vision_weights} has weights that the tiny policy has not, such as {unexpected[0]}."
+            )
     return model, processor
 
 

@@ -1,0 +1,119 @@
+"""Time the parts of the shipped policy and of the tokenizer: `make bench`.
+
+Both sides of a comparison run in one process, alternating; a figure is the median of its repeats. Nothing else should
+run on the machine meanwhile. Writes `benchmarks/results/bench.json` and `bench.md`.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.fft import dct, idct
+
+from smolandfast import FastActionTokenizer, SmolAndFastForActionPrediction, SmolAndFastProcessor
+from smolandfast.training_smolandfast import bf16_is_faster, make_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
+RESULTS = ROOT / "benchmarks/results"
+
+
+def seconds(*functions, repeats: int = 7) -> list[float]:
+    """Median seconds of each function, called in turn; the first round is for warming up."""
+    times = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, found in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found[1:]) for found in times]
+
+
+def bench_tokenizer() -> dict[str, float]:
+    """1,024 chunks of 50x14 against the official per-sample way: a loop over chunks around the same BPE."""
+    rng = np.random.default_rng(0)
+    chunks = np.cumsum(rng.normal(0, 0.05, (1024, 50, 14)), axis=1).clip(-1, 1)
+    tokenizer = FastActionTokenizer.fit(chunks, 10.0, 1024)
+    backend, low = tokenizer.backend_tokenizer, tokenizer.min_coefficient
+    ids = tokenizer.encode_actions(chunks)
+
+    def encode_one_by_one():
+        for chunk in chunks:
+            numbers = np.around(dct(chunk[None], axis=1, norm="ortho") * 10.0).flatten() - low
+            backend.encode("".join(map(chr, (numbers + 0xF0000).astype(int))))
+
+    def decode_one_by_one():
+        for row in ids:
+            text = "".join(backend.id_to_token(i) for i in row)
+            idct((np.array(list(map(ord, text))) - 0xF0000 + low).reshape(50, 14) / 10.0, axis=0, norm="ortho")
+
+    encode, loop_encode = seconds(lambda: tokenizer.encode_actions(chunks), encode_one_by_one)
+    decode, loop_decode = seconds(lambda: tokenizer.decode_actions(ids), decode_one_by_one)
+    return {
+        "FAST encode, 1024 chunks 50x14, ms": encode * 1e3,
+        "FAST encode, times the per-sample loop": loop_encode / encode,
+        "FAST decode, 1024 chunks 50x14, ms": decode * 1e3,
+        "FAST decode, times the per-sample loop": loop_decode / decode,
+    }
+
+
+def bench_policy() -> dict[str, float]:
+    processor = SmolAndFastProcessor.from_pretrained(CHECKPOINT, trust_remote_code=True)
+    model = SmolAndFastForActionPrediction.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(0, 256, (64, 96, 96, 3), dtype=np.uint8))
+    states = rng.uniform(100, 400, (64, 2))
+    actions = states[:, None] + rng.normal(0, 20, (64, processor.chunk_size, 2))
+
+    def chunks(count: int):
+        inputs = processor(images=images[:count], text=[""] * count, state=states[:count])
+        processor.post_process_actions(model.generate(**inputs))
+
+    one, sixteen = seconds(lambda: chunks(1), lambda: chunks(16))
+    figures = {"one chunk, ms": one * 1e3, "16 chunks at once, ms a chunk": sixteen / 16 * 1e3}
+    batch = processor(images=images, text=[""] * 64, state=states, actions=actions)
+    optimizer = make_optimizer(model.train())
+
+    def step(attention: str, bf16: bool):
+        model.set_attn_implementation(attention)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    cases = [(attention, bf16) for attention in ("eager", "sdpa") for bf16 in (False, True)]
+    for (attention, bf16), found in zip(
+        cases, seconds(*[lambda c=c: step(*c) for c in cases], repeats=3), strict=True
+    ):
+        figures[f"training, samples a second, {attention} {'bf16' if bf16 else 'fp32'}"] = 64 / found
+    return figures
+
+
+def main() -> None:
+    figures = bench_tokenizer() | bench_policy()
+    packages = ("torch", "transformers", "tokenizers", "scipy", "numpy")
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "bf16 is faster": bf16_is_faster(),
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in packages},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "bench.json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+    rows = [f"| {name} | {value:.3g} |" for name, value in figures.items()]
+    notes = ", ".join(f"{name} {value}" for name, value in machine.items())
+    table = "\n".join(["| what | median |", "|---|---|", *rows, "", notes, ""])
+    (RESULTS / "bench.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

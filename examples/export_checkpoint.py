@@ -1,0 +1,43 @@
+"""Turn a trained checkpoint into one that ships with the repository.
+
+    python examples/export_checkpoint.py --checkpoint outputs/tiny --output_dir checkpoints/pusht-tiny
+
+Weights become bf16, half the size; `AutoModel.from_pretrained` still loads them as float32, in which the policy is
+evaluated. The code files become links to the top-level ones.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def export(checkpoint: str, folder: Path) -> None:
+    """Write the folder anew; what stood there before goes only once the checkpoint has been read."""
+    model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    processor = SmolAndFastProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    for path in folder.rglob("*.py"):
+        path.unlink()
+        path.symlink_to(os.path.relpath(ROOT / path.name, path.parent.resolve()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+    export(args.checkpoint, args.output_dir)

@@ -1,0 +1,77 @@
+"""Builders the tests share: a tiny policy with random weights, and the real artefacts where they are at hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_preset import make_tiny_model, make_tiny_processor
+
+from smolandfast import FastActionTokenizer, Normalizer, compute_statistics
+
+SHARED = Path(__file__).parents[2] / "shared"
+TASK = "Push the T-shaped block onto the T-shaped target."
+CHUNK_SIZE = 8
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smolvlm_assets() -> Path:
+    """SmolVLM2-256M's configuration and tokenizer files, without weights."""
+    if not (SHARED / "assets/smolvlm2_256m").is_dir():
+        pytest.skip("SmolVLM2's files are not at hand: they are not part of the repository")
+    return SHARED / "assets/smolvlm2_256m"
+
+
+@pytest.fixture(scope="session")
+def fast_plus() -> FastActionTokenizer:
+    if not (SHARED / "assets/fast_plus").is_dir():
+        pytest.skip("the official FAST+ files are not at hand: they are not part of the repository")
+    return FastActionTokenizer.from_pretrained(SHARED / "assets/fast_plus")
+
+
+@pytest.fixture(scope="session")
+def pusht_root() -> Path:
+    if not (SHARED / "data/pusht").is_dir():
+        pytest.skip("the PushT demonstrations are not at hand: they are not part of the repository")
+    return SHARED / "data/pusht"
+
+
+@pytest.fixture(scope="session")
+def demonstrations() -> tuple[np.ndarray, np.ndarray]:
+    """Smooth made-up motions in PushT's units: states `(64, 2)` and the chunks that follow `(64, 8, 2)`."""
+    rng = np.random.default_rng(0)
+    states = rng.uniform(100, 400, (64, 2)).astype(np.float32)
+    steps = np.cumsum(rng.normal(0, 8, (64, CHUNK_SIZE, 2)) + rng.normal(0, 5, (64, 1, 2)), axis=1)
+    return states, (states[:, None] + steps).astype(np.float32)
+
+
+def make_processor(demonstrations, **kwargs):
+    states, chunks = demonstrations
+    statistics = compute_statistics(states, chunks)
+    normalizer = Normalizer(
+        statistics, kwargs.get("normalization", "min_max"), 256, kwargs.get("use_relative_actions", False)
+    )
+    normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
+    tokenizer = FastActionTokenizer.fit(normalized, 10.0, 128, normalizer.action_scale)
+    return make_tiny_processor(tokenizer, statistics, TASK, **kwargs)
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["absolute", "relative"])
+def processor(request, demonstrations):
+    return make_processor(demonstrations, use_relative_actions=request.param)
+
+
+@pytest.fixture
+def model(processor):
+    torch.manual_seed(0)
+    return make_tiny_model(processor, n_action_steps=4).eval()
+
+
+@pytest.fixture(scope="session")
+def batch(demonstrations):
+    """Keyword arguments of the processor for four samples."""
+    states, chunks = demonstrations
+    images = np.random.default_rng(1).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)
+    return {"images": list(images), "text": [TASK] * 4, "state": states[:4], "actions": chunks[:4]}

@@ -1,0 +1,82 @@
+"""A saved folder is all a user needs: it loads in a fresh process, outside the project, with Transformers alone."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PYTHON_FILES = {
+    "configuration_smolandfast.py",
+    "generation_smolandfast.py",
+    "modeling_smolandfast.py",
+    "normalization_smolandfast.py",
+    "processing_smolandfast.py",
+    "tokenization_fast_action.py",
+}
+
+
+def run_outside(code: str, tmp_path: Path) -> str:
+    """Run code where `import smolandfast` fails, as on a user's machine."""
+    blocked = "import sys; sys.modules['smolandfast'] = None\n"
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", blocked + code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def folder(processor, model, tmp_path):
+    model.save_pretrained(tmp_path / "policy")
+    processor.save_pretrained(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def test_the_folder_holds_weights_processor_tokenizers_and_code(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert names >= PYTHON_FILES
+    assert {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"} <= names
+    assert (folder / "action_tokenizer/tokenizer.json").is_file()
+
+
+def test_auto_classes_predict_the_same_actions_in_a_fresh_process(folder, processor, model, batch, tmp_path):
+    image, state = batch["images"][0], batch["state"][0]
+    np.savez(tmp_path / "observation.npz", image=image, state=state)
+    expected = processor.post_process_actions(
+        model.generate(**processor(images=image, text="Push the block.", state=state))
+    )
+    run_outside(
+        """
+import numpy as np
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+observation = np.load("observation.npz")
+model = AutoModel.from_pretrained("policy", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("policy", trust_remote_code=True)
+inputs = processor(images=observation["image"], text="Push the block.", state=observation["state"])
+np.save("actions.npy", processor.post_process_actions(model.generate(**inputs)))
+config = AutoConfig.from_pretrained("policy", trust_remote_code=True)
+assert config.model_type == "smolandfast" and config.chunk_size == 8
+fast = AutoTokenizer.from_pretrained("policy", subfolder="action_tokenizer", trust_remote_code=True)
+assert fast.decode_actions(fast.encode_actions(np.zeros((1, 8, 2)))).shape == (1, 8, 2)
+assert "User" in AutoTokenizer.from_pretrained("policy").decode(inputs["input_ids"][0])
+""",
+        tmp_path,
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), expected)
+
+
+def test_the_readmes_ten_lines_work(tmp_path):
+    """The README's loading example, word for word, from the shipped checkpoint."""
+    code = re.search(r"```python\n(from transformers import AutoModel.*?)```", (ROOT / "README.md").read_text(), re.S)[
+        1
+    ]
+    assert len(code.strip().splitlines()) <= 10
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    assert run_outside(code, tmp_path).strip().endswith("(1, 16, 2)")

@@ -1,0 +1,64 @@
+"""The policy that ships with the repository."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_pusht import main as evaluate
+from eval_pusht import make_predict
+from pusht import rollout
+from safetensors import safe_open
+
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    model = SmolAndFastForActionPrediction.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    return model, SmolAndFastProcessor.from_pretrained(CHECKPOINT, trust_remote_code=True)
+
+
+def test_it_is_small_and_in_bf16():
+    assert (CHECKPOINT / "model.safetensors").stat().st_size <= 20e6
+    with safe_open(CHECKPOINT / "model.safetensors", "pt") as file:
+        tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        assert {tensor.get_dtype() for tensor in tensors} == {"BF16"}
+        assert sum(np.prod(tensor.get_shape()) for tensor in tensors) <= 10e6
+
+
+def test_its_code_is_linked_never_copied():
+    files = list(CHECKPOINT.rglob("*.py"))
+    assert files and all(path.is_symlink() and path.resolve().parent == ROOT for path in files)
+
+
+def test_it_pushes_the_block(policy):
+    """A guard against a broken checkpoint, not a measurement: seeds it was chosen by, far above holding still."""
+    result = rollout(make_predict(*policy), seeds=range(100_000, 100_006), n_action_steps=8)
+    assert np.mean(result.max_rewards) > 0.3
+    assert result.metrics()["malformed_chunks"] == 0
+
+
+def test_evaluation_writes_metrics_video_and_pictures(tmp_path):
+    evaluate(
+        [
+            "--checkpoint",
+            str(CHECKPOINT),
+            "--episodes",
+            "2",
+            "--seed",
+            "7",
+            "--record",
+            "1",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["n_episodes"] == 2 and metrics["seed"] == 7 and len(metrics["max_rewards"]) == 2
+    assert (tmp_path / "rollouts.mp4").stat().st_size > 1000
+    assert (tmp_path / "rollouts.png").stat().st_size > 1000

@@ -1,0 +1,217 @@
+"""The model: SmolVLM's numbers, a loss over the action span, and generate() that writes whole chunks only."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_processor
+from tiny_preset import make_tiny_model
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers.utils import logging
+
+from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction
+
+
+def prompts(processor, batch):
+    return processor(images=batch["images"], text=batch["text"], state=batch["state"])
+
+
+@pytest.fixture(scope="module")
+def stock_folder(tmp_path_factory):
+    """A stock SmolVLM checkpoint of tiny size, with a scale factor of 2."""
+    torch.manual_seed(0)
+    config = SmolVLMConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "vocab_size": 100,
+            "pad_token_id": 0,
+        },
+        scale_factor=2,
+        image_token_id=99,
+    )
+    folder = tmp_path_factory.mktemp("stock")
+    SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def stock_inputs(image_size=64, num_image_tokens=4, image_token=99):
+    torch.manual_seed(1)
+    ids = torch.cat([torch.full((2, num_image_tokens), image_token), torch.randint(1, 90, (2, 7))], dim=1)
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 1, 3, image_size, image_size)}
+
+
+def test_logits_are_stock_smolvlms_bit_for_bit(stock_folder):
+    stock = SmolVLMForConditionalGeneration.from_pretrained(stock_folder).eval()
+    ours = SmolAndFastForActionPrediction.from_pretrained(stock_folder).eval()
+    assert ours.config.scale_factor == 2
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    with torch.no_grad():
+        assert torch.equal(ours(**stock_inputs()).logits, stock(**stock_inputs()).logits)
+
+
+@pytest.mark.slow
+def test_logits_are_stock_smolvlms_bit_for_bit_at_the_real_size(smolvlm_assets, tmp_path):
+    config = SmolVLMConfig.from_pretrained(smolvlm_assets)
+    stock = SmolVLMForConditionalGeneration(config).eval()
+    stock.save_pretrained(tmp_path)
+    ours = SmolAndFastForActionPrediction.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    inputs = stock_inputs(512, 64, config.image_token_id)
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
+
+
+def test_another_scale_factor_recreates_the_projection_alone(stock_folder, caplog):
+    stock = SmolVLMForConditionalGeneration.from_pretrained(stock_folder).state_dict()
+    logger = logging.get_logger("smolandfast.modeling_smolandfast")
+    logger.addHandler(caplog.handler)
+    model = SmolAndFastForActionPrediction.from_pretrained(stock_folder, scale_factor=1)
+    logger.removeHandler(caplog.handler)
+    assert "projection was re-created" in caplog.text
+    changed = [k for k, v in model.state_dict().items() if v.shape != stock[k].shape or not torch.equal(v, stock[k])]
+    assert changed == ["model.connector.modality_projection.proj.weight"]
+    assert torch.isfinite(model.state_dict()[changed[0]]).all()
+    with torch.no_grad():
+        model(**stock_inputs(num_image_tokens=16))
+
+
+def test_a_frozen_connector_that_had_to_be_recreated_is_refused(stock_folder):
+    with pytest.raises(ValueError, match="freeze_connector is set, but scale_factor=1"):
+        SmolAndFastForActionPrediction.from_pretrained(stock_folder, scale_factor=1, freeze_connector=True)
+    model = SmolAndFastForActionPrediction.from_pretrained(
+        stock_folder, freeze_connector=True, freeze_vision_tower=True
+    )
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"text_model", "weight"}
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(stock_folder, tmp_path):
+    text_config = SmolAndFastConfig.from_pretrained(stock_folder).text_config.to_dict() | {"vocab_size": 50}
+    with pytest.raises(ValueError, match="Only scale_factor may differ"):
+        SmolAndFastForActionPrediction.from_pretrained(stock_folder, text_config=text_config)
+    config = SmolAndFastConfig.from_pretrained(stock_folder)
+    config.text_config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="lacks 9 of this model's weights"):
+        SmolAndFastForActionPrediction.from_pretrained(stock_folder, config=config)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="model type 'bert'"):
+        SmolAndFastForActionPrediction.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not safetensors"])
+def test_a_damaged_weight_file_is_an_error(stock_folder, tmp_path, damage):
+    for path in stock_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000] if damage == "truncated" else b"garbage" * 100)
+    with pytest.raises(OSError, match="model.safetensors"):
+        SmolAndFastForActionPrediction.from_pretrained(tmp_path)
+
+
+def test_loss_and_gradients_are_those_of_the_full_logits(processor, model, batch):
+    inputs = processor(**batch | {"text": ["a", "a longer task", "", "b"]})
+    model.train()
+    full = SmolVLMForConditionalGeneration.forward(model, **inputs)
+    full.loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    ours = model(**inputs)
+    ours.loss.backward()
+    assert ours.logits.shape[1] < full.logits.shape[1] / 2
+    torch.testing.assert_close(ours.loss, full.loss)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_num_items_in_batch_scales_the_loss(processor, model, batch):
+    inputs = processor(**batch)
+    count = int((inputs["labels"] != -100).sum())
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=2 * count).loss, model(**inputs).loss / 2)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(processor, model, batch):
+    inputs = processor(**batch)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        model(**inputs, use_cache=False).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_labels_without_an_action_are_refused(processor, model, batch):
+    inputs = processor(**batch)
+    with pytest.raises(ValueError, match="every entry is -100"):
+        model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)})
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "temperature": 2.0}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}]
+)
+def test_generated_ids_become_one_chunk_each(processor, model, batch, options):
+    actions = processor.post_process_actions(model.generate(**prompts(processor, batch), **options))
+    assert actions.shape == (4, processor.chunk_size, 2) and np.isfinite(actions).all()
+
+
+def test_the_batch_does_not_change_an_action(processor, model, batch):
+    inputs = prompts(processor, batch | {"text": ["a", "a longer task", "", "b"]})
+    together = processor.post_process_actions(model.generate(**inputs))
+    for i in range(4):
+        one = processor(images=batch["images"][i], text=["a", "a longer task", "", "b"][i], state=batch["state"][i])
+        alone = processor.post_process_actions(model.generate(**one))
+        np.testing.assert_allclose(alone[0], together[i])
+
+
+def test_generate_encodes_the_image_once(processor, model, batch):
+    calls = []
+    model.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(**prompts(processor, batch))
+    assert len(calls) == 1
+
+
+def test_options_that_cut_a_chunk_short_are_refused(processor, model, batch):
+    inputs = prompts(processor, batch)
+    for name, value in {"max_new_tokens": 3, "max_length": 50, "max_time": 1e-6, "stop_strings": ["x"]}.items():
+        with pytest.raises(ValueError, match=f"takes no {name}"):
+            model.generate(**inputs, **{name: value})
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model.generate(pixel_values=inputs["pixel_values"])
+
+
+def test_weights_that_are_not_finite_never_become_actions(processor, model, batch):
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="Look for NaN"):
+        model.generate(**prompts(processor, batch))
+
+
+def test_a_model_without_action_tokens_says_how_to_get_them(stock_folder):
+    model = SmolAndFastForActionPrediction.from_pretrained(stock_folder)
+    with pytest.raises(ValueError, match="processor.model_kwargs"):
+        model.generate(**stock_inputs())
+
+
+def test_fast_plus_drives_the_tiny_model(fast_plus, demonstrations, batch):
+    processor = make_processor(demonstrations)
+    from tiny_preset import make_tiny_processor
+
+    processor = make_tiny_processor(fast_plus, processor.statistics, processor.default_task, chunk_size=8)
+    torch.manual_seed(0)
+    model = make_tiny_model(processor, n_action_steps=4).eval()
+    for options in ({}, {"do_sample": True}, {"num_beams": 2}):
+        actions = processor.post_process_actions(model.generate(**prompts(processor, batch), **options))
+        assert actions.shape == (4, 8, 2)

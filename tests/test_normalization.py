@@ -1,0 +1,240 @@
+"""Robot units to [-1, 1] and back, and states to bins."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from smolandfast import Normalizer, compute_statistics
+
+PUSHT_STATS = Path(__file__).parents[2] / "shared" / "data" / "pusht" / "meta" / "stats.json"
+VALUES = st.floats(-1000, 1000, width=32)
+NORMALIZATIONS = pytest.mark.parametrize("normalization", ["min_max", "quantiles"])
+
+
+def demonstrations(n=500, chunk_size=4, dim=2, seed=0):
+    """States that walk through [0, 512], and as actions the states that follow, with a little noise."""
+    rng = np.random.default_rng(seed)
+    walk = np.cumsum(rng.normal(0, 8, (n + chunk_size, dim)), axis=0)
+    walk = 512 * (walk - walk.min(axis=0)) / np.ptp(walk, axis=0)
+    chunks = np.stack([walk[i + 1 : i + 1 + chunk_size] for i in range(n)])
+    return walk[:n], chunks + rng.normal(0, 2, chunks.shape)
+
+
+@pytest.fixture
+def statistics():
+    return compute_statistics(*demonstrations())
+
+
+def plain_statistics(low, high):
+    """The same bounds for everything."""
+    bounds = {"min": low, "q01": low, "max": high, "q99": high}
+    return {"observation.state": bounds, "action": bounds, "relative_action": bounds}
+
+
+@pytest.mark.parametrize("use_relative_actions", [False, True])
+@NORMALIZATIONS
+def test_demonstrated_actions_survive_the_round_trip(statistics, normalization, use_relative_actions):
+    states, actions = demonstrations()
+    normalizer = Normalizer(statistics, normalization, use_relative_actions=use_relative_actions)
+    bins = normalizer.state_bins(states)
+    normalized = normalizer.normalize_actions(actions, bins)
+    assert normalized.dtype == np.float32
+    np.testing.assert_allclose(normalizer.unnormalize_actions(normalized, bins), actions, atol=1e-3)
+
+
+@settings(deadline=None)
+@given(
+    actions=arrays(np.float64, (3, 4, 2), elements=VALUES, fill=st.nothing()),
+    states=arrays(np.float64, (3, 2), elements=VALUES, fill=st.nothing()),
+    use_relative_actions=st.booleans(),
+    n_state_bins=st.integers(1, 1000),
+)
+def test_any_action_within_the_limits_survives_the_round_trip(actions, states, use_relative_actions, n_state_bins):
+    statistics = plain_statistics([-1000.0, -1500.0], [1000.0, 1500.0])
+    normalizer = Normalizer(statistics, "min_max", n_state_bins, use_relative_actions)
+    bins = normalizer.state_bins(states)
+    back = normalizer.unnormalize_actions(normalizer.normalize_actions(actions, bins), bins)
+    assert back.dtype == np.float32
+    np.testing.assert_allclose(back, actions, atol=2e-3)  # float32 at up to 4000
+
+
+@pytest.mark.parametrize("normalization, low, high", [("min_max", "min", "max"), ("quantiles", "q01", "q99")])
+def test_the_bounds_become_minus_one_and_one(statistics, normalization, low, high):
+    normalizer = Normalizer(statistics, normalization)
+    bounds = np.array([[statistics["action"][low], statistics["action"][high]]])  # (1, 2, D)
+    np.testing.assert_allclose(normalizer.normalize_actions(bounds, np.zeros((1, 2))), [[[-1, -1], [1, 1]]])
+    np.testing.assert_allclose(normalizer.action_scale, (bounds[0, 1] - bounds[0, 0]) / 2)
+
+
+def test_quantiles_leave_outliers_beyond_one_and_bring_them_back():
+    statistics = plain_statistics([-1.0], [1.0])
+    statistics["action"] = {"min": [-10.0], "q01": [-1.0], "q99": [1.0], "max": [10.0]}
+    normalizer = Normalizer(statistics, "quantiles")
+    normalized = normalizer.normalize_actions([[[-10.0], [5.0]]], np.zeros((1, 1)))
+    assert normalized.tolist() == [[[-10.0], [5.0]]]
+    assert normalizer.unnormalize_actions(normalized, None).tolist() == [[[-10.0], [5.0]]]
+
+
+def test_relative_actions_are_relative_to_the_centre_of_the_states_bin():
+    normalizer = Normalizer(plain_statistics([0.0], [8.0]), n_state_bins=4, use_relative_actions=True)
+    bins = normalizer.state_bins([[2.5]])  # bins are 2 wide, so the centre of this one is 3
+    assert bins.tolist() == [[1]]
+    assert normalizer.normalize_actions([[[7.0], [3.0]]], bins).tolist() == [[[0.0], [-1.0]]]
+    assert normalizer.unnormalize_actions(np.array([[[0.0], [-1.0]]]), bins).tolist() == [[[7.0], [3.0]]]
+
+
+@NORMALIZATIONS
+@pytest.mark.parametrize("constant", [0.0, 0.1, -37.25])
+def test_a_dimension_that_never_moves_comes_back_exactly(normalization, constant):
+    normalizer = Normalizer(plain_statistics([constant, -1.0], [constant, 1.0]), normalization)
+    bins = normalizer.state_bins([[constant, 0.5], [constant + 9, 0.5]])
+    actions = np.full((2, 3, 2), [constant, 0.5])
+    normalized = normalizer.normalize_actions(actions, bins)
+    assert np.isfinite(normalized).all() and not normalized[..., 0].any()
+    for written in (normalized, normalized + 0.7, normalized - 3):  # whatever the model writes there
+        assert (normalizer.unnormalize_actions(written, bins)[..., 0] == np.float32(constant)).all()
+
+
+@pytest.mark.parametrize("use_relative_actions", [False, True])
+@NORMALIZATIONS
+def test_actions_are_clipped_to_the_smallest_and_largest_seen(statistics, normalization, use_relative_actions):
+    normalizer = Normalizer(statistics, normalization, use_relative_actions=use_relative_actions)
+    bins = normalizer.state_bins(demonstrations()[0][:2])
+    for written, limit in ((50.0, "max"), (-50.0, "min")):
+        actions = normalizer.unnormalize_actions(np.full((2, 4, 2), written), bins)
+        expected = np.array(statistics["action"][limit], dtype=np.float32)
+        np.testing.assert_array_equal(actions, np.broadcast_to(expected, actions.shape))
+
+
+def test_bins_are_equal_parts_closed_below():
+    normalizer = Normalizer(plain_statistics([-1.0], [1.0]), n_state_bins=4)
+    states = np.array([-1.0, np.nextafter(-0.5, -1), -0.5, -0.01, 0.0, 0.5, np.nextafter(1.0, 0), 1.0])
+    assert normalizer.state_bins(states[:, None]).ravel().tolist() == [0, 0, 1, 1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("n_state_bins", [1, 2, 256])
+def test_states_beyond_the_demonstrations_fall_into_the_outer_bins(n_state_bins):
+    normalizer = Normalizer(plain_statistics([0.0, 5.0], [512.0, 5.0]), n_state_bins=n_state_bins)
+    bins = normalizer.state_bins([[-0.1, -9.0], [-1e30, 5.0], [512.1, 9.0], [1e30, 5.0]])
+    constant = n_state_bins // 2  # a state that never moves stands in the middle
+    assert bins.tolist() == [[0, constant]] * 2 + [[n_state_bins - 1, constant]] * 2
+    assert bins.dtype == np.int64
+
+
+@settings(deadline=None)
+@given(states=arrays(np.float64, (5, 2), elements=st.floats(-1e6, 1e6)), n_state_bins=st.integers(1, 1000))
+def test_every_state_has_a_bin_and_its_centre_is_half_a_bin_away_at_most(states, n_state_bins):
+    normalizer = Normalizer(plain_statistics([-10.0, 0.0], [10.0, 512.0]), n_state_bins=n_state_bins)
+    bins = normalizer.state_bins(states)
+    assert (bins >= 0).all() and (bins < n_state_bins).all()
+    width = np.array([20.0, 512.0]) / n_state_bins
+    centres = [-10.0, 0.0] + (bins + 0.5) * width
+    assert (np.abs(centres - states.clip([-10.0, 0.0], [10.0, 512.0])) <= width / 2 + 1e-9).all()
+
+
+def test_tensors_and_lists_are_taken_like_arrays(statistics):
+    states, actions = (array[:3] for array in demonstrations())
+    normalizer = Normalizer(statistics)
+    bins = normalizer.state_bins(states)
+    normalized = normalizer.normalize_actions(actions, bins)
+    for convert in (torch.tensor, np.ndarray.tolist):
+        np.testing.assert_array_equal(normalizer.state_bins(convert(states)), bins)
+        np.testing.assert_array_equal(normalizer.normalize_actions(convert(actions), bins), normalized)
+    assert normalizer.state_bins(torch.tensor(states).to(torch.bfloat16)).shape == (3, 2)
+
+
+def test_statistics_are_those_of_the_demonstrations():
+    states, actions = demonstrations(n=50)
+    statistics = compute_statistics(states, actions)
+    expected = {
+        "observation.state": states,
+        "action": actions.reshape(-1, 2),
+        "relative_action": (actions - states[:, None]).reshape(-1, 2),
+    }
+    assert statistics.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(statistics[name]["min"], values.min(axis=0))
+        np.testing.assert_array_equal(statistics[name]["max"], values.max(axis=0))
+        np.testing.assert_allclose(statistics[name]["q01"], np.quantile(values, 0.01, axis=0))
+        np.testing.assert_allclose(statistics[name]["q99"], np.quantile(values, 0.99, axis=0))
+    assert json.loads(json.dumps(statistics)) == statistics
+    assert "relative_action" not in compute_statistics(np.zeros((5, 3)), np.zeros((5, 4, 2)))
+
+
+@pytest.mark.skipif(not PUSHT_STATS.exists(), reason=f"the PushT data set is not at {PUSHT_STATS}")
+@NORMALIZATIONS
+def test_the_statistics_file_of_a_lerobot_data_set_serves_as_it_is(normalization):
+    statistics = json.loads(PUSHT_STATS.read_text())
+    normalizer = Normalizer(statistics, normalization)
+    assert (normalizer.state_dim, normalizer.action_dim) == (2, 2)
+    actions = np.array([[[12.0, 25.0], [511.0, 511.0], [200.0, 300.0]]])
+    normalized = normalizer.normalize_actions(actions, np.zeros((1, 2)))
+    np.testing.assert_allclose(normalizer.unnormalize_actions(normalized, None), actions, atol=1e-3)
+    with pytest.raises(ValueError, match="relative_action"):
+        Normalizer(statistics, normalization, use_relative_actions=True)
+
+
+@pytest.mark.parametrize("field", ["observation.state", "action", "relative_action"])
+def test_bad_statistics_are_refused_by_the_name_of_their_field(statistics, field):
+    def refused(change, message):
+        broken = json.loads(json.dumps(statistics))
+        change(broken)
+        with pytest.raises(ValueError, match=rf"{field}.*{message}"):
+            Normalizer(broken, use_relative_actions=True)
+
+    refused(lambda broken: broken.pop(field), "compute_statistics")
+    refused(lambda broken: broken[field].pop("max"), "'max'")
+    for wrong in ([0.0, float("nan")], [0.0, float("inf")], [0.0, None], [], 0.0, [[0.0, 0.0]], None):
+        refused(lambda broken, wrong=wrong: broken[field].update(min=wrong), "expected a list of finite numbers")
+    refused(lambda broken: broken[field].update(min=[0.0, 1e9]), "min is .* max is")
+    refused(lambda broken: broken[field].update(min=[0.0]), "min is .* max is")
+
+
+@pytest.mark.parametrize("statistics, name", [(None, "statistics"), ([], "statistics"), ({}, "observation.state")])
+def test_missing_statistics_are_refused(statistics, name):
+    with pytest.raises(ValueError, match=name):
+        Normalizer(statistics)
+
+
+def test_options_that_cannot_work_are_refused(statistics):
+    with pytest.raises(ValueError, match="normalization is 'mean_std', expected one of min_max, quantiles"):
+        Normalizer(statistics, "mean_std")
+    statistics["observation.state"] = {"min": [0.0] * 3, "max": [1.0] * 3}
+    with pytest.raises(ValueError, match="use_relative_actions needs .* got 3 and 2"):
+        Normalizer(statistics, use_relative_actions=True)
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ([0.0, 0.0], r"state has shape \(2,\), expected \(batch, 2\)"),
+        ([[0.0, 0.0, 0.0]], r"state has shape \(1, 3\)"),
+        ([[0.0, 0.0], [float("nan"), 0.0]], r"state\[1, 0\] is nan"),
+        ([["left", "right"]], "state is not an array of numbers"),
+        ([[0.0], [0.0, 1.0]], "state is not an array of numbers"),
+        (None, "state has shape"),
+    ],
+)
+def test_states_that_are_not_finite_vectors_are_refused(statistics, state, message):
+    with pytest.raises(ValueError, match=message):
+        Normalizer(statistics).state_bins(state)
+
+
+@pytest.mark.parametrize(
+    "actions, message",
+    [
+        (np.zeros((1, 4)), r"actions has shape \(1, 4\), expected \(batch, chunk_size, 2\)"),
+        (np.zeros((1, 4, 3)), r"actions has shape \(1, 4, 3\)"),
+        (np.full((1, 4, 2), np.inf), r"actions\[0, 0, 0\] is inf"),
+        (np.zeros((2, 4, 2)), "2 chunks for 1 states"),
+    ],
+)
+def test_actions_that_are_not_finite_chunks_are_refused(statistics, actions, message):
+    with pytest.raises(ValueError, match=message):
+        Normalizer(statistics).normalize_actions(actions, np.zeros((1, 2), dtype=int))

@@ -1,0 +1,213 @@
+"""The processor: what goes into the model, and what comes back to the robot."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Idefics3Processor, PreTrainedTokenizerFast
+
+from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastProcessor, compute_statistics
+
+
+def without_actions(batch):
+    return {name: value for name, value in batch.items() if name != "actions"}
+
+
+@pytest.fixture(scope="module")
+def real_processor(smolvlm_assets, demonstrations):
+    states, chunks = demonstrations
+    tokenizer = FastActionTokenizer.fit(chunks / 256 - 1, 10.0, 256)
+    return SmolAndFastProcessor.from_vlm(smolvlm_assets, tokenizer, compute_statistics(states, chunks))
+
+
+def test_actions_survive_the_way_through_labels(processor, batch):
+    inputs = processor(**batch)
+    ids = torch.where(inputs["labels"] == -100, inputs["input_ids"], inputs["labels"])
+    actions = processor.post_process_actions(ids)
+    unit = processor.normalizer.action_scale / processor.action_tokenizer.scale
+    assert actions.shape == batch["actions"].shape and actions.dtype == np.float32
+    assert (np.abs(actions - batch["actions"]) <= 0.5 * np.sqrt(8) * unit + 1e-3).all()
+
+
+def test_labels_are_the_action_tokens_and_their_eos_alone(processor, batch):
+    inputs = processor(**batch)
+    for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"], strict=True):
+        target = labels[labels != -100]
+        assert target[-1] == processor.tokenizer.eos_token_id
+        assert processor._is_action(target[:-1].numpy()).all()
+        assert torch.equal(ids[labels != -100], target)
+        length = int(mask.sum())
+        assert mask[:length].all() and labels[length - 1] != -100  # padded on the right, EOS last
+
+
+def test_prompts_are_padded_on_the_left_to_generate(processor, batch):
+    inputs = processor(**without_actions(batch) | {"text": ["x", "a much longer task", "", "y z"]})
+    assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"].all()
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"}
+
+
+def test_an_empty_task_falls_back_to_the_default(processor, batch):
+    one = {"images": batch["images"][0], "state": batch["state"][0]}
+    expected = processor(**one, text=processor.default_task)["input_ids"]
+    for empty in ("", None):
+        assert torch.equal(processor(**one, text=empty)["input_ids"], expected)
+
+
+def test_one_sample_and_a_batch_of_one_are_the_same(processor, batch):
+    one = processor(images=batch["images"][0], text="push", state=batch["state"][0], actions=batch["actions"][0])
+    many = processor(images=batch["images"][:1], text=["push"], state=batch["state"][:1], actions=batch["actions"][:1])
+    assert all(torch.equal(one[name], many[name]) for name in many)
+
+
+def test_every_kind_of_image_gives_the_same_pixels(processor, batch):
+    image, state = batch["images"][0], batch["state"][0]
+    expected = processor(images=image, state=state)["pixel_values"]
+    tensor = torch.from_numpy(image)
+    for same in (
+        Image.fromarray(image),
+        image.transpose(2, 0, 1),
+        tensor,
+        tensor.permute(2, 0, 1),
+        tensor.float() / 255,
+        image.astype(np.float64) / 255,
+        [image],
+        Image.fromarray(image).convert("RGBA"),
+    ):
+        assert torch.equal(processor(images=same, state=state)["pixel_values"], expected)
+
+
+def test_images_of_any_size_become_the_towers_square(processor, batch):
+    for size in ((480, 640, 3), (17, 200, 3), (96, 96, 3)):
+        pixels = processor(images=np.zeros(size, np.uint8), state=batch["state"][0])["pixel_values"]
+        assert pixels.shape == (1, 1, 3, 96, 96)
+        assert (pixels == -1).all()  # black is not zero, which SmolVLM would drop as padding
+
+
+def test_several_cameras_give_several_images(processor, batch):
+    cameras = [batch["images"][:2], batch["images"][2:]]
+    inputs = processor(images=cameras, state=batch["state"][:2])
+    image_tokens = inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert inputs["pixel_values"].shape[:2] == (2, 2)
+    assert image_tokens.sum(1).tolist() == [2 * processor.image_seq_len] * 2
+    single = processor(images=batch["images"][:2], state=batch["state"][0])
+    assert torch.equal(single["pixel_values"][0], inputs["pixel_values"][0])
+
+
+BAD_INPUTS = {
+    "no images": ({"images": None}, "images and state"),
+    "no state": ({"state": None}, "images and state"),
+    "NaN state": ({"state": np.full((4, 2), np.nan)}, r"state\[0, 0\] is nan"),
+    "words as state": ({"state": "left"}, "state is not an array of numbers"),
+    "another robot's state": ({"state": np.zeros((4, 7))}, r"state has shape \(4, 7\)"),
+    "fewer images than states": ({"images": [np.zeros((9, 9, 3), np.uint8)]}, "1 samples of images"),
+    "grey images": ({"images": [np.zeros((96, 96), np.uint8)] * 4}, r"images\[0\]\[0\] has shape"),
+    "normalised images": ({"images": [np.full((9, 9, 3), -1.0)] * 4}, "do not normalise"),
+    "NaN image": ({"images": [np.full((9, 9, 3), np.nan)] * 4}, r"expected \[0, 1\]"),
+    "wide integers": ({"images": [np.zeros((9, 9, 3), np.int64)] * 4}, "dtype int64"),
+    "paths": ({"images": ["front.png"] * 4}, "is a str"),
+    "no camera": ({"images": [[]] * 4}, "is empty"),
+    "special tokens in the task": ({"text": ["<image>"] * 4}, "special tokens"),
+    "a number as task": ({"text": [3] * 4}, "expected a sentence"),
+    "short chunk": ({"actions": np.zeros((4, 3, 2))}, r"expected \(batch, 8, 2\)"),
+    "infinite action": ({"actions": np.full((4, 8, 2), np.inf)}, r"actions\[0, 0, 0\] is inf"),
+    "actions of another robot": ({"actions": np.zeros((4, 8, 6))}, "actions has shape"),
+    "too few chunks": ({"actions": np.zeros((3, 8, 2))}, "3 chunks for 4 states"),
+    "NumPy asked for": ({"return_tensors": "np"}, "only 'pt'"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_is_an_error_that_names_it(processor, batch, change, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**batch | change)
+
+
+def test_generated_ids_that_are_no_whole_chunk_are_refused(processor, batch):
+    prompt = processor(**without_actions(batch))["input_ids"]
+    with pytest.raises(ValueError, match="holds 0 coefficients"):
+        processor.post_process_actions(prompt)
+    with pytest.raises(ValueError, match="expected"):
+        processor.post_process_actions(prompt[0])
+    inputs = processor(**batch)
+    cut = torch.where(inputs["labels"] == -100, inputs["input_ids"], inputs["labels"])[:1]
+    end = int((inputs["labels"][0] != -100).nonzero()[-1]) - 1  # without EOS and the last action token
+    with pytest.raises(ValueError, match="coefficients, expected horizon"):
+        processor.post_process_actions(cut[:, :end])
+
+
+def test_actions_are_clipped_to_those_of_the_demonstrations(processor, batch):
+    low, high = processor.normalizer.action_limits
+    far = np.full((4, 8, 2), 5.0, dtype=np.float32)
+    bins = processor.normalizer.state_bins(batch["state"])
+    assert (processor.normalizer.unnormalize_actions(far, bins) <= high.astype(np.float32)).all()
+    assert (processor.normalizer.unnormalize_actions(-far, bins) >= low.astype(np.float32)).all()
+
+
+def test_parts_that_do_not_fit_are_refused(processor, demonstrations):
+    parts = (processor.image_processor, processor.tokenizer, processor.action_tokenizer)
+    options = {"statistics": processor.statistics, "chat_template": processor.chat_template}
+    with pytest.raises(ValueError, match="chunk_size is 9"):
+        SmolAndFastProcessor(*parts, **options, chunk_size=9)
+    with pytest.raises(ValueError, match="do not fit into a vocabulary"):
+        SmolAndFastProcessor(*parts, **options, fast_skip_tokens=10_000)
+    with pytest.raises(ValueError, match="expected a FastActionTokenizer"):
+        SmolAndFastProcessor(*parts[:2], processor.tokenizer, **options)
+    with pytest.raises(ValueError, match="statistics is None"):
+        SmolAndFastProcessor(*parts, chat_template=processor.chat_template)
+
+
+def test_model_kwargs_make_a_configuration_that_fits(processor):
+    config = SmolAndFastConfig(
+        vision_config={"image_size": 96, "patch_size": 16},
+        text_config={"model_type": "llama", "vocab_size": processor.tokenizer.vocab_size},
+        n_action_steps=4,
+        **processor.model_kwargs(),
+    )
+    assert config.image_seq_len == processor.image_seq_len == 4
+    assert config.num_action_tokens == len(processor.action_tokenizer)
+
+
+def test_text_ids_equal_smolvlms_conformance_cases(real_processor, smolvlm_assets):
+    cases = json.loads((smolvlm_assets / "tokenizer_conformance.json").read_text())["fixtures"]
+    assert len(cases) == 128
+    for case in cases:
+        assert real_processor.tokenizer(case["text"], add_special_tokens=False)["input_ids"] == case["ids"]
+
+
+@pytest.mark.parametrize("do_image_splitting", [False, True])
+def test_prompt_ids_equal_the_stock_processors(smolvlm_assets, demonstrations, real_processor, do_image_splitting):
+    processor = SmolAndFastProcessor.from_vlm(
+        smolvlm_assets,
+        real_processor.action_tokenizer,
+        real_processor.statistics,
+        scale_factor=4,
+        do_image_splitting=do_image_splitting,
+    )
+    state, image = demonstrations[0][0], Image.new("RGB", (640, 480))
+    inputs = processor(images=[image, image], text="Fold the towel.", state=state)
+    stock = Idefics3Processor(
+        processor.image_processor,
+        PreTrainedTokenizerFast.from_pretrained(smolvlm_assets),
+        image_seq_len=64,
+        chat_template=json.loads((smolvlm_assets / "chat_template.json").read_text())["chat_template"],
+    )
+    bins = " ".join(map(str, processor.normalizer.state_bins(state[None])[0]))
+    words = {"type": "text", "text": f"Task: Fold the towel., State: {bins}, Action: "}
+    content = [{"type": "image"}, {"type": "image"}, words]
+    prompt = stock.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    expected = stock(images=[[image, image]], text=[prompt], return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert inputs["pixel_values"].shape[-2:] == (512, 512)
+    assert (inputs["pixel_values"].shape[1] > 2) == do_image_splitting
+
+
+def test_saving_and_loading_keeps_everything(processor, batch, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    expected, inputs = processor(**batch), loaded(**batch)
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert loaded.model_kwargs() == processor.model_kwargs()
+    assert loaded.statistics == processor.statistics

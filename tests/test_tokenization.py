@@ -1,0 +1,249 @@
+"""FAST tokens: parity with the official code, and what a fitted tokenizer promises."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.fft import idct
+from transformers import PreTrainedTokenizerFast
+
+from smolandfast import FastActionTokenizer
+
+ASSETS = Path(__file__).parents[2] / "shared" / "assets"
+needs_fast_plus = pytest.mark.skipif(not ASSETS.exists(), reason=f"the official FAST+ files are not in {ASSETS}")
+POSITIONS = np.arange(60).reshape(3, 10, 2)
+IN_A_FRESH_PROCESS = """
+import json, sys, numpy as np
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("tokenizer", trust_remote_code=True)
+chunks = np.load("chunks.npy")
+again = type(tokenizer).fit(chunks, tokenizer.scale, len(tokenizer))
+print(json.dumps([tokenizer.encode_actions(chunks), again.encode_actions(chunks), "smolandfast" in sys.modules]))
+"""
+
+
+def smooth_chunks(n, horizon, action_dim, seed=0):
+    steps = np.random.default_rng(seed).normal(0, 0.1, (n, horizon, action_dim))
+    return np.cumsum(steps, axis=1).clip(-1, 1)
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return FastActionTokenizer.fit(smooth_chunks(200, 10, 2), scale=10.0, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def one_coefficient():
+    return FastActionTokenizer.fit([[[-2.0]], [[1.5]]], scale=10.0, vocab_size=100)
+
+
+@pytest.fixture(scope="module")
+def fast_plus():
+    return FastActionTokenizer.from_pretrained(ASSETS / "fast_plus")
+
+
+@needs_fast_plus
+def test_fast_plus_gives_the_official_ids_and_actions(fast_plus):
+    official = np.load(ASSETS / "fast_parity.npz")
+    for name, expected in json.loads((ASSETS / "fast_parity.json").read_text()).items():
+        actions = official[f"{name}_actions"]
+        assert fast_plus.encode_actions(actions) == expected, name
+        assert_close(fast_plus.decode_actions(expected, *actions.shape[1:]), official[f"{name}_decoded"])
+
+
+@needs_fast_plus
+def test_fast_plus_writes_every_symbol_that_utf8_can_hold_and_saturates_beyond(fast_plus):
+    low, high = fast_plus.min_coefficient, fast_plus.max_coefficient
+    assert (low, high) == (-354, -354 + 0xD7FF)
+    actions = np.arange(low - 3, high + 4).reshape(-1, 1, 1) / 10
+    decoded = fast_plus.decode_actions(fast_plus.encode_actions(actions), 1, 1)
+    assert_close(decoded, actions.clip(low / 10, high / 10))
+    assert fast_plus.count_saturated(actions).tolist() == [1] * 3 + [0] * 0xD800 + [1] * 3
+
+
+@needs_fast_plus
+def test_fast_plus_refuses_what_it_cannot_decode(fast_plus):
+    with pytest.raises(ValueError, match="horizon=..., action_dim=..."):
+        fast_plus.decode_actions([[300]], horizon=1)
+    spelled = fast_plus.token_grammar(1)["fast_token_bytes"].index
+    for text in (["c3"], ["80"], ["ed", "a0", "80"]):  # half a character, the other half, a surrogate
+        with pytest.raises(ValueError, match=r"ids\[1\].*not UTF-8"):
+            fast_plus.decode_actions([[spelled("00")], [spelled(byte) for byte in text]], 1, 1)
+
+
+def test_the_same_chunks_give_the_same_tokenizer(fitted):
+    again = FastActionTokenizer.fit(smooth_chunks(200, 10, 2), scale=10.0, vocab_size=300)
+    assert again.backend_tokenizer.to_str() == fitted.backend_tokenizer.to_str()
+
+
+def test_every_coefficient_between_the_extremes_can_be_written(one_coefficient):
+    assert (one_coefficient.min_coefficient, one_coefficient.max_coefficient) == (-20, 15)
+    actions = np.arange(-20, 16).reshape(-1, 1, 1) / 10
+    ids = one_coefficient.encode_actions(actions)
+    for batch in (ids, np.array(ids), torch.tensor(ids), list(np.array(ids))):
+        assert_close(one_coefficient.decode_actions(batch), actions)
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_chunks_of_integer_coefficients_come_back_exactly(fitted, data):
+    in_range = st.integers(fitted.min_coefficient, fitted.max_coefficient)
+    coefficients = data.draw(arrays(np.int64, (3, 10, 2), elements=in_range, fill=st.nothing()))
+    chunks = idct(coefficients / 10, axis=1, norm="ortho")
+    assert not fitted.count_saturated(chunks).any()
+    assert_close(fitted.decode_actions(fitted.encode_actions(chunks)), chunks)
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), horizon=st.integers(1, 16), action_dim=st.integers(1, 4), scale=st.floats(1, 100))
+def test_the_round_trip_is_off_by_half_a_unit_of_each_coefficient_at_most(data, horizon, action_dim, scale):
+    chunks = data.draw(arrays(np.float64, (4, horizon, action_dim), elements=st.floats(-1, 1), fill=st.nothing()))
+    tokenizer = FastActionTokenizer.fit(chunks, scale, vocab_size=1024)
+    errors = tokenizer.decode_actions(tokenizer.encode_actions(chunks)) - chunks
+    # The transform is orthonormal, so in each dimension the error's norm is that of the rounding.
+    assert np.linalg.norm(errors, axis=1).max() <= np.sqrt(horizon) * 0.5 / scale + 1e-9
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int64", "bfloat16"])
+def test_arrays_tensors_and_lists_of_any_real_dtype_are_encoded_alike(fitted, dtype):
+    values = np.random.default_rng(0).integers(-1, 2, (6, 10, 2)) / (1 if "int" in dtype else 8)  # exact in them all
+    expected = fitted.encode_actions(values)
+    tensor = torch.tensor(values).to(getattr(torch, dtype)).requires_grad_("float" in dtype)
+    assert fitted.encode_actions(tensor) == expected
+    assert fitted.encode_actions(tensor.tolist()) == expected
+    if dtype != "bfloat16":  # NumPy has none
+        assert fitted.encode_actions(values.astype(dtype)) == expected
+
+
+def test_saturation_keeps_the_extremes_and_is_counted(one_coefficient):
+    actions = np.array([-50.0, -2.04, -2.06, 0.3, 1.54, 1.56, 1e30]).reshape(-1, 1, 1)
+    decoded = one_coefficient.decode_actions(one_coefficient.encode_actions(actions))
+    assert_close(decoded.ravel(), [-2.0, -2.0, -2.0, 0.3, 1.5, 1.5, 1.5])
+    assert one_coefficient.count_saturated(actions).tolist() == [1, 0, 1, 0, 0, 1, 1]
+    assert one_coefficient.report(actions)["clip_rate"] == pytest.approx(4 / 7)
+
+
+@pytest.mark.parametrize(
+    "actions, message",
+    [
+        (np.where(POSITIONS == 27, np.nan, 0.0), r"actions\[1, 3, 1\] is nan"),
+        (np.where(POSITIONS == 40, -np.inf, 0.0), r"actions\[2, 0, 0\] is -inf"),
+        (torch.where(torch.tensor(POSITIONS) == 19, torch.inf, 0.0), r"actions\[0, 9, 1\] is inf"),
+        (np.full((1, 10, 2), 3e38, dtype=np.float32), "overflow"),
+        (np.zeros((10, 2)), r"shape \(10, 2\), expected \(batch"),
+        (np.zeros((2, 9, 2)), r"shape \(2, 9, 2\), expected \(batch, 10, 2\)"),
+        (np.zeros((2, 10, 3)), r"shape \(2, 10, 3\), expected \(batch, 10, 2\)"),
+        (np.full((2, 10, 2), "0.5"), "dtype <U3"),
+        ([], r"shape \(0,\)"),
+    ],
+)
+def test_actions_that_are_not_whole_finite_chunks_are_refused(fitted, actions, message):
+    for method in (fitted.encode_actions, fitted.count_saturated, fitted.report):
+        with pytest.raises(ValueError, match=message):
+            method(actions)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([[0] * 20, [0] * 19 + [300]], r"ids\[1\] holds 300, expected FAST ids in \[0, 300\)"),
+        ([[-1] * 20], r"ids\[0\] holds -1"),
+        ([[0] * 19], r"ids\[0\] holds 19 coefficients, expected horizon \* action_dim = 10 \* 2 = 20"),
+        ([[0] * 20, [0] * 21], r"ids\[1\] holds 21 coefficients"),
+        ([0] * 20, "takes a batch of lists"),
+    ],
+)
+def test_ids_that_do_not_hold_one_chunk_each_are_refused(fitted, ids, message):
+    with pytest.raises(ValueError, match=message):
+        fitted.decode_actions(ids)
+
+
+@pytest.mark.parametrize(
+    "chunks, scale, vocab_size, message",
+    [
+        ([[[-2.0]], [[1.5]]], 10.0, 35, "from -20 to 15: 36 symbols, more than the vocabulary of 35"),
+        ([[[0.5]]], float("nan"), 100, "scale is nan"),
+        (np.zeros((0, 10, 2)), 10.0, 100, "chunks is empty"),
+    ],
+)
+def test_a_fit_that_cannot_work_is_refused(chunks, scale, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        FastActionTokenizer.fit(chunks, scale, vocab_size)
+
+
+def test_many_threads_get_the_serial_result(fitted):
+    batches = [smooth_chunks(16, 10, 2, seed) for seed in range(64)]
+    ids = [fitted.encode_actions(batch) for batch in batches]
+    decoded = [fitted.decode_actions(batch) for batch in ids]
+    with ThreadPoolExecutor(8) as pool:
+        encoding, decoding = pool.map(fitted.encode_actions, batches), pool.map(fitted.decode_actions, ids)
+        assert list(encoding) == ids
+        np.testing.assert_array_equal(list(decoding), decoded)
+
+
+@pytest.mark.parametrize("name", ["fitted", pytest.param("fast_plus", marks=needs_fast_plus)])
+def test_saved_and_pickled_tokenizers_are_the_same(name, request, tmp_path):
+    tokenizer = request.getfixturevalue(name)
+    tokenizer.save_pretrained(tmp_path)
+    chunks = smooth_chunks(20, 10, 2, seed=1) * 3  # some of them saturate
+    ids = tokenizer.encode_actions(chunks)
+    for copy in (FastActionTokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        for field in ("horizon", "action_dim", "scale", "min_coefficient", "max_coefficient", "fit_report"):
+            assert getattr(copy, field) == getattr(tokenizer, field)
+        assert copy.encode_actions(chunks) == ids
+        assert_close(copy.decode_actions(ids, 10, 2), tokenizer.decode_actions(ids, 10, 2))
+
+
+def test_a_fresh_process_loads_it_with_transformers_alone_and_fits_the_same_again(fitted, tmp_path):
+    fitted.save_pretrained(tmp_path / "tokenizer")
+    chunks = smooth_chunks(200, 10, 2)
+    np.save(tmp_path / "chunks.npy", chunks)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ids = fitted.encode_actions(chunks)
+    assert done.returncode == 0 and json.loads(done.stdout) == [ids, ids, False], done.stderr
+
+
+def test_a_folder_of_another_tokenizer_is_refused(fitted, tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=fitted.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="do not belong to an action tokenizer"):
+        FastActionTokenizer.from_pretrained(tmp_path)
+
+
+def test_the_report_measures_errors_in_robot_units():
+    chunks, action_scale = smooth_chunks(100, 10, 2), np.array([256.0, 0.5])
+    tokenizer = FastActionTokenizer.fit(chunks, scale=10.0, vocab_size=300, action_scale=action_scale)
+    ids, report = tokenizer.encode_actions(chunks), tokenizer.fit_report
+    lengths = [len(row) for row in ids]
+    errors = (tokenizer.decode_actions(ids) - chunks) * action_scale
+    assert (report["num_chunks"], report["vocab_size"], report["clip_rate"]) == (100, len(tokenizer), 0)
+    tokens = [report[f"tokens_{name}"] for name in ("mean", "p99", "max")]
+    assert tokens == pytest.approx([np.mean(lengths), np.percentile(lengths, 99), max(lengths)])
+    assert report["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)))
+    assert report["max_error"] == pytest.approx(np.abs(errors).max())
+    assert report["vocab_used"] == pytest.approx(len({token for row in ids for token in row}) / len(tokenizer))
+
+
+def test_long_chunks_of_many_dimensions_work_in_their_own_shape_alone():
+    chunks = smooth_chunks(40, 50, 14)
+    tokenizer = FastActionTokenizer.fit(chunks, scale=10.0, vocab_size=1024)
+    ids = tokenizer.encode_actions(chunks)
+    assert len(tokenizer) == 1024 and max(map(len, ids)) < 50 * 14 / 2  # it compresses
+    assert np.abs(tokenizer.decode_actions(ids, horizon=50, action_dim=14) - chunks).max() <= np.sqrt(50) * 0.5 / 10
+    with pytest.raises(ValueError, match=r"\(100, 7\).*fitted for \(50, 14\)"):
+        tokenizer.decode_actions(ids, horizon=100, action_dim=7)

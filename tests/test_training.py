@@ -1,0 +1,152 @@
+"""Training: what `examples/train_pusht.py` does, on made-up demonstrations and on the real ones."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASK
+from pusht_scenes import TellEpoch, render_scenes, turn_points, vary_scene
+from train_pusht import main as train
+from transformers import Trainer, TrainingArguments
+
+from smolandfast import SmolAndFastProcessor
+from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer
+
+ROOT = Path(__file__).parents[1]
+
+
+class Demonstrations(torch.utils.data.Dataset):
+    """Made-up samples whose images depend on the epoch, as varied demonstrations do."""
+
+    def __init__(self, states, chunks):
+        self.states, self.chunks, self.epoch = states[:24], chunks[:24], 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.states)
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng((self.epoch, i))
+        image = rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        return {"images": [image], "text": TASK, "state": self.states[i], "actions": self.chunks[i]}
+
+
+def make_trainer(processor, model, demonstrations, folder, **options):
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=8,
+        max_steps=5,
+        logging_steps=1,
+        save_steps=2,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    return Trainer(
+        model,
+        arguments,
+        data_collator=ActionDataCollator(processor),
+        train_dataset=Demonstrations(*demonstrations),
+        processing_class=processor,
+        optimizers=(make_optimizer(model), None),
+        callbacks=[TellEpoch()],
+    )
+
+
+def losses(trainer):
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(processor, model, demonstrations, tmp_path):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = make_trainer(processor, model, demonstrations, tmp_path)
+    whole.train()
+    model.load_state_dict(weights)
+    resumed = make_trainer(processor, model, demonstrations, tmp_path / "again")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert set(losses(whole)) == {1, 2, 3, 4, 5}
+    assert losses(resumed) == losses(whole)
+    assert SmolAndFastProcessor.from_pretrained(tmp_path / "checkpoint-4", trust_remote_code=True)
+
+
+def test_each_part_has_its_learning_rate_and_frozen_parts_have_none(model):
+    model.model.vision_model.requires_grad_(False)
+    optimizer = make_optimizer(model, 1e-5, 2e-4, 3e-4)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = None if "vision_model" in name else 2e-4 if "connector" in name else 3e-4
+        assert rates.get(id(parameter)) == expected
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+
+
+def test_turning_points_follows_the_image():
+    images, points = render_scenes(2, seed=0)
+    for symmetry in range(8):
+        turned = np.rot90(images[0][:, ::-1] if symmetry >= 4 else images[0], symmetry % 4)
+        blue = (turned[..., 2].astype(int) - turned[..., 0] > 100).nonzero()  # the agent's disc, rows and columns
+        found = (np.array([blue[1].mean(), blue[0].mean()]) + 0.5) * 512 / 96
+        assert np.linalg.norm(found - turn_points(points[0, 0], symmetry)) < 6
+
+
+def test_a_scene_without_variation_stays_as_it_is():
+    images, points = render_scenes(1, seed=1)
+    image, same = vary_scene(images[0], points[0], np.random.default_rng(0), turn_probability=0.0, max_shift=0)
+    assert np.array_equal(image, images[0]) and np.array_equal(same, points[0])
+
+
+def run_training(arguments, processes=1):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"] if processes > 1 else []
+    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "examples/train_pusht.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+
+
+def common_arguments(pusht_root, folder, **options):
+    options = {
+        "preset": "tiny",
+        "dataset_root": pusht_root,
+        "output_dir": folder,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "eval_steps": 4,
+        "save_steps": 2,
+        "eval_episodes": 1,
+        "held_out_episodes": 1,
+        "bf16": "False",
+        "report_to": "none",
+    } | options
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def read_losses(folder):
+    state = max(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    history = json.loads(state.read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry], history
+
+
+@pytest.mark.slow
+def test_the_script_trains_evaluates_and_keeps_the_best(pusht_root, tmp_path):
+    train(common_arguments(pusht_root, tmp_path))
+    found, history = read_losses(tmp_path)
+    assert len(found) == 4 and all(map(math.isfinite, found))
+    assert any("eval_pc_success" in entry for entry in history)
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "processor_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_with_twice_the_batch(pusht_root, tmp_path):
+    run_training(common_arguments(pusht_root, tmp_path / "one", per_device_train_batch_size=8))
+    run_training(common_arguments(pusht_root, tmp_path / "two", per_device_train_batch_size=4), processes=2)
+    np.testing.assert_allclose(read_losses(tmp_path / "two")[0], read_losses(tmp_path / "one")[0], rtol=2e-4)
