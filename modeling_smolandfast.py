@@ -32,8 +32,11 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         config.check()
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # Transformers reads it off class names it knows
-        self.model.vision_model.requires_grad_(not config.freeze_vision_tower)
-        self.model.connector.requires_grad_(not config.freeze_connector)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self.model.vision_model.requires_grad_(not self.config.freeze_vision_tower)
+        self.model.connector.requires_grad_(not self.config.freeze_connector)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -85,6 +88,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 f"scale_factor={model.config.scale_factor} differs from the checkpoint's: the connector's projection "
                 f"was re-created with random weights, shape {found} -> {expected}. Train it before use."
             )
+        model._freeze()  # loading made new parameters
         return (model, info) if output_loading_info else model
 
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
@@ -135,9 +139,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         """
         grammar = self.action_grammar
         for name in ("max_new_tokens", "max_length", "max_time", "min_new_tokens", "min_length", "stop_strings"):
-            if kwargs.pop(name, None) is not None:
+            if (value := kwargs.pop(name, None)) is not None:
                 raise ValueError(
-                    f"generate() takes no {name}: an action string ends by itself at its last coefficient. Drop it."
+                    f"{name}={value!r}: an action string ends by itself at its last coefficient. Drop {name}."
                 )
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:

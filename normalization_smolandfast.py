@@ -144,7 +144,10 @@ def _read_bounds(statistics: dict, name: str, low: str, high: str) -> tuple[np.n
     for key in (low, high):
         if key not in statistics[name]:
             raise ValueError(f"statistics[{name!r}] has no {key!r}, only {sorted(statistics[name])}. Compute it anew.")
-        bounds.append(as_numbers(statistics[name][key], f"statistics[{name!r}][{key!r}]", ("dim",)))
+        values = as_numbers(statistics[name][key], f"statistics[{name!r}][{key!r}]", ("dim",))
+        if len(values) == 0:
+            raise ValueError(f"statistics[{name!r}][{key!r}] is empty, expected a number for each dimension.")
+        bounds.append(values)
     if len(bounds[0]) != len(bounds[1]) or (bounds[0] > bounds[1]).any():
         raise ValueError(f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}.")
     return bounds[0], bounds[1]

@@ -191,7 +191,7 @@ def test_bad_statistics_are_refused_by_the_name_of_their_field(statistics, field
     refused(lambda broken: broken.pop(field), "compute_statistics")
     refused(lambda broken: broken[field].pop("max"), "'max'")
     for wrong in ([0.0, float("nan")], [0.0, float("inf")], [0.0, None], [], 0.0, [[0.0, 0.0]], None):
-        refused(lambda broken, wrong=wrong: broken[field].update(min=wrong), "expected a list of finite numbers")
+        refused(lambda broken, wrong=wrong: broken[field].update(min=wrong), "(expected|not an array)")
     refused(lambda broken: broken[field].update(min=[0.0, 1e9]), "min is .* max is")
     refused(lambda broken: broken[field].update(min=[0.0]), "min is .* max is")
 

@@ -102,7 +102,7 @@ BAD_INPUTS = {
     "words as state": ({"state": "left"}, "state is not an array of numbers"),
     "another robot's state": ({"state": np.zeros((4, 7))}, r"state has shape \(4, 7\)"),
     "fewer images than states": ({"images": [np.zeros((9, 9, 3), np.uint8)]}, "1 samples of images"),
-    "grey images": ({"images": [np.zeros((96, 96), np.uint8)] * 4}, r"images\[0\]\[0\] has shape"),
+    "grey images": ({"images": [np.zeros((96, 96), np.uint8)] * 4}, r"images\[0\] has shape"),
     "normalised images": ({"images": [np.full((9, 9, 3), -1.0)] * 4}, "do not normalise"),
     "NaN image": ({"images": [np.full((9, 9, 3), np.nan)] * 4}, r"expected \[0, 1\]"),
     "wide integers": ({"images": [np.zeros((9, 9, 3), np.int64)] * 4}, "dtype int64"),
