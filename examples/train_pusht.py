@@ -40,6 +40,7 @@ COMMON = {
     "save_total_limit": 2,
     "lr_scheduler_type": "cosine_with_min_lr",
     "max_grad_norm": 1.0,
+    "data_seed": 42,  # the order of the samples, whatever the number of processes
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
     "report_to": "tensorboard",

@@ -105,10 +105,11 @@ def test_a_scene_without_variation_stays_as_it_is():
 
 
 def run_training(arguments, processes=1):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"] if processes > 1 else []
+    # Without MPI, `accelerate launch --cpu` starts one process only; its multi-GPU launcher starts any number of them.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "examples/train_pusht.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
 
 
@@ -121,7 +122,7 @@ def common_arguments(pusht_root, folder, **options):
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
         "eval_steps": 4,
-        "save_steps": 2,
+        "save_steps": 4,
         "eval_episodes": 1,
         "held_out_episodes": 1,
         "bf16": "False",
