@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK
+from pretrain_vision import main as pretrain_vision
 from pusht_scenes import TellEpoch, render_scenes, turn_points, vary_scene
+from safetensors.torch import load_file
 from train_pusht import main as train
-from transformers import Trainer, TrainingArguments
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
 from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer
@@ -144,6 +146,33 @@ def test_the_script_trains_evaluates_and_keeps_the_best(pusht_root, tmp_path):
     assert len(found) == 4 and all(map(math.isfinite, found))
     assert any("eval_pc_success" in entry for entry in history)
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "processor_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_256m_preset_starts_from_any_smolvlm_folder(pusht_root, smolvlm_assets, tmp_path):
+    """The real configuration and vocabulary at a small depth, with random weights."""
+    config = SmolVLMConfig.from_pretrained(smolvlm_assets)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    SmolVLMForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
+    for path in smolvlm_assets.glob("*.json"):
+        if path.name != "config.json":
+            (tmp_path / "vlm" / path.name).write_bytes(path.read_bytes())
+    options = {"preset": "256M", "vlm": tmp_path / "vlm", "scale_factor": 2, "gradient_accumulation_steps": 1}
+    batch = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 8, "max_steps": 2, "save_steps": 2}
+    train(common_arguments(pusht_root, tmp_path / "run", **options, **batch, eval_steps=2, warmup_steps=1))
+    found, history = read_losses(tmp_path / "run")
+    assert len(found) == 2 and all(map(math.isfinite, found))
+    assert any("eval_avg_max_reward" in entry for entry in history)
+
+
+def test_vision_pretraining_writes_weights_that_the_policy_takes(model, tmp_path, monkeypatch):
+    options = {"output_dir": tmp_path, "num_scenes": 24, "max_steps": 2, "batch_size": 4}
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["pretrain_vision.py", *arguments])
+    pretrain_vision()
+    result = model.load_state_dict(load_file(tmp_path / "vision.safetensors"), strict=False)
+    assert not result.unexpected_keys
+    assert all("text_model" in name or "lm_head" in name for name in result.missing_keys)
 
 
 @pytest.mark.slow
