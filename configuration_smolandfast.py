@@ -33,6 +33,8 @@ class SmolAndFastConfig(SmolVLMConfig):
         fast_token_bytes (`list[str | None]`, *optional*):
             UTF-8 bytes of each token of a byte-level FAST tokenizer (FAST+), in hexadecimal, in the order of the ids;
             `None` for tokens longer than a chunk.
+        fast_chunk_shape (`list[int]`, *optional*):
+            `[chunk_size, action_dim]` that the FAST tokenizer was chosen for; a configuration that differs is refused.
         freeze_vision_tower (`bool`, defaults to `False`): Whether the vision tower takes no gradient.
         freeze_connector (`bool`, defaults to `False`): Whether the connector takes no gradient.
 
@@ -52,6 +54,7 @@ class SmolAndFastConfig(SmolVLMConfig):
     action_token_base_id: int | None = None
     fast_token_lengths: list[int] | None = None
     fast_token_bytes: list[str | None] | None = None
+    fast_chunk_shape: list[int] | None = None
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
 
@@ -97,6 +100,10 @@ class SmolAndFastConfig(SmolVLMConfig):
                 "one prediction holds. Execute fewer steps or predict longer chunks."
             )
         vision = self.vision_config
+        for name in ("image_size", "patch_size"):
+            value = getattr(vision, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"vision_config.{name} is {value!r}, expected one number of pixels: squares only.")
         if vision.image_size % (vision.patch_size * self.scale_factor):
             raise ValueError(
                 f"An image of {vision.image_size} pixels does not divide into patches of {vision.patch_size}, these "
@@ -129,6 +136,12 @@ class SmolAndFastConfig(SmolVLMConfig):
             raise ValueError("fast_token_lengths holds a token of no coefficient. Take it from token_grammar().")
         if any(token is not None and not re.fullmatch("([0-9a-f]{2})+", token) for token in hexes):
             raise ValueError("fast_token_bytes holds what is no hexadecimal. Take it from token_grammar().")
+        if self.fast_chunk_shape is not None and list(self.fast_chunk_shape) != [self.chunk_size, self.action_dim]:
+            raise ValueError(
+                f"chunk_size and action_dim are {self.chunk_size} and {self.action_dim}, the FAST tokenizer is for "
+                f"chunks of {list(self.fast_chunk_shape)}. Fit one for these chunks and take its fields from "
+                "SmolAndFastProcessor.model_kwargs()."
+            )
         if not isinstance(self.action_token_base_id, int):
             raise ValueError(f"action_token_base_id is {self.action_token_base_id!r}, expected a vocabulary id.")
         first_id = self.action_token_base_id - self.num_action_tokens + 1

@@ -146,6 +146,12 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("labels") is not None or (mask is not None and not mask[:, -1].all()):
+            raise ValueError(
+                "generate() got a training batch (with labels, or padded on the right). Call the processor without "
+                "actions: its prompts end where the policy has to write."
+            )
         eos_token_id = self.generation_config.eos_token_id
         eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
         if eos_token_id is None or grammar.is_action(eos_token_id):

@@ -138,7 +138,9 @@ class SmolAndFastProcessor(ProcessorMixin):
         )
         chat_template = tokenizer.chat_template
         if chat_template is None:  # SmolVLM's own repositories have it in a file that tokenizers do not read
-            with open(cached_file(pretrained_model_name_or_path, "chat_template.json", **hub_kwargs)) as file:
+            with open(
+                cached_file(pretrained_model_name_or_path, "chat_template.json", **hub_kwargs), encoding="utf-8"
+            ) as file:
                 chat_template = json.load(file)["chat_template"]
         return cls(
             image_processor,
@@ -158,6 +160,7 @@ class SmolAndFastProcessor(ProcessorMixin):
             "do_image_splitting": bool(self.image_processor.do_image_splitting),
             "chunk_size": self.chunk_size,
             "action_dim": self.normalizer.action_dim,
+            "fast_chunk_shape": [self.chunk_size, self.normalizer.action_dim],
             "n_state_bins": self.n_state_bins,
             "fast_skip_tokens": self.fast_skip_tokens,
             "action_token_base_id": self.action_token_base_id,
@@ -205,20 +208,25 @@ class SmolAndFastProcessor(ProcessorMixin):
         if images is None or state is None:
             raise ValueError("The policy needs images and state: processor(images=image, text=task, state=state).")
         state = as_numbers(state, "state")
+        if state.ndim not in (1, 2) or state.size == 0:
+            raise ValueError(f"state has shape {state.shape}, expected (state_dim,) or (batch, state_dim).")
         if state.ndim == 1:
             state, images = state[None], [images]
             actions = None if actions is None else as_numbers(actions, "actions")[None]
+        elif not isinstance(images, (list, tuple)) and np.ndim(images) < 4:
+            images = [images]
         batch_size = len(state)
         tasks = text if isinstance(text, (list, tuple)) else [text] * batch_size
-        num_images = len(images) if isinstance(images, (list, tuple)) or np.ndim(images) > 3 else 1
-        if num_images != batch_size or len(tasks) != batch_size:
+        if len(images) != batch_size or len(tasks) != batch_size:
             raise ValueError(
-                f"Got {num_images} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of "
+                f"Got {len(images)} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of "
                 "each a sample. For one sample, state has shape (state_dim,)."
             )
         images = [_as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)]
         bins = self.normalizer.state_bins(state)
-        pixels = self.image_processor(images, return_row_col_info=True, return_tensors="pt")
+        pixels = self.image_processor(
+            images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
+        )
         rows, cols = pixels.pop("rows"), pixels.pop("cols")
         templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
         prompts = [
@@ -228,6 +236,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         if actions is None:
             return BatchFeature({**_pad(input_ids, self.tokenizer.pad_token_id, left=True), **pixels})
 
+        actions = as_numbers(actions, "actions", (batch_size, self.chunk_size, self.normalizer.action_dim))
         normalized = self.normalizer.normalize_actions(actions, bins)
         targets = [
             [action_token_map(token, self.action_token_base_id) for token in tokens] + [self.tokenizer.eos_token_id]
@@ -253,7 +262,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         Raises:
             ValueError: A row that does not end with exactly one chunk. Nothing is padded, cut or replaced by zeros.
         """
-        ids = torch.as_tensor(generated_ids).cpu().numpy()
+        ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
         if ids.ndim != 2:
             raise ValueError(
                 f"generated_ids has shape {ids.shape}, expected (batch, length) as generate() returns it."
@@ -284,7 +293,7 @@ class SmolAndFastProcessor(ProcessorMixin):
     def _write_prompt(
         self, template: tuple[str, str], task: str | None, bins, rows: list[int], cols: list[int]
     ) -> str:
-        task = task or self.default_task
+        task = self.default_task if task is None or task == "" else task
         if not isinstance(task, str) or any(token in task for token in self.tokenizer.get_added_vocab()):
             raise ValueError(
                 f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens."

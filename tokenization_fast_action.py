@@ -7,6 +7,7 @@ Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, sectio
 
 import json
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         """
         chunks = _as_chunks(chunks)
         _check_scale(scale)
-        if not isinstance(vocab_size, int):
+        if not isinstance(vocab_size, Integral):
             raise ValueError(f"vocab_size is {vocab_size!r}, expected a whole number.")
         if chunks.shape[0] == 0:
             raise ValueError("chunks is empty: pass at least one (H, D) chunk to fit on.")
@@ -173,7 +174,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             )
         backend = Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=int(vocab_size),
             initial_alphabet=[chr(FIRST_SYMBOL + k) for k in range(num_symbols)],
             show_progress=False,
         )
@@ -334,7 +335,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
 
 
 def _check_scale(scale: float) -> None:
-    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+    if not isinstance(scale, Real) or not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale!r}, expected a number above 0. The FAST paper uses 10.")
 
 

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from eval_pusht import make_predict
 from lerobot_dataset import LeRobotChunkDataset, download_dataset
 from pusht import TASK, rollout
-from pusht_scenes import TellEpoch, turn_points, vary_scene
+from pusht_scenes import IMAGE_SIZE, TellEpoch, turn_points, vary_scene
 from safetensors.torch import load_file
 from tiny_preset import make_tiny_model, make_tiny_processor
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -135,6 +135,10 @@ class VariedDemonstrations(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         sample = self.dataset[i]
+        if not any(self.variation.values()):
+            return sample
+        if len(sample["images"]) != 1 or sample["images"][0].shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+            raise ValueError("Only PushT's single 96x96 image can be varied: set turn_probability and max_shift to 0.")
         points = np.concatenate([sample["state"][None], sample["actions"]])
         rng = np.random.default_rng((self.seed, self.epoch, i))
         image, points = vary_scene(sample["images"][0], points, rng, **self.variation)

@@ -193,6 +193,21 @@ def test_options_that_cut_a_chunk_short_are_refused(processor, model, batch):
         model.generate(pixel_values=inputs["pixel_values"])
 
 
+def test_a_training_batch_is_no_prompt(processor, model, batch):
+    inputs = processor(**batch | {"text": ["a", "a longer task", "", "b"]})
+    with pytest.raises(ValueError, match="training batch"):
+        model.generate(**inputs)
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="padded on the right"):
+        model.generate(**inputs)
+
+
+def test_a_chunk_the_tokenizer_was_not_fitted_for_is_refused(processor, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"chunks of \[8, 2\]"):
+        SmolAndFastForActionPrediction.from_pretrained(tmp_path, chunk_size=20)
+
+
 def test_weights_that_are_not_finite_never_become_actions(processor, model, batch):
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="Look for NaN"):

@@ -57,6 +57,8 @@ def test_an_empty_task_falls_back_to_the_default(processor, batch):
 
 def test_one_sample_and_a_batch_of_one_are_the_same(processor, batch):
     one = processor(images=batch["images"][0], text="push", state=batch["state"][0], actions=batch["actions"][0])
+    bare = processor(images=Image.fromarray(batch["images"][0]), text="push", state=batch["state"][:1])
+    assert torch.equal(bare["pixel_values"], one["pixel_values"])
     many = processor(images=batch["images"][:1], text=["push"], state=batch["state"][:1], actions=batch["actions"][:1])
     assert all(torch.equal(one[name], many[name]) for name in many)
 
@@ -98,6 +100,8 @@ def test_several_cameras_give_several_images(processor, batch):
 BAD_INPUTS = {
     "no images": ({"images": None}, "images and state"),
     "no state": ({"state": None}, "images and state"),
+    "scalar state": ({"state": 3.0}, r"state has shape \(\)"),
+    "empty batch": ({"state": np.zeros((0, 2)), "images": []}, r"state has shape \(0, 2\)"),
     "NaN state": ({"state": np.full((4, 2), np.nan)}, r"state\[0, 0\] is nan"),
     "words as state": ({"state": "left"}, "state is not an array of numbers"),
     "another robot's state": ({"state": np.zeros((4, 7))}, r"state has shape \(4, 7\)"),
@@ -110,10 +114,10 @@ BAD_INPUTS = {
     "no camera": ({"images": [[]] * 4}, "is empty"),
     "special tokens in the task": ({"text": ["<image>"] * 4}, "special tokens"),
     "a number as task": ({"text": [3] * 4}, "expected a sentence"),
-    "short chunk": ({"actions": np.zeros((4, 3, 2))}, r"expected \(batch, 8, 2\)"),
+    "short chunk": ({"actions": np.zeros((4, 3, 2))}, r"expected \(4, 8, 2\)"),
     "infinite action": ({"actions": np.full((4, 8, 2), np.inf)}, r"actions\[0, 0, 0\] is inf"),
     "actions of another robot": ({"actions": np.zeros((4, 8, 6))}, "actions has shape"),
-    "too few chunks": ({"actions": np.zeros((3, 8, 2))}, "3 chunks for 4 states"),
+    "too few chunks": ({"actions": np.zeros((3, 8, 2))}, r"actions has shape \(3, 8, 2\)"),
     "NumPy asked for": ({"return_tensors": "np"}, "only 'pt'"),
 }
 
