@@ -1,0 +1,1 @@
+../../tokenization_fast_action.py
