@@ -2,10 +2,23 @@
 
 import re
 
+import numpy as np
+import torch
 from transformers import SmolVLMConfig
 
 # SmolVLM 1 checkpoints call themselves Idefics3; their weights have the same names and shapes.
 BACKBONE_MODEL_TYPES = ("smolvlm", "idefics3")
+
+
+def action_token_map(
+    ids: "int | np.ndarray | torch.Tensor", action_token_base_id: int
+) -> "int | np.ndarray | torch.Tensor":
+    """Map FAST ids to vocabulary ids of the language model, or back: the map is its own inverse.
+
+    FAST token k is vocabulary id `action_token_base_id - k`: the action tokens take the tail of the vocabulary, last
+    one first, as pi0-FAST does.
+    """
+    return action_token_base_id - ids
 
 
 class SmolAndFastConfig(SmolVLMConfig):

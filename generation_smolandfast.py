@@ -9,8 +9,7 @@ well-formed UTF-8 (Unicode standard, table 3-7) runs along.
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from .configuration_smolandfast import SmolAndFastConfig
-from .tokenization_fast_action import action_token_map
+from .configuration_smolandfast import SmolAndFastConfig, action_token_map
 
 # Inside a character: what the next byte may be, as (first, last, next state). State 0 stands between characters.
 # Limited to code points up to 0xD7FF, the symbols that FastActionTokenizer writes.

@@ -159,6 +159,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 f"generation_config.eos_token_id is {eos_token_id}, expected an id outside the action tokens. Set it "
                 "to processor.tokenizer.eos_token_id."
             )
+        pad_token_id = self.generation_config.pad_token_id
+        if pad_token_id is None or pad_token_id >= self.config.text_config.vocab_size:  # SmolVLMConfig's default
+            kwargs.setdefault("pad_token_id", self.config.text_config.pad_token_id)
         prompt_length = input_ids.shape[1]
         constraint = ActionLogitsProcessor(grammar, prompt_length, eos_token_id)
         whole = ChunkIsWhole(grammar, prompt_length)

@@ -17,9 +17,9 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, 
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 from transformers.utils import cached_file
 
-from .configuration_smolandfast import SmolAndFastConfig
+from .configuration_smolandfast import SmolAndFastConfig, action_token_map
 from .normalization_smolandfast import Normalizer, as_numbers
-from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer, action_token_map
+from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer
 
 PROMPT = "Task: {task}, State: {bins}, Action: "
 BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")

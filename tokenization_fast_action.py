@@ -28,15 +28,6 @@ MAX_CODE_POINT = 0xD7FF
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-def action_token_map(ids: "np.ndarray | torch.Tensor", action_token_base_id: int) -> "np.ndarray | torch.Tensor":
-    """Map FAST ids to vocabulary ids of the language model, or back: the map is its own inverse.
-
-    FAST token k is vocabulary id `action_token_base_id - k`: the action tokens take the tail of the vocabulary, last
-    one first, as pi0-FAST does.
-    """
-    return action_token_base_id - ids
-
-
 class FastActionTokenizer(PreTrainedTokenizerFast):
     """Encodes chunks of continuous actions as FAST tokens and decodes them again.
 
