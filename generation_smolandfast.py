@@ -99,8 +99,7 @@ class ActionGrammar:
         """The tokens that may follow: `(batch,)`, `(batch,) -> (batch, num_action_tokens)`."""
         next_state = self.next_state.to(left.device)[state.clamp(min=0)]
         fits = self.started.to(left.device) <= left[:, None]
-        going_on = (state != INVALID) & ~((left == 0) & (state == 0))
-        return (next_state != INVALID) & fits & going_on[:, None]
+        return (next_state != INVALID) & fits & (state != INVALID)[:, None]
 
 
 class ActionLogitsProcessor(LogitsProcessor):

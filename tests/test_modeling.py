@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_processor
-from tiny_preset import make_tiny_model
+from conftest import TASK
+from tiny_preset import make_tiny_model, make_tiny_processor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.utils import logging
 
-from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction
+from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, compute_statistics
 
 
 def prompts(processor, batch):
@@ -221,10 +221,7 @@ def test_a_model_without_action_tokens_says_how_to_get_them(stock_folder):
 
 
 def test_fast_plus_drives_the_tiny_model(fast_plus, demonstrations, batch):
-    processor = make_processor(demonstrations)
-    from tiny_preset import make_tiny_processor
-
-    processor = make_tiny_processor(fast_plus, processor.statistics, processor.default_task, chunk_size=8)
+    processor = make_tiny_processor(fast_plus, compute_statistics(*demonstrations), TASK, chunk_size=8)
     torch.manual_seed(0)
     model = make_tiny_model(processor, n_action_steps=4).eval()
     for options in ({}, {"do_sample": True}, {"num_beams": 2}):
