@@ -24,17 +24,16 @@ class ActionDataCollator:
         return self.processor(**columns)
 
 
-def make_optimizer(
+def make_parameter_groups(
     model: SmolAndFastForActionPrediction,
     vision_learning_rate: float = 2e-5,
     connector_learning_rate: float = 2e-4,
     text_learning_rate: float = 2e-4,
-    betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.01,
-) -> torch.optim.AdamW:
-    """AdamW with a learning rate for each part of the model: pass it as `Trainer(optimizers=(optimizer, None))`.
+) -> list[dict]:
+    """An optimizer's parameter groups, with a learning rate for each part of the model. The head counts as text.
 
-    The head counts as text. Biases, norms and everything frozen are as `Trainer` has them: without decay, left out.
+    Biases, norms and everything frozen are as `Trainer` has them: without decay, left out.
     """
     learning_rates = {
         "model.vision_model.": vision_learning_rate,
@@ -46,14 +45,25 @@ def make_optimizer(
         if parameter.requires_grad:
             part = next(prefix for prefix in learning_rates if name.startswith(prefix))
             groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": learning_rates[part], "weight_decay": weight_decay if has_decay else 0.0}
-            for (part, has_decay), parameters in groups.items()
-        ],
-        betas=betas,
-        fused=True,
-    )
+    return [
+        {"params": parameters, "lr": learning_rates[part], "weight_decay": weight_decay if has_decay else 0.0}
+        for (part, has_decay), parameters in groups.items()
+    ]
+
+
+def make_optimizer(
+    model: SmolAndFastForActionPrediction,
+    *learning_rates: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    **kwargs: float,
+) -> torch.optim.AdamW:
+    """AdamW for `Trainer(optimizers=(optimizer, None))`.
+
+    Args:
+        learning_rates, kwargs: Those of [`make_parameter_groups`].
+        betas: AdamW's decay rates of the two moments.
+    """
+    return torch.optim.AdamW(make_parameter_groups(model, *learning_rates, **kwargs), betas=betas, fused=True)
 
 
 def bf16_is_faster(size: int = 512, repeats: int = 10) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from muon import make_muon
 from pusht_scenes import NUM_POINTS, WORLD_SIZE, TellEpoch, render_scenes, vary_scene
 from safetensors.torch import save_file
 from tiny_preset import make_tiny_vision
@@ -22,21 +23,38 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from smolandfast.training_smolandfast import bf16_is_faster
 
+HARMONICS = 4  # of the T's angle, in the labels
+
+
+def make_labels(points: np.ndarray) -> np.ndarray:
+    """What to read off an image: `(5, 2)` points -> 18 numbers.
+
+    The points, in [-1, 1]; then cosine and sine of the T's angle, of twice, three and four times that angle. Points
+    alone teach the direction late: an axis known but for its sign, or a T known but for thirds of a turn, lowers no
+    error of theirs. It does lower that of the second or third harmonic.
+    """
+    x, y = points[2] - points[1]
+    angles = np.arctan2(y, x) * np.arange(1, HARMONICS + 1)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return np.concatenate([points.ravel() / (WORLD_SIZE / 2) - 1, directions.ravel()]).astype(np.float32)
+
 
 class PoseRegressor(nn.Module):
-    """The vision tower and connector of the tiny model, and a linear layer that reads positions off their tokens."""
+    """The vision tower and connector of the tiny model, and a linear layer that reads poses off their tokens."""
 
     def __init__(self, vision_model: nn.Module, connector: nn.Module, num_features: int):
         super().__init__()
         self.vision_model = vision_model
         self.connector = connector
-        self.head = nn.Linear(num_features, NUM_POINTS * 2)
+        self.head = nn.Linear(num_features, NUM_POINTS * 2 + HARMONICS * 2)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`(B, 3, 96, 96)`, `(B, 10)` in [-1, 1] -> loss and positions `(B, 10)`."""
+        """`(B, 3, 96, 96)`, labels `(B, 18)` -> loss and positions `(B, 10)`."""
         tokens = self.connector(self.vision_model(pixel_values).last_hidden_state)
-        positions = self.head(tokens.flatten(1))
-        return {"loss": nn.functional.smooth_l1_loss(positions.float(), labels, beta=0.05), "positions": positions}
+        poses = self.head(tokens.flatten(1)).float()
+        errors = (poses - labels) ** 2
+        loss = 10 * errors[:, : NUM_POINTS * 2].mean() + errors[:, NUM_POINTS * 2 :].mean()
+        return {"loss": loss, "positions": poses[:, : NUM_POINTS * 2]}
 
 
 class Scenes(torch.utils.data.Dataset):
@@ -53,9 +71,11 @@ class Scenes(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((self.seed, self.epoch, i))
-        image, points = vary_scene(self.images[i], self.points[i], rng, turn_probability=0.5, max_shift=6)
+        image, points = vary_scene(
+            self.images[i], self.points[i], rng, turn_probability=0.5, max_shift=6, max_angle=15
+        )
         pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1  # as the processor normalises
-        return {"pixel_values": pixels, "labels": torch.from_numpy(points).flatten() / (WORLD_SIZE / 2) - 1}
+        return {"pixel_values": pixels, "labels": torch.from_numpy(make_labels(points))}
 
 
 class SaveVision(TrainerCallback):
@@ -67,18 +87,23 @@ class SaveVision(TrainerCallback):
 
 
 def mean_error_pixels(prediction) -> dict[str, float]:
-    """Mean distance of agent, T and target from their true places, in the simulator's pixels (512 a side)."""
-    errors = (prediction.predictions - prediction.label_ids).reshape(-1, NUM_POINTS, 2) * (WORLD_SIZE / 2)
-    distances = np.linalg.norm(errors, axis=2).mean(axis=0)
-    return {"agent_px": distances[0], "t_px": distances[1:3].mean(), "target_px": distances[3:].mean()}
+    """Mean distance of each point from its true place, in the simulator's pixels (512 a side)."""
+    errors = prediction.predictions - prediction.label_ids[:, : NUM_POINTS * 2]
+    distances = np.linalg.norm(errors.reshape(-1, NUM_POINTS, 2) * (WORLD_SIZE / 2), axis=2).mean(axis=0)
+    return {
+        "agent_px": distances[0],
+        "bar_px": distances[1],
+        "stem_px": distances[2],
+        "target_px": distances[3:].mean(),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="outputs/vision")
     parser.add_argument("--num_scenes", type=int, default=40_000)
-    parser.add_argument("--max_steps", type=int, default=2_400)
-    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--max_steps", type=int, default=6_000)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -89,6 +114,7 @@ def main() -> None:
     images, points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     held_out = max(args.num_scenes // 60, 1)
     model = PoseRegressor(*make_tiny_vision())
+    parameter_groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -96,13 +122,10 @@ def main() -> None:
             max_steps=args.max_steps,
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            weight_decay=0.01,
             warmup_steps=200,
             lr_scheduler_type="cosine",
             bf16=bf16_is_faster(),
             use_cpu=not torch.cuda.is_available(),
-            optim="adamw_torch_fused",
             logging_steps=100,
             eval_strategy="steps",
             eval_steps=500,
@@ -115,6 +138,7 @@ def main() -> None:
         train_dataset=Scenes(images[held_out:], points[held_out:], args.seed),
         eval_dataset=Scenes(images[:held_out], points[:held_out], args.seed),
         compute_metrics=mean_error_pixels,
+        optimizers=(make_muon(model, parameter_groups), None),
         callbacks=[TellEpoch(), SaveVision()],
     )
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None

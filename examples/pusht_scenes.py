@@ -7,6 +7,7 @@ shifting image and points together gives another valid scene, so demonstrations 
 import os
 
 import numpy as np
+from PIL import Image
 from transformers import TrainerCallback
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -18,7 +19,9 @@ NUM_POINTS = 1 + 2 * len(T_POINTS)  # the agent, the T, the target
 
 
 def render_scenes(num_scenes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render PushT at random poses; in three scenes of ten the T lies near its target, where precision counts.
+    """Render PushT at random poses.
+
+    In three scenes of ten the T lies near its target, where precision counts; in half of all, the agent is near the T.
 
     Returns:
         Images `(num_scenes, 96, 96, 3)` uint8 and points `(num_scenes, 5, 2)` float32: the agent, the T's bar and
@@ -39,7 +42,9 @@ def render_scenes(num_scenes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
             angle = env.goal_pose[2] + rng.normal(0, 0.3)
         else:
             position, angle = rng.uniform(80, 430, 2), rng.uniform(-np.pi, np.pi)
-        env.agent.position = tuple(rng.uniform(20, 492, 2))
+        near_the_block = rng.random() < 0.5
+        agent = position + rng.normal(0, 70, 2) if near_the_block else rng.uniform(20, 492, 2)
+        env.agent.position = tuple(np.clip(agent, 20, 492))
         env.block.position, env.block.angle = tuple(position), angle
         for body in (env.agent, env.block):  # drawing uses shapes that pymunk moves only when it steps or is told
             env.space.reindex_shapes_for_body(body)
@@ -63,8 +68,19 @@ def turn_points(points: np.ndarray, symmetry: int) -> np.ndarray:
     return np.stack([x, y], axis=-1)
 
 
+def rotate_points(points: np.ndarray, angle: float) -> np.ndarray:
+    """Move points `(..., 2)` as `Image.rotate(angle)` moves their image: degrees, anticlockwise on the screen."""
+    sine, cosine = np.sin(np.radians(angle)), np.cos(np.radians(angle))
+    return (points - WORLD_SIZE / 2) @ np.array([[cosine, -sine], [sine, cosine]]) + WORLD_SIZE / 2
+
+
 def vary_scene(
-    image: np.ndarray, points: np.ndarray, rng: np.random.Generator, turn_probability: float, max_shift: int
+    image: np.ndarray,
+    points: np.ndarray,
+    rng: np.random.Generator,
+    turn_probability: float,
+    max_shift: int,
+    max_angle: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Turn, mirror and shift a scene as a whole.
 
@@ -74,6 +90,8 @@ def vary_scene(
         rng: Decides everything.
         turn_probability: Share of scenes that get one of the seven symmetries besides the identity.
         max_shift: Largest shift along each axis, in image pixels. The border's pixels fill the gap.
+        max_angle: Half of the scenes are also rotated about the image's middle, by up to this many degrees either way.
+            White fills the corners.
 
     Returns:
         A new image and new points of the same shapes.
@@ -82,8 +100,13 @@ def vary_scene(
     dx, dy = rng.integers(-max_shift, max_shift + 1, 2)
     image = np.rot90(image[:, ::-1] if symmetry >= 4 else image, symmetry % 4)
     rows, columns = (np.clip(np.arange(IMAGE_SIZE) - shift, 0, IMAGE_SIZE - 1) for shift in (dy, dx))
+    image = image[rows[:, None], columns]
     points = turn_points(points, symmetry) + np.array([dx, dy]) * (WORLD_SIZE / IMAGE_SIZE)
-    return image[rows[:, None], columns], points.astype(np.float32)
+    if max_angle and rng.random() < 0.5:
+        angle = rng.uniform(-max_angle, max_angle)
+        image = np.array(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=(255, 255, 255)))
+        points = rotate_points(points, angle)
+    return image, points.astype(np.float32)
 
 
 class TellEpoch(TrainerCallback):

@@ -18,8 +18,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from eval_pusht import make_predict
 from lerobot_dataset import LeRobotChunkDataset, download_dataset
+from muon import make_muon
 from pusht import TASK, rollout
-from pusht_scenes import IMAGE_SIZE, TellEpoch, turn_points, vary_scene
+from pusht_scenes import IMAGE_SIZE, TellEpoch, rotate_points, turn_points, vary_scene
 from safetensors.torch import load_file
 from tiny_preset import make_tiny_model, make_tiny_processor
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
@@ -32,7 +33,7 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
-from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer
+from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer, make_parameter_groups
 
 COMMON = {
     "eval_strategy": "steps",
@@ -64,10 +65,11 @@ PRESETS = {
         "chunk_size": 16,
         "n_action_steps": 8,
         "use_relative_actions": True,
-        "fast_scale": 20.0,
-        "fast_vocab_size": 256,
+        "fast_scale": 30.0,
+        "fast_vocab_size": 512,
         "turn_probability": 0.3,
         "max_shift": 3,
+        "max_angle": 15.0,
         "vision_learning_rate": 5e-4,
         "connector_learning_rate": 1e-3,
         "text_learning_rate": 1e-3,
@@ -115,6 +117,7 @@ class PolicyArguments:
     min_lr_rate: float = field(default=0.05, metadata={"help": "floor of the cosine, as a share of the peak"})
     turn_probability: float = field(default=0.0, metadata={"help": "share of samples that are turned or mirrored"})
     max_shift: int = field(default=0, metadata={"help": "largest shift of image, state and actions, in image pixels"})
+    max_angle: float = field(default=0.0, metadata={"help": "half of the samples are rotated by up to this, degrees"})
     held_out_episodes: int = field(default=6, metadata={"help": "last demonstrations, for the evaluation loss"})
     eval_episodes: int = field(default=20, metadata={"help": "simulator episodes at each evaluation"})
     eval_seed: int = field(default=100_000, metadata={"help": "first seed of those episodes"})
@@ -123,9 +126,9 @@ class PolicyArguments:
 class VariedDemonstrations(torch.utils.data.Dataset):
     """Demonstrations that are turned and shifted as a whole, another way in every epoch."""
 
-    def __init__(self, dataset: LeRobotChunkDataset, turn_probability: float, max_shift: int, seed: int):
+    def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
-        self.variation = {"turn_probability": turn_probability, "max_shift": max_shift}
+        self.variation = {name: getattr(args, name) for name in ("turn_probability", "max_shift", "max_angle")}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -138,7 +141,9 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         if not any(self.variation.values()):
             return sample
         if len(sample["images"]) != 1 or sample["images"][0].shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise ValueError("Only PushT's single 96x96 image can be varied: set turn_probability and max_shift to 0.")
+            raise ValueError(
+                "Only PushT's single 96x96 image can be varied: set turn_probability, max_shift and max_angle to 0."
+            )
         points = np.concatenate([sample["state"][None], sample["actions"]])
         rng = np.random.default_rng((self.seed, self.epoch, i))
         image, points = vary_scene(sample["images"][0], points, rng, **self.variation)
@@ -171,7 +176,10 @@ class PolicyTrainer(Trainer):
 def fit_statistics_and_tokenizer(
     dataset: LeRobotChunkDataset, args: PolicyArguments
 ) -> tuple[dict, FastActionTokenizer]:
-    """Measure the demonstrations, and their turned copies where training turns them; fit FAST to the result."""
+    """Measure the demonstrations, and their turned copies where training turns them; fit FAST to the result.
+
+    Rotated copies stay out of the statistics, whose limits are those of the actions that the robot is sent.
+    """
     states, chunks = dataset.states, dataset.action_chunks()
     if args.turn_probability > 0:
         copies = [(turn_points(states[s::7], s), turn_points(chunks[s::7], s)) for s in range(1, 8)]
@@ -180,6 +188,9 @@ def fit_statistics_and_tokenizer(
     statistics = compute_statistics(states, chunks)
     if args.action_tokenizer is not None:
         return statistics, FastActionTokenizer.from_pretrained(args.action_tokenizer)
+    if args.max_angle > 0:
+        angles = (0.0, -args.max_angle, args.max_angle)
+        states, chunks = (np.concatenate([rotate_points(x, angle) for angle in angles]) for x in (states, chunks))
     normalizer = Normalizer(statistics, use_relative_actions=args.use_relative_actions)
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
     tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)
@@ -239,23 +250,20 @@ def main(argv: list[str] | None = None) -> None:
     train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))
     model, processor = make_policy(train_set, args)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, bf16 autocast: {training.bf16}")
+    parts = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
+    rates = {name: getattr(args, name) for name in parts} | {"weight_decay": training.weight_decay}
+    if args.preset == "tiny":
+        optimizer = make_muon(model, make_parameter_groups(model, **rates))
+    else:
+        optimizer = make_optimizer(model, **rates)
     trainer = PolicyTrainer(
         model,
         training,
         data_collator=ActionDataCollator(processor),
-        train_dataset=VariedDemonstrations(train_set, args.turn_probability, args.max_shift, training.seed),
+        train_dataset=VariedDemonstrations(train_set, args, training.seed),
         eval_dataset=LeRobotChunkDataset(root, args.chunk_size, range(held_out, held_out + args.held_out_episodes)),
         processing_class=processor,
-        optimizers=(
-            make_optimizer(
-                model,
-                args.vision_learning_rate,
-                args.connector_learning_rate,
-                args.text_learning_rate,
-                weight_decay=training.weight_decay,
-            ),
-            None,
-        ),
+        optimizers=(optimizer, None),
         callbacks=[TellEpoch()],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
     )

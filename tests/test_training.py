@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK
+from muon import make_muon
 from pretrain_vision import main as pretrain_vision
+from pretrain_vision import make_labels
 from pusht_scenes import TellEpoch, render_scenes, turn_points, vary_scene
 from safetensors.torch import load_file
 from train_pusht import main as train
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
-from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer
+from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer, make_parameter_groups
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +43,7 @@ class Demonstrations(torch.utils.data.Dataset):
         return {"images": [image], "text": TASK, "state": self.states[i], "actions": self.chunks[i]}
 
 
-def make_trainer(processor, model, demonstrations, folder, **options):
+def make_trainer(processor, model, demonstrations, folder, optimizer=None, **options):
     arguments = TrainingArguments(
         str(folder),
         per_device_train_batch_size=8,
@@ -60,7 +62,7 @@ def make_trainer(processor, model, demonstrations, folder, **options):
         data_collator=ActionDataCollator(processor),
         train_dataset=Demonstrations(*demonstrations),
         processing_class=processor,
-        optimizers=(make_optimizer(model), None),
+        optimizers=(optimizer or make_optimizer(model), None),
         callbacks=[TellEpoch()],
     )
 
@@ -69,12 +71,21 @@ def losses(trainer):
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(processor, model, demonstrations, tmp_path):
+def adamw(model):
+    return make_optimizer(model)
+
+
+def muon(model):
+    return make_muon(model, make_parameter_groups(model))
+
+
+@pytest.mark.parametrize("make", [adamw, muon])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(make, processor, model, demonstrations, tmp_path):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = make_trainer(processor, model, demonstrations, tmp_path)
+    whole = make_trainer(processor, model, demonstrations, tmp_path, make(model))
     whole.train()
     model.load_state_dict(weights)
-    resumed = make_trainer(processor, model, demonstrations, tmp_path / "again")
+    resumed = make_trainer(processor, model, demonstrations, tmp_path / "again", make(model))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert set(losses(whole)) == {1, 2, 3, 4, 5}
     assert losses(resumed) == losses(whole)
@@ -91,13 +102,49 @@ def test_each_part_has_its_learning_rate_and_frozen_parts_have_none(model):
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
 
 
+def test_muon_takes_the_layers_matrices_and_follows_the_schedule(model):
+    optimizer = muon(model)
+    by_muon = {id(p) for group in optimizer.optimizers["muon"].param_groups for p in group["params"]}
+    taken = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(taken) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in by_muon) == (".layers." in name and parameter.ndim == 2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    before = {name: part.param_groups[0]["lr"] for name, part in optimizer.optimizers.items()}
+    optimizer.step()
+    schedule.step()
+    assert {name: part.param_groups[0]["lr"] for name, part in optimizer.optimizers.items()} == {
+        name: rate / 2 for name, rate in before.items()
+    }
+
+
+def find_agent(image):
+    """Where the agent's blue disc is, in the simulator's coordinates."""
+    rows, columns = (image[..., 2].astype(int) - image[..., 0] > 100).nonzero()
+    return (np.array([columns.mean(), rows.mean()]) + 0.5) * 512 / 96
+
+
 def test_turning_points_follows_the_image():
     images, points = render_scenes(2, seed=0)
     for symmetry in range(8):
         turned = np.rot90(images[0][:, ::-1] if symmetry >= 4 else images[0], symmetry % 4)
-        blue = (turned[..., 2].astype(int) - turned[..., 0] > 100).nonzero()  # the agent's disc, rows and columns
-        found = (np.array([blue[1].mean(), blue[0].mean()]) + 0.5) * 512 / 96
-        assert np.linalg.norm(found - turn_points(points[0, 0], symmetry)) < 6
+        assert np.linalg.norm(find_agent(turned) - turn_points(points[0, 0], symmetry)) < 6
+
+
+def test_varied_points_follow_the_image():
+    images, points = render_scenes(1, seed=0)
+    for seed in range(40):
+        image, moved = vary_scene(images[0], points[0], np.random.default_rng(seed), 0.5, max_shift=3, max_angle=30)
+        assert np.linalg.norm(find_agent(image) - moved[0]) < 6
+        # The T and its target stay as large as they are.
+        np.testing.assert_allclose(np.linalg.norm(moved[2::2] - moved[1::2], axis=1), 105, atol=0.01)
+
+
+def test_labels_hold_the_points_and_the_harmonics_of_the_angle():
+    points = np.array([[256, 0], [100, 100], [100, 205], [0, 0], [512, 512]], dtype=np.float32)
+    labels = make_labels(points)  # the stem points down: 90 degrees
+    np.testing.assert_allclose(labels[:2], [0, -1], atol=1e-6)
+    np.testing.assert_allclose(labels[10:], [0, 1, -1, 0, 0, -1, 1, 0], atol=1e-6)
 
 
 def test_a_scene_without_variation_stays_as_it_is():
