@@ -24,7 +24,7 @@ class ActionDataCollator:
         return self.processor(**columns)
 
 
-def make_parameter_groups(
+def parameter_groups(
     model: SmolAndFastForActionPrediction,
     vision_learning_rate: float = 2e-5,
     connector_learning_rate: float = 2e-4,
@@ -60,10 +60,10 @@ def make_optimizer(
     """AdamW for `Trainer(optimizers=(optimizer, None))`.
 
     Args:
-        learning_rates, kwargs: Those of [`make_parameter_groups`].
+        learning_rates, kwargs: Those of [`parameter_groups`].
         betas: AdamW's decay rates of the two moments.
     """
-    return torch.optim.AdamW(make_parameter_groups(model, *learning_rates, **kwargs), betas=betas, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, *learning_rates, **kwargs), betas=betas, fused=True)
 
 
 def bf16_is_faster(size: int = 512, repeats: int = 10) -> bool:

@@ -114,7 +114,7 @@ def main() -> None:
     images, points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     held_out = max(args.num_scenes // 60, 1)
     model = PoseRegressor(*make_tiny_vision())
-    parameter_groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
+    groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -138,7 +138,7 @@ def main() -> None:
         train_dataset=Scenes(images[held_out:], points[held_out:], args.seed),
         eval_dataset=Scenes(images[:held_out], points[:held_out], args.seed),
         compute_metrics=mean_error_pixels,
-        optimizers=(make_muon(model, parameter_groups), None),
+        optimizers=(make_muon(model, groups), None),
         callbacks=[TellEpoch(), SaveVision()],
     )
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None

@@ -33,7 +33,7 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
-from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer, make_parameter_groups
+from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer, parameter_groups
 
 COMMON = {
     "eval_strategy": "steps",
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
     rates = {name: getattr(args, name) for name in parts} | {"weight_decay": training.weight_decay}
     if args.preset == "tiny":
-        optimizer = make_muon(model, make_parameter_groups(model, **rates))
+        optimizer = make_muon(model, parameter_groups(model, **rates))
     else:
         optimizer = make_optimizer(model, **rates)
     trainer = PolicyTrainer(

@@ -20,7 +20,7 @@ from train_pusht import main as train
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
-from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer, make_parameter_groups
+from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer, parameter_groups
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +76,7 @@ def adamw(model):
 
 
 def muon(model):
-    return make_muon(model, make_parameter_groups(model))
+    return make_muon(model, parameter_groups(model))
 
 
 @pytest.mark.parametrize("make", [adamw, muon])
