@@ -21,7 +21,6 @@ from lerobot_dataset import LeRobotChunkDataset, download_dataset
 from pusht import TASK, rollout
 from pusht_scenes import IMAGE_SIZE, TellEpoch, turn_points, vary_scene
 from safetensors.torch import load_file
-from tiny_preset import make_tiny_model, make_tiny_processor
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -32,6 +31,7 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
+from smolandfast.tiny_smolandfast import make_tiny_model, make_tiny_processor
 from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer
 
 COMMON = {
