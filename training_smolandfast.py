@@ -24,15 +24,14 @@ class ActionDataCollator:
         return self.processor(**columns)
 
 
-def make_optimizer(
+def parameter_groups(
     model: SmolAndFastForActionPrediction,
     vision_learning_rate: float = 2e-5,
     connector_learning_rate: float = 2e-4,
     text_learning_rate: float = 2e-4,
-    betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.01,
-) -> torch.optim.AdamW:
-    """AdamW with a learning rate for each part of the model: pass it as `Trainer(optimizers=(optimizer, None))`.
+) -> list[dict]:
+    """The groups of an optimizer, with `lr` and `weight_decay` for each part of the model.
 
     The head counts as text. Biases, norms and everything frozen are as `Trainer` has them: without decay, left out.
     """
@@ -46,14 +45,17 @@ def make_optimizer(
         if parameter.requires_grad:
             part = next(prefix for prefix in learning_rates if name.startswith(prefix))
             groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": learning_rates[part], "weight_decay": weight_decay if has_decay else 0.0}
-            for (part, has_decay), parameters in groups.items()
-        ],
-        betas=betas,
-        fused=True,
-    )
+    return [
+        {"params": parameters, "lr": learning_rates[part], "weight_decay": weight_decay if has_decay else 0.0}
+        for (part, has_decay), parameters in groups.items()
+    ]
+
+
+def make_optimizer(
+    model: SmolAndFastForActionPrediction, *args, betas: tuple[float, float] = (0.9, 0.95), **kwargs
+) -> torch.optim.AdamW:
+    """AdamW over [`parameter_groups`], which takes the other arguments: `Trainer(optimizers=(optimizer, None))`."""
+    return torch.optim.AdamW(parameter_groups(model, *args, **kwargs), betas=betas, fused=True)
 
 
 def bf16_is_faster(size: int = 512, repeats: int = 10) -> bool:
