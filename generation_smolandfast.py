@@ -103,21 +103,28 @@ class ActionGrammar:
 
 
 class ActionLogitsProcessor(LogitsProcessor):
-    """Leaves only the tokens that the grammar allows after what stands behind the prompt, then only EOS."""
+    """Leaves only the tokens that the grammar allows after what stands behind the prompt, then only EOS.
 
-    def __init__(self, grammar: ActionGrammar, prompt_length: int, eos_token_id: int):
+    Relaxed, it leaves every action token and EOS at any time, whatever they add up to.
+    """
+
+    def __init__(self, grammar: ActionGrammar, prompt_length: int, eos_token_id: int, relaxed: bool = False):
         self.grammar = grammar
         self.prompt_length = prompt_length
         self.eos_token_id = eos_token_id
+        self.relaxed = relaxed
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         left, state = self.grammar.read(input_ids[:, self.prompt_length :])
-        allowed = self.grammar.allowed(left, state)
+        allowed = self.grammar.allowed(left, state) | self.relaxed
         first_id = action_token_map(allowed.shape[1] - 1, self.grammar.base_id)
         band = slice(first_id, self.grammar.base_id + 1)
         masked = torch.full_like(scores, -torch.inf)
         masked[:, band] = scores[:, band].masked_fill(~allowed.flip(1), -torch.inf)
-        masked[:, self.eos_token_id] = torch.where(allowed.any(1), masked[:, self.eos_token_id], 0.0)
+        if self.relaxed:
+            masked[:, self.eos_token_id] = scores[:, self.eos_token_id]
+        else:
+            masked[:, self.eos_token_id] = torch.where(allowed.any(1), masked[:, self.eos_token_id], 0.0)
         best = masked.amax(dim=1)
         if not torch.isfinite(best).all():
             raise ValueError(

@@ -119,7 +119,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         return ActionGrammar(self.config)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.LongTensor | None = None, **kwargs):
+    def generate(self, inputs: torch.LongTensor | None = None, relaxed: bool = False, **kwargs):
         """Write one action chunk for each prompt: `GenerationMixin.generate`, greedy, sampled or beam search.
 
         Whatever the weights, every string decodes to exactly `(chunk_size, action_dim)`; it ends at the last
@@ -127,6 +127,8 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
 
         Args:
             inputs: `(batch, length)` prompt ids, left-padded; usually passed as `input_ids` by the processor's output.
+            relaxed: Let the model end a string where it likes, as published FAST policies do. It may then hold more
+                or fewer coefficients than a chunk: decode it with `post_process_actions(ids, relaxed=True)`.
             kwargs: The processor's other tensors, and options of generation such as `do_sample`, `temperature`,
                 `num_beams`.
 
@@ -163,17 +165,17 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         if pad_token_id is None or pad_token_id >= self.config.text_config.vocab_size:  # SmolVLMConfig's default
             kwargs.setdefault("pad_token_id", self.config.text_config.pad_token_id)
         prompt_length = input_ids.shape[1]
-        constraint = ActionLogitsProcessor(grammar, prompt_length, eos_token_id)
-        whole = ChunkIsWhole(grammar, prompt_length)
+        constraint = ActionLogitsProcessor(grammar, prompt_length, eos_token_id, relaxed)
+        ends = [] if relaxed else [ChunkIsWhole(grammar, prompt_length)]
         output = super().generate(
             inputs,
             logits_processor=LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), constraint]),
-            stopping_criteria=StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), whole]),
+            stopping_criteria=StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), *ends]),
             max_new_tokens=grammar.max_new_tokens,
             **kwargs,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if not grammar.is_whole(sequences[:, prompt_length:]).all():
+        if not relaxed and not grammar.is_whole(sequences[:, prompt_length:]).all():
             raise ValueError(
                 "The options given to generate() cut a chunk short or asked for more different chunks than exist. "
                 "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."

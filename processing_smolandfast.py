@@ -249,18 +249,20 @@ class SmolAndFastProcessor(ProcessorMixin):
         labels = _pad([[-100] * len(p) + t for p, t in zip(input_ids, targets, strict=True)], -100)["input_ids"]
         return BatchFeature({**inputs, **pixels, "labels": labels})
 
-    def post_process_actions(self, generated_ids: torch.LongTensor) -> np.ndarray:
+    def post_process_actions(self, generated_ids: torch.LongTensor, relaxed: bool = False) -> np.ndarray:
         """Turn what `model.generate(**inputs)` returned into actions for the robot.
 
         Args:
             generated_ids: `(batch, length)` ids, the prompt included.
+            relaxed: Cut rows that hold too much, and fill rows that hold too little with zero coefficients, as
+                published FAST policies do.
 
         Returns:
             `(batch, chunk_size, action_dim)` float32 in the robot's units, clipped to the smallest and largest action
             in the statistics.
 
         Raises:
-            ValueError: A row that does not end with exactly one chunk. Nothing is padded, cut or replaced by zeros.
+            ValueError: A row that does not end with exactly one chunk, unless `relaxed`.
         """
         ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
         if ids.ndim != 2:
@@ -274,7 +276,7 @@ class SmolAndFastProcessor(ProcessorMixin):
             start = end - np.argmin(np.append(is_action[:end][::-1], False)) if is_action.any() else end
             tokens.append(action_token_map(row[start:end], self.action_token_base_id).tolist())
             prompts.append(row[:start])
-        actions = self.action_tokenizer.decode_actions(tokens, self.chunk_size, self.normalizer.action_dim)
+        actions = self.action_tokenizer.decode_actions(tokens, self.chunk_size, self.normalizer.action_dim, relaxed)
         bins = self._read_bins(prompts) if self.use_relative_actions else None
         return self.normalizer.unnormalize_actions(actions, bins)
 

@@ -203,7 +203,11 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         return [encoding.ids for encoding in self.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode_actions(
-        self, ids: Sequence[Sequence[int]], horizon: int | None = None, action_dim: int | None = None
+        self,
+        ids: Sequence[Sequence[int]],
+        horizon: int | None = None,
+        action_dim: int | None = None,
+        relaxed: bool = False,
     ) -> np.ndarray:
         """Turn FAST token ids back into action chunks.
 
@@ -211,13 +215,15 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             ids: For each chunk, ids in `[0, vocab_size)`: lists, or rows of an array or tensor.
             horizon: Actions in a chunk; by default the tokenizer's own.
             action_dim: Dimensions of an action; by default the tokenizer's own.
+            relaxed: Take any string: coefficients beyond `horizon * action_dim` are cut, missing ones are zero, and
+                bytes that are no UTF-8 are left out.
 
         Returns:
             `(batch, horizon, action_dim)` float64, normalised.
 
         Raises:
-            ValueError: An id outside the vocabulary, or a string that does not hold exactly `horizon * action_dim`
-                coefficients. Nothing is padded, cut or replaced by zeros.
+            ValueError: An id outside the vocabulary, or, unless `relaxed`, a string that does not hold exactly
+                `horizon * action_dim` coefficients: nothing is padded, cut or replaced by zeros.
         """
         horizon = self.horizon if horizon is None else horizon
         action_dim = self.action_dim if action_dim is None else action_dim
@@ -233,7 +239,10 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             )
         if min(horizon, action_dim) < 1:
             raise ValueError(f"horizon is {horizon} and action_dim is {action_dim}, expected at least 1 each.")
-        rows = [self._read_coefficients(row, index) for index, row in enumerate(ids)]
+        rows = [self._read_coefficients(row, index, relaxed) for index, row in enumerate(ids)]
+        if relaxed:
+            size = horizon * action_dim
+            rows = [np.pad(row[:size], (0, max(0, size - row.size))) for row in rows]
         for index, row in enumerate(rows):
             if row.size != horizon * action_dim:
                 raise ValueError(
@@ -304,7 +313,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             )
         return actions
 
-    def _read_coefficients(self, ids: Sequence[int], index: int) -> np.ndarray:
+    def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ValueError(
@@ -315,7 +324,9 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             wrong = next(i for i in ids if not 0 <= i < len(self._token_bytes))
             raise ValueError(f"ids[{index}] holds {wrong}, expected FAST ids in [0, {len(self._token_bytes)}).")
         try:
-            text = b"".join([self._token_bytes[i] for i in ids]).decode("utf-8")
+            text = b"".join([self._token_bytes[i] for i in ids]).decode(
+                "utf-8", errors="ignore" if relaxed else "strict"
+            )
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"ids[{index}] is not a valid FAST string: its bytes are not UTF-8 ({error.reason} at byte "

@@ -16,11 +16,11 @@ import torch
 from muon import make_muon
 from pusht_scenes import NUM_POINTS, WORLD_SIZE, TellEpoch, render_scenes, vary_scene
 from safetensors.torch import save_file
-from tiny_preset import make_tiny_vision
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from smolandfast.tiny_smolandfast import make_tiny_vision
 from smolandfast.training_smolandfast import bf16_is_faster
 
 HARMONICS = 4  # of the T's angle, in the labels

@@ -22,7 +22,6 @@ from muon import make_muon
 from pusht import TASK, rollout
 from pusht_scenes import IMAGE_SIZE, TellEpoch, rotate_points, turn_points, vary_scene
 from safetensors.torch import load_file
-from tiny_preset import make_tiny_model, make_tiny_processor
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -33,6 +32,7 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
+from smolandfast.tiny_smolandfast import make_tiny_model, make_tiny_processor
 from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer, parameter_groups
 
 COMMON = {

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_preset import make_tiny_model, make_tiny_processor
 
 from smolandfast import FastActionTokenizer, Normalizer, compute_statistics
+from smolandfast.tiny_smolandfast import make_tiny_model, make_tiny_processor
 
 SHARED = Path(__file__).parents[2] / "shared"
 TASK = "Push the T-shaped block onto the T-shaped target."

@@ -221,6 +221,18 @@ def test_a_model_with_random_weights_writes_one_chunk_each(policy, options, batc
         policy.assert_one_chunk_each(ids[:, 7:])
 
 
+def test_relaxed_generation_writes_any_action_tokens_until_eos(model, processor, batch):
+    """What constrained decoding forbids: a string that ends early still becomes a finite chunk."""
+    inputs = processor(images=batch["images"], text=batch["text"], state=batch["state"])
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens alike: strings of chance
+    torch.manual_seed(0)
+    ids = model.generate(**inputs, relaxed=True, do_sample=True)
+    with pytest.raises(ValueError, match="expected horizon"):
+        processor.post_process_actions(ids)
+    actions = processor.post_process_actions(ids, relaxed=True)
+    assert actions.shape == (4, processor.chunk_size, 2) and np.isfinite(actions).all()
+
+
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_the_model_runs_once_for_each_token_of_the_longest_string(policy, do_sample):
     model, runs = policy.make_model(), []

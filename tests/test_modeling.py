@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK
-from tiny_preset import make_tiny_model, make_tiny_processor
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.utils import logging
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, compute_statistics
+from smolandfast.tiny_smolandfast import make_tiny_model, make_tiny_processor
 
 
 def prompts(processor, batch):

@@ -172,6 +172,17 @@ def test_ids_that_do_not_hold_one_chunk_each_are_refused(fitted, ids, message):
         fitted.decode_actions(ids)
 
 
+def test_relaxed_decoding_cuts_and_fills_what_holds_no_whole_chunk(fitted, fast_plus):
+    actions = np.zeros((1, fitted.horizon, fitted.action_dim))
+    (ids,) = fitted.encode_actions(actions + 0.3)
+    whole = fitted.decode_actions([ids])
+    relaxed = fitted.decode_actions([ids, ids + ids, []], relaxed=True)
+    np.testing.assert_array_equal(relaxed[:2], np.concatenate([whole, whole]))
+    np.testing.assert_array_equal(relaxed[2:], actions)
+    broken = [i for i, token in enumerate(fast_plus._token_bytes) if token == b"\xc4"]  # half of a character
+    assert (fast_plus.decode_actions([broken], 2, 1, relaxed=True) == 0).all()
+
+
 @pytest.mark.parametrize(
     "chunks, scale, vocab_size, message",
     [

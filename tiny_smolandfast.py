@@ -4,19 +4,17 @@ Same classes as the 256M model, so everything learnt here carries over; small en
 """
 
 import json
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
 
-from smolandfast import (
-    FastActionTokenizer,
-    SmolAndFastConfig,
-    SmolAndFastForActionPrediction,
-    SmolAndFastProcessor,
-)
-from smolandfast.processing_smolandfast import PROMPT
+from .configuration_smolandfast import SmolAndFastConfig
+from .modeling_smolandfast import SmolAndFastForActionPrediction
+from .processing_smolandfast import PROMPT, SmolAndFastProcessor
+from .tokenization_fast_action import FastActionTokenizer
 
 IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
@@ -69,19 +67,32 @@ def make_text_tokenizer(tasks: list[str], n_state_bins: int, num_action_tokens: 
     )
 
 
-def make_tiny_processor(action_tokenizer: FastActionTokenizer, statistics: dict, task: str, **kwargs):
-    """A processor for 96x96 images with a text vocabulary fitted to one task; kwargs go to `SmolAndFastProcessor`."""
+def make_tiny_processor(
+    action_tokenizer: FastActionTokenizer,
+    statistics: dict,
+    task: str,
+    other_tasks: Sequence[str] = (),
+    scale_factor: int = SCALE_FACTOR,
+    **kwargs,
+) -> SmolAndFastProcessor:
+    """A processor for 96x96 images with a text vocabulary fitted to the tasks; kwargs go to `SmolAndFastProcessor`.
+
+    Args:
+        task: The default task.
+        other_tasks: What else the policy is told in training.
+        scale_factor: Side of the pixel shuffle, a divisor of the 6 patches on an image's side.
+    """
     n_state_bins = kwargs.setdefault("n_state_bins", 256)
     image_processor = SmolVLMImageProcessorPil(
         do_image_splitting=False, do_resize=False, max_image_size={"longest_edge": IMAGE_SIZE}
     )
     return SmolAndFastProcessor(
         image_processor,
-        make_text_tokenizer([task], n_state_bins, len(action_tokenizer)),
+        make_text_tokenizer([task, *other_tasks], n_state_bins, len(action_tokenizer)),
         action_tokenizer,
         statistics,
         fast_skip_tokens=0,
-        scale_factor=SCALE_FACTOR,
+        scale_factor=scale_factor,
         patch_size=PATCH_SIZE,
         default_task=task,
         chat_template=CHAT_TEMPLATE,
