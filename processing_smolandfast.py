@@ -153,6 +153,19 @@ class SmolAndFastProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As Transformers' own.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        except Exception as error:  # the tokenizers library has no narrower one for a full disk
+            raise OSError(
+                f"The processor cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
+            ) from error
+
     def model_kwargs(self) -> dict:
         """The fields of [`SmolAndFastConfig`] that must agree with this processor."""
         return {

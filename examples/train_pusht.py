@@ -9,7 +9,6 @@ checkpoint with the highest success rate is kept, and saved in the output folder
 """
 
 import argparse
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from pusht import TASK, rollout
 from pusht_scenes import IMAGE_SIZE, TellEpoch, turn_points, vary_scene
 from safetensors.torch import load_file
 from tiny_preset import make_tiny_model, make_tiny_processor
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from smolandfast import (
     FastActionTokenizer,
@@ -32,6 +30,7 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
+from smolandfast.trainer_smolandfast import WholeCheckpointTrainer
 from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer
 
 COMMON = {
@@ -145,8 +144,8 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         return {**sample, "images": [image], "state": points[0], "actions": points[1:]}
 
 
-class PolicyTrainer(Trainer):
-    """`Trainer` whose evaluation also plays the policy in the simulator, and scores it by that."""
+class PolicyTrainer(WholeCheckpointTrainer):
+    """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that."""
 
     def __init__(self, *args, eval_seeds: range, **kwargs):
         super().__init__(*args, **kwargs)
@@ -259,10 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[TellEpoch()],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
     )
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"Best checkpoint: {trainer.state.best_model_checkpoint}, saved in {Path(training.output_dir)}")
