@@ -398,43 +398,43 @@ def test_training_survives_twenty_kills_with_the_losses_of_an_uninterrupted_run(
     dataset, max_steps = write_demonstrations(tmp_path / "demonstrations"), 60
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     start = time.monotonic()
-    subprocess.run(training_command(dataset, tmp_path / "whole", 2), env=environment, check=True)
+    subprocess.run(training_command(dataset, tmp_path / "whole", 2), env=environment, check=True, capture_output=True)
     seconds_to_start = time.monotonic() - start
     shutil.rmtree(tmp_path / "whole")
-    subprocess.run(training_command(dataset, tmp_path / "whole", max_steps), env=environment, check=True)
+    command = training_command(dataset, tmp_path / "whole", max_steps)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
 
     rng = np.random.default_rng(0)
-    folder, kills, during_a_write, resumed_at = tmp_path / "killed", 0, 0, []
-    writing = folder / PARTIAL
-    while True:
-        expected = last_whole_checkpoint(folder)
-        log = tmp_path / f"{kills}.log"
-        before = {path.stat().st_ino for path in writing.glob("*")}
-        with open(log, "w") as file:
+    folder, during_a_write, resumed_at = tmp_path / "killed", 0, []
+
+    def is_writing():
+        return any(not (path / "old").exists() for path in (folder / PARTIAL).glob("*"))
+
+    for kill in range(21):
+        whole = last_whole_checkpoint(folder)
+        for path in (folder / PARTIAL).glob("*"):  # what the last kill left
+            (path / "old").touch()
+        with open(tmp_path / "log", "w") as log:
             life = subprocess.Popen(
-                training_command(dataset, folder, max_steps), env=environment, stdout=file, stderr=file
+                training_command(dataset, folder, max_steps), env=environment, stdout=log, stderr=log
             )
-        if kills == 20:
-            assert life.wait() == 0, log.read_text()
-        elif kills % 2:
-            while not {path.stat().st_ino for path in list(writing.glob("*")) if path.exists()} - before:
-                assert life.poll() is None, log.read_text()
+        if kill == 20:
+            assert life.wait() == 0
+        elif kill % 2:
+            while not is_writing():
+                assert life.poll() is None, "it came to its end"
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.3))
         else:
             time.sleep(rng.uniform(0.5, 1.2) * seconds_to_start)
         life.kill()
         life.wait()
-        step = int(expected.rpartition("-")[2]) if expected else 0
-        found = re.search(r"Continuing training from global step (\d+)", log.read_text())
-        if found:  # else it was killed before it came so far, or began at the beginning
-            assert int(found[1]) == step
-            resumed_at.append(step)
-        if kills == 20:
-            break
-        kills += 1
-        during_a_write += writing.exists()
-    print(f"{kills} kills, {during_a_write} while a checkpoint was written, resumed at steps {resumed_at}")
+        during_a_write += is_writing()
+        text = r"Resuming training from checkpoint with epoch \d+ and global step (\d+)"
+        if found := re.search(text, (tmp_path / "log").read_text()):  # else it was killed before, or just began
+            resumed_at.append(int(found[1]))
+            assert whole.endswith(f"checkpoint-{found[1]}")
+    print(f"20 kills, {during_a_write} of them while a checkpoint was written, resumed at steps {resumed_at}")
     assert during_a_write >= 5 and len(set(resumed_at)) >= 5
     assert losses_and_weights(folder) == losses_and_weights(tmp_path / "whole")
     assert [step for step, *_ in losses_and_weights(folder)[0]] == list(range(1, max_steps + 1))
