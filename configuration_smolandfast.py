@@ -1,6 +1,8 @@
 """Configuration of SmolAndFast: a SmolVLM configuration plus the action side of the policy."""
 
+import json
 import re
+import zlib
 
 import numpy as np
 import torch
@@ -8,6 +10,25 @@ from transformers import SmolVLMConfig
 
 # SmolVLM 1 checkpoints call themselves Idefics3; their weights have the same names and shapes.
 BACKBONE_MODEL_TYPES = ("smolvlm", "idefics3")
+
+# What a processor and a model must agree on: `SmolAndFastProcessor.model_kwargs` without what follows from it.
+SHARED_FIELDS = (
+    "scale_factor",
+    "do_image_splitting",
+    "chunk_size",
+    "action_dim",
+    "n_state_bins",
+    "fast_skip_tokens",
+    "action_token_base_id",
+    "fast_token_lengths",
+    "fast_token_bytes",
+    "normalization_fingerprint",
+)
+
+
+def shared_field_checksums(fields: dict) -> list[int]:
+    """CRC-32 of each of [`SHARED_FIELDS`]: how a batch says which processor made it, one number a field."""
+    return [zlib.crc32(json.dumps(fields.get(name)).encode()) for name in SHARED_FIELDS]
 
 
 def action_token_map(
@@ -48,6 +69,8 @@ class SmolAndFastConfig(SmolVLMConfig):
             `None` for tokens longer than a chunk.
         fast_chunk_shape (`list[int]`, *optional*):
             `[chunk_size, action_dim]` that the FAST tokenizer was chosen for; a configuration that differs is refused.
+        normalization_fingerprint (`str`, *optional*):
+            Names the statistics that the actions were normalised with; a batch of a processor with others is refused.
         freeze_vision_tower (`bool`, defaults to `False`): Whether the vision tower takes no gradient.
         freeze_connector (`bool`, defaults to `False`): Whether the connector takes no gradient.
 
@@ -68,6 +91,7 @@ class SmolAndFastConfig(SmolVLMConfig):
     fast_token_lengths: list[int] | None = None
     fast_token_bytes: list[str | None] | None = None
     fast_chunk_shape: list[int] | None = None
+    normalization_fingerprint: str | None = None
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
 

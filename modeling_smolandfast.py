@@ -4,18 +4,22 @@ The weights and their names are those of `SmolVLMForConditionalGeneration`, so a
 loads. What is added: the loss over the action tokens alone, and `generate()` that can only write valid action chunks.
 """
 
+import os
 from functools import cached_property, wraps
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import LogitsProcessorList, SmolVLMForConditionalGeneration, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedConfig, SmolVLMForConditionalGeneration, StoppingCriteriaList
 from transformers.utils import logging
 
-from .configuration_smolandfast import SmolAndFastConfig
+from .configuration_smolandfast import SHARED_FIELDS, SmolAndFastConfig, shared_field_checksums
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
+from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
 
 logger = logging.get_logger(__name__)
 
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PROJECTION_KEY = "model.connector.modality_projection.proj.weight"
 
 
@@ -39,7 +43,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         self.model.connector.requires_grad_(not self.config.freeze_connector)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a SmolAndFast checkpoint, or start from a SmolVLM one.
 
         Where `scale_factor` differs from the checkpoint's, the connector's projection has another shape: it is
@@ -52,48 +56,96 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         Raises:
             ValueError: A checkpoint of another kind, or one that does not fit the configuration; a connector that had
                 to be re-created though `freeze_connector` is set.
-            OSError: Files that are missing or damaged.
+            OSError: Files that are missing, damaged, or not what `SHA256SUMS` beside them says; weights in another
+                format than safetensors.
         """
-        kwargs["ignore_mismatched_sizes"] = True
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: weights load from safetensors alone. Drop it.")
+        kwargs["use_safetensors"] = True
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            fields = {key: value for key, value in kwargs.items() if key != "config"}
+            config, _ = cls.config_class.from_pretrained(
+                config or pretrained_model_name_or_path, return_unused_kwargs=True, **fields
             )
-        except SafetensorError as error:
-            raise OSError(
-                f"model.safetensors of {pretrained_model_name_or_path} is damaged: {error}. Download or save it again."
-            ) from error
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
+        is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
+        result = super().from_pretrained(
+            pretrained_model_name_or_path, *args, ignore_mismatched_sizes=is_recreated, **kwargs
+        )
+        (result[0] if isinstance(result, tuple) else result)._freeze()  # loading made new parameters
+        return result
+
+    @classmethod
+    def _check_shapes(cls, name: str, config: SmolAndFastConfig, found: dict[str, tuple[int, ...]]) -> bool:
+        """Compare a checkpoint's shapes with the configuration's, before either takes memory.
+
+        Returns:
+            Whether the connector's projection has to be re-created.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        tied = model._tied_weights_keys if config.tie_word_embeddings else ()
+        missing = sorted(key for key in expected if key not in found and key not in tied)
+        if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} of this model's weights, {missing[0]} first: "
-                "it is not a whole SmolAndFast or SmolVLM checkpoint. Download or save it again."
+                f"{name} lacks {len(missing)} of this model's weights, {missing[0]} first: it is not a whole "
+                "SmolAndFast or SmolVLM checkpoint. Download or save it again."
             )
-        mismatched = {key: (tuple(found), tuple(expected)) for key, found, expected in info["mismatched_keys"]}
-        recreated = mismatched.pop(PROJECTION_KEY, None)
-        for key, (found, expected) in mismatched.items():
-            raise ValueError(
-                f"{key} has shape {found} in {pretrained_model_name_or_path} and {expected} in the configuration. "
-                "Only scale_factor may differ from the checkpoint; leave the other sizes as they are."
-            )
-        if recreated is not None:
-            found, expected = recreated
-            if model.config.freeze_connector:
+        differing = [key for key in expected if key in found and found[key] != expected[key]]
+        for key in differing:
+            if key != PROJECTION_KEY:
                 raise ValueError(
-                    f"freeze_connector is set, but scale_factor={model.config.scale_factor} differs from the "
-                    f"checkpoint's, so the connector's projection was re-created at random ({found} -> {expected}) "
-                    "and would never be trained. Unfreeze the connector or keep the checkpoint's scale_factor."
+                    f"{key} has shape {found[key]} in {name} and {expected[key]} in the configuration. "
+                    "Only scale_factor may differ from the checkpoint; leave the other sizes as they are."
                 )
-            logger.warning(
-                f"scale_factor={model.config.scale_factor} differs from the checkpoint's: the connector's projection "
-                f"was re-created with random weights, shape {found} -> {expected}. Train it before use."
+        if not differing:
+            return False
+        change = f"re-created with random weights, shape {found[PROJECTION_KEY]} -> {expected[PROJECTION_KEY]}"
+        if config.freeze_connector:
+            raise ValueError(
+                f"freeze_connector is set, but scale_factor={config.scale_factor} differs from the checkpoint's, so "
+                f"the connector's projection would be {change}, and never be trained. Unfreeze the connector or keep "
+                "the checkpoint's scale_factor."
             )
-        model._freeze()  # loading made new parameters
-        return (model, info) if output_loading_info else model
+        logger.warning(
+            f"scale_factor={config.scale_factor} differs from the checkpoint's: the connector's projection was "
+            f"{change}. Train it before use."
+        )
+        return True
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs) -> None:
+        """As Transformers' own; `SHA256SUMS` beside the weights then says what [`from_pretrained`] has to find.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        if os.path.isfile(save_directory):
+            raise OSError(f"{save_directory} is a file, expected a folder to save the model in. Name another one.")
+        try:
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            if is_main_process:
+                self._write_checksums(save_directory)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"The model cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
+            ) from error
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        self._write_checksums(working_dir)  # `save_pretrained(push_to_hub=True)` uploads before it returns
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    @staticmethod
+    def _write_checksums(folder: str | os.PathLike) -> None:
+        folder = Path(folder)
+        write_checksums(folder, compute_checksums(folder, [path.name for path in folder.glob("model*.safetensors")]))
 
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
     @wraps(SmolVLMForConditionalGeneration.forward)
     def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
+        self._check_processor(kwargs.pop("shared_fields", None))
         if labels is None:
             return super().forward(*args, return_dict=return_dict, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
@@ -113,6 +165,22 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             num_items_in_batch=num_items_in_batch,
         )
         return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _check_processor(self, shared_fields: torch.LongTensor | None) -> None:
+        """Refuse a batch whose processor, `(batch, len(SHARED_FIELDS))`, disagrees with the configuration."""
+        if shared_fields is None:
+            return
+        expected = torch.tensor(shared_field_checksums(vars(self.config)), device=shared_fields.device)
+        differs = (shared_fields != expected).any(dim=0).tolist()
+        if self.config.normalization_fingerprint is None:  # a checkpoint from before there was one
+            differs[SHARED_FIELDS.index("normalization_fingerprint")] = False
+        if any(differs):
+            names = [name for name, is_other in zip(SHARED_FIELDS, differs, strict=True) if is_other]
+            raise ValueError(
+                f"This batch was made by another model's processor: {', '.join(names)} differ from model.config. Load "
+                "both from one folder. To go on with this processor, load the model with from_pretrained(folder, "
+                "**processor.model_kwargs())."
+            )
 
     @cached_property
     def action_grammar(self) -> ActionGrammar:
@@ -136,10 +204,11 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             `(batch, length + new)` ids, the prompt included, for [`SmolAndFastProcessor.post_process_actions`].
 
         Raises:
-            ValueError: No action tokenizer in the configuration, a length option that would cut a chunk short, or
-                scores that are not finite.
+            ValueError: No action tokenizer in the configuration, the prompts of another model's processor, a length
+                option that would cut a chunk short, or scores that are not finite.
         """
         grammar = self.action_grammar
+        self._check_processor(kwargs.pop("shared_fields", None))
         for name in ("max_new_tokens", "max_length", "max_time", "min_new_tokens", "min_length", "stop_strings"):
             if (value := kwargs.pop(name, None)) is not None:
                 raise ValueError(

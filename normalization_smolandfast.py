@@ -4,6 +4,8 @@ The numbers of a data set that this needs, its statistics, use LeRobot's names: 
 with `min`, `max` and, for quantile normalisation, `q01`, `q99`.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 
@@ -94,6 +96,12 @@ class Normalizer:
         """Robot units in one normalised unit of action: `(action_dim,)`."""
         return (self._action[1] - self._action[0]) / 2
 
+    @property
+    def fingerprint(self) -> str:
+        """Differs where the bounds, the limits or the way of normalising differ."""
+        numbers = np.concatenate([*self._state, *self._action, *self.action_limits]).astype("<f8")
+        return hashlib.sha256(numbers.tobytes() + bytes([self.use_relative_actions])).hexdigest()[:16]
+
     def state_bins(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
         """Bins of each state: `(B, state_dim)` robot units `-> (B, state_dim)` in [0, n_state_bins), clamped."""
         state = as_numbers(state, "state", ("batch", self.state_dim))
@@ -109,9 +117,23 @@ class Normalizer:
 
     def unnormalize_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
         """The inverse of `normalize_actions`, clipped to the smallest and largest action of the statistics."""
+        return np.clip(self._to_robot(actions, bins), *self.action_limits).astype(np.float32)
+
+    def count_clipped_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
+        """How many of the values of each chunk `unnormalize_actions` clips: `(B,)`."""
+        low, high = self.action_limits
+        values = self._to_robot(actions, bins)
+        return ((values < low) | (values > high)).sum(axis=(1, 2))
+
+    def count_clamped_states(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
+        """How many values of each state lie outside the bins, so that `state_bins` clamps them: `(B,)`."""
+        state = as_numbers(state, "state", ("batch", self.state_dim))
+        low, high = self._state
+        return ((state < low) | (state > high)).sum(axis=1)
+
+    def _to_robot(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
         low, high = self._action
-        actions = (actions + 1) / 2 * (high - low) + low + self._reference(bins)
-        return np.clip(actions, *self.action_limits).astype(np.float32)
+        return (actions + 1) / 2 * (high - low) + low + self._reference(bins)
 
     def _reference(self, bins: np.ndarray | None) -> "np.ndarray | float":
         if not self.use_relative_actions:

@@ -9,6 +9,7 @@ with one bin number for each dimension of the state. The statistics of the data 
 
 import json
 import re
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, 
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 from transformers.utils import cached_file
 
-from .configuration_smolandfast import SmolAndFastConfig, action_token_map
+from .configuration_smolandfast import SmolAndFastConfig, action_token_map, shared_field_checksums
 from .normalization_smolandfast import Normalizer, as_numbers
 from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer
 
@@ -153,6 +154,19 @@ class SmolAndFastProcessor(ProcessorMixin):
             **kwargs,
         )
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As Transformers' own.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        except Exception as error:  # the tokenizers library has no narrower one for a full disk
+            raise OSError(
+                f"The processor cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
+            ) from error
+
     def model_kwargs(self) -> dict:
         """The fields of [`SmolAndFastConfig`] that must agree with this processor."""
         return {
@@ -164,8 +178,13 @@ class SmolAndFastProcessor(ProcessorMixin):
             "n_state_bins": self.n_state_bins,
             "fast_skip_tokens": self.fast_skip_tokens,
             "action_token_base_id": self.action_token_base_id,
+            "normalization_fingerprint": self.normalizer.fingerprint,
             **self.action_tokenizer.token_grammar(self.chunk_size * self.normalizer.action_dim),
         }
+
+    @cached_property
+    def _shared_fields(self) -> list[int]:
+        return shared_field_checksums(self.model_kwargs())
 
     @property
     def image_seq_len(self) -> int:
@@ -174,7 +193,7 @@ class SmolAndFastProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"]
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "shared_fields"]
 
     def __call__(
         self,
@@ -197,8 +216,9 @@ class SmolAndFastProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask` `(batch, length)`, padded on the left to generate and on the right to train;
-            `pixel_values` `(batch, num_images, 3, height, width)`, `pixel_attention_mask`; with actions, `labels`,
-            -100 outside the action tokens and their EOS.
+            `pixel_values` `(batch, num_images, 3, height, width)`, `pixel_attention_mask`; `shared_fields`, by which
+            the model refuses batches of another model's processor; with actions, `labels`, -100 outside the action
+            tokens and their EOS.
 
         Raises:
             ValueError: Input that is missing, of the wrong shape or kind, or not finite.
@@ -228,6 +248,7 @@ class SmolAndFastProcessor(ProcessorMixin):
             images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
         )
         rows, cols = pixels.pop("rows"), pixels.pop("cols")
+        pixels["shared_fields"] = torch.tensor([self._shared_fields] * batch_size)
         templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
         prompts = [
             self._write_prompt(templates[len(rows[i])], tasks[i], bins[i], rows[i], cols[i]) for i in range(batch_size)
@@ -264,21 +285,67 @@ class SmolAndFastProcessor(ProcessorMixin):
         Raises:
             ValueError: A row that does not end with exactly one chunk, unless `relaxed`.
         """
+        actions, prompts, _ = self._decode(generated_ids, relaxed)
+        bins = self._read_bins(prompts) if self.use_relative_actions else None
+        return self.normalizer.unnormalize_actions(actions, bins)
+
+    def report(self, output, state: "np.ndarray | torch.Tensor") -> dict[str, np.ndarray]:
+        """Say how far each chunk can be trusted, so that a controller can stop the arm.
+
+        Args:
+            output: What `model.generate(**inputs, return_dict_in_generate=True, output_scores=True)` returned:
+                greedy, sampled or from beam search.
+            state: `(state_dim,)` or `(sequences, state_dim)`, the states that the prompts were made from.
+
+        Returns:
+            Three arrays `(sequences,)`. `log_probability`: the mean natural logarithm of the probabilities of the
+            chunk's tokens, under the distribution that they were chosen from: among the tokens that could follow, with
+            `temperature`, `top_k` and the like. `clipped_actions`: how many of its `chunk_size * action_dim` values
+            lie outside the statistics, so that [`post_process_actions`] clips them. `clamped_states`: how many values
+            of the state lie outside the statistics.
+
+        Raises:
+            ValueError: An output without scores, or with those of other sequences; a state that is not in the prompt.
+        """
+        scores = getattr(output, "scores", None)
+        if scores is None:
+            raise ValueError(
+                "output holds no scores: call model.generate(**inputs, return_dict_in_generate=True, "
+                "output_scores=True) and pass what it returns."
+            )
+        actions, prompts, spans = self._decode(output)
+        bins, state = self._read_bins(prompts), as_numbers(state, "state")
+        state = state[None] if state.ndim == 1 else state
+        if not np.array_equal(self.normalizer.state_bins(state), bins):
+            raise ValueError(
+                f"state is {state.tolist()}, which does not stand in the prompts. Pass one state a sequence, those "
+                "that the processor was called with."
+            )
+        return {
+            "log_probability": np.array([_mean_log_probability(output, i, *span) for i, span in enumerate(spans)]),
+            "clipped_actions": self.normalizer.count_clipped_actions(actions, bins),
+            "clamped_states": self.normalizer.count_clamped_states(state),
+        }
+
+    def _decode(
+        self, generated_ids, relaxed: bool = False
+    ) -> tuple[np.ndarray, list[np.ndarray], list[tuple[int, int]]]:
+        """Normalised chunks `(batch, chunk_size, action_dim)`, the prompts, and where each string starts and ends."""
         ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
         if ids.ndim != 2:
             raise ValueError(
                 f"generated_ids has shape {ids.shape}, expected (batch, length) as generate() returns it."
             )
-        tokens, prompts = [], []
+        tokens, prompts, spans = [], [], []
         for row in ids:
             is_action = self._is_action(row)
             end = len(row) - np.argmax(is_action[::-1])  # behind the last action token stand EOS and padding
             start = end - np.argmin(np.append(is_action[:end][::-1], False)) if is_action.any() else end
             tokens.append(action_token_map(row[start:end], self.action_token_base_id).tolist())
             prompts.append(row[:start])
+            spans.append((int(start), int(end)))
         actions = self.action_tokenizer.decode_actions(tokens, self.chunk_size, self.normalizer.action_dim, relaxed)
-        bins = self._read_bins(prompts) if self.use_relative_actions else None
-        return self.normalizer.unnormalize_actions(actions, bins)
+        return actions, prompts, spans
 
     def _is_action(self, ids: np.ndarray) -> np.ndarray:
         tokens = action_token_map(ids, self.action_token_base_id)
@@ -320,11 +387,25 @@ class SmolAndFastProcessor(ProcessorMixin):
             bins = [int(number) for number in found[-1].split()] if found else []
             if len(bins) != self.normalizer.state_dim or max(bins) >= self.n_state_bins:
                 raise ValueError(
-                    f"generated_ids[{index}] holds no state of {self.normalizer.state_dim} bins before its actions, "
-                    "and relative actions are relative to it. Pass what generate() returned, the prompt included."
+                    f"generated_ids[{index}] holds no state of {self.normalizer.state_dim} bins before its actions. "
+                    "Pass what generate() returned, the prompt included."
                 )
             rows.append(bins)
         return np.array(rows)
+
+
+def _mean_log_probability(output, index: int, start: int, end: int) -> float:
+    """Mean log-probability of the ids `start` to `end` of one sequence."""
+    beams = getattr(output, "beam_indices", None)
+    total = 0.0
+    for step, token in enumerate(output.sequences[index, start:end]):
+        row = index if beams is None else int(beams[index, step])  # a sequence's beam changes while it is searched
+        total += output.scores[step][row].float().log_softmax(dim=0)[token].item()
+    if not np.isfinite(total):
+        raise ValueError(
+            "output.scores gives the tokens of output.sequences no probability. Pass generate()'s output."
+        )
+    return total / (end - start)
 
 
 def _as_rgb_images(sample, name: str) -> list[np.ndarray]:

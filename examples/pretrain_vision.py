@@ -8,6 +8,7 @@ with the weights of the vision tower and the connector, for `train_pusht.py --vi
 """
 
 import argparse
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from muon import make_muon
 from pusht_scenes import NUM_POINTS, WORLD_SIZE, TellEpoch, render_scenes, vary_scene
 from safetensors.torch import save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainingArguments
 
 from smolandfast.tiny_smolandfast import make_tiny_vision
+from smolandfast.trainer_smolandfast import WholeCheckpointTrainer
 from smolandfast.training_smolandfast import bf16_is_faster
 
 HARMONICS = 4  # of the T's angle, in the labels
@@ -82,8 +83,15 @@ class SaveVision(TrainerCallback):
     """Writes the weights that the policy starts from beside each checkpoint."""
 
     def on_save(self, args, state, control, model, **kwargs):
-        tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
-        save_file(tensors, Path(args.output_dir) / "vision.safetensors")
+        save_vision(model, args.output_dir)
+
+
+def save_vision(model: nn.Module, folder: str) -> None:
+    """Write all of `vision.safetensors` or none of it."""
+    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
+    target = Path(folder) / "vision.safetensors"
+    save_file(tensors, f"{target}.partial")
+    os.replace(f"{target}.partial", target)
 
 
 def mean_error_pixels(prediction) -> dict[str, float]:
@@ -115,7 +123,7 @@ def main() -> None:
     held_out = max(args.num_scenes // 60, 1)
     model = PoseRegressor(*make_tiny_vision())
     groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
-    trainer = Trainer(
+    trainer = WholeCheckpointTrainer(
         model,
         TrainingArguments(
             args.output_dir,
@@ -141,8 +149,8 @@ def main() -> None:
         optimizers=(make_muon(model, groups), None),
         callbacks=[TellEpoch(), SaveVision()],
     )
-    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint="last")
+    save_vision(model, args.output_dir)  # a run that was killed after its last checkpoint may have none yet
 
 
 if __name__ == "__main__":

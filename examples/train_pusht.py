@@ -9,7 +9,6 @@ checkpoint with the highest success rate is kept, and saved in the output folder
 """
 
 import argparse
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from muon import make_muon
 from pusht import TASK, rollout
 from pusht_scenes import IMAGE_SIZE, TellEpoch, rotate_points, turn_points, vary_scene
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from smolandfast import (
     FastActionTokenizer,
@@ -33,6 +31,7 @@ from smolandfast import (
     compute_statistics,
 )
 from smolandfast.tiny_smolandfast import make_tiny_model, make_tiny_processor
+from smolandfast.trainer_smolandfast import WholeCheckpointTrainer
 from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer, parameter_groups
 
 COMMON = {
@@ -150,8 +149,8 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         return {**sample, "images": [image], "state": points[0], "actions": points[1:]}
 
 
-class PolicyTrainer(Trainer):
-    """`Trainer` whose evaluation also plays the policy in the simulator, and scores it by that."""
+class PolicyTrainer(WholeCheckpointTrainer):
+    """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that."""
 
     def __init__(self, *args, eval_seeds: range, **kwargs):
         super().__init__(*args, **kwargs)
@@ -267,10 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[TellEpoch()],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
     )
-    checkpoint = training.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"Best checkpoint: {trainer.state.best_model_checkpoint}, saved in {Path(training.output_dir)}")

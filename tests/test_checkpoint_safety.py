@@ -1,0 +1,440 @@
+"""Checkpoints that were killed, cut short, damaged or meant for another model: a clear error, never a wrong action."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASK, make_processor
+from PIL import Image
+from pusht_scenes import render_scenes
+from test_lerobot_dataset import write_table
+from tiny_preset import make_tiny_model
+from transformers import AutoModel, SmolVLMForConditionalGeneration, TrainingArguments
+
+from smolandfast import SmolAndFastForActionPrediction
+from smolandfast.trainer_smolandfast import PARTIAL, WholeCheckpointTrainer, last_whole_checkpoint
+from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer
+from smolandfast.weights_smolandfast import SUMS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def processor(demonstrations):
+    return make_processor(demonstrations)
+
+
+@pytest.fixture(scope="module")
+def policy(processor):
+    torch.manual_seed(0)
+    return make_tiny_model(processor, n_action_steps=4).eval()
+
+
+@pytest.fixture
+def folder(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@pytest.fixture
+def shards(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "shards", max_shard_size="8MB")
+    return tmp_path / "shards"
+
+
+def flip_a_bit(path, place=0.9):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    path.write_bytes(content)
+
+
+def load(folder):
+    return SmolAndFastForActionPrediction.from_pretrained(folder)
+
+
+def test_checksums_are_those_that_sha256sum_knows(folder):
+    expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert (folder / SUMS).read_text() == f"{expected}  model.safetensors\n"
+
+
+def test_a_flipped_bit_in_the_weights_is_an_error_that_says_the_mend(folder):
+    load(folder)
+    flip_a_bit(folder / "model.safetensors")
+    with pytest.raises(
+        OSError, match=r"model.safetensors is not what was saved: .* Download or save .* delete SHA256"
+    ):
+        load(folder)
+    with pytest.raises(OSError, match="is not what was saved"):
+        AutoModel.from_pretrained(folder, trust_remote_code=True)
+    (folder / SUMS).unlink()  # as the message says, for weights that were changed on purpose
+    load(folder)
+
+
+def test_every_shard_is_checked(shards, policy):
+    names = sorted(path.name for path in shards.glob("model-*.safetensors"))
+    assert len(names) > 2
+    for name, tensor in load(shards).state_dict().items():
+        assert torch.equal(tensor, policy.state_dict()[name])
+    flip_a_bit(shards / names[1])
+    with pytest.raises(OSError, match=f"{names[1]} is not what was saved"):
+        load(shards)
+    (shards / names[1]).unlink()
+    with pytest.raises(OSError, match=f"lacks {names[1]}, one of its {len(names)} weight files. Download"):
+        load(shards)
+
+
+@pytest.mark.parametrize(
+    "index", ["", "[]", "{}", '{"weight_map": {}, "metadata": {}}', '{"weight_map": {"a": "../b"}, "metadata": {}}']
+)
+def test_a_damaged_index_is_an_error(shards, index):
+    (shards / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(OSError, match="index.json is damaged"):
+        load(shards)
+
+
+@pytest.mark.parametrize("sums", ["", "x", "00  model.safetensors\n", f"{'0' * 64}  ../model.safetensors\n", "\0"])
+def test_damaged_checksums_are_an_error(folder, sums):
+    (folder / SUMS).write_text(sums)
+    with pytest.raises(OSError, match="SHA256SUMS is damaged"):
+        load(folder)
+
+
+def test_weights_that_the_checksums_do_not_list_are_refused(folder):
+    (folder / SUMS).write_text(f"{'0' * 64}  model-00001-of-00002.safetensors\n")
+    with pytest.raises(OSError, match="SHA256SUMS beside it says nothing"):
+        load(folder)
+
+
+def test_folders_without_checksums_load(folder):
+    (folder / SUMS).unlink()
+    load(folder)
+
+
+class WritesAFile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "code ran")
+
+
+@pytest.mark.parametrize("has_safetensors", [False, True])
+def test_pickled_weights_are_never_opened(folder, tmp_path, has_safetensors):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps(WritesAFile(tmp_path / "ran")))
+    if has_safetensors:
+        load(folder)
+    else:
+        (folder / "model.safetensors").unlink()
+        for load_it in (load, lambda path: AutoModel.from_pretrained(path, trust_remote_code=True)):
+            with pytest.raises(OSError, match="has no model.safetensors. Weights load from safetensors alone"):
+                load_it(folder)
+        with pytest.raises(ValueError, match="use_safetensors=False"):
+            SmolAndFastForActionPrediction.from_pretrained(folder, use_safetensors=False)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sizes_are_compared_before_memory_is_taken(folder):
+    """Three terabytes of weights that the file does not have."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has shape \(768, 256\).*|intermediate_size"):
+        load(folder)
+
+
+def test_an_upload_takes_the_checksums_along(policy, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        SmolVLMForConditionalGeneration,
+        "_upload_modified_files",
+        lambda self, folder, *args, **kwargs: seen.append((Path(folder) / SUMS).read_text()),
+    )
+    policy.save_pretrained(tmp_path)
+    (tmp_path / SUMS).unlink()
+    policy._upload_modified_files(tmp_path, "user/policy", {})
+    assert "model.safetensors" in seen[0]
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(policy, processor, tmp_path):
+    (tmp_path / "taken").write_text("")
+    for part in (policy, processor):
+        with pytest.raises(OSError, match="taken.*folder"):
+            part.save_pretrained(tmp_path / "taken")
+
+
+def test_nothing_reaches_the_network_at_import():
+    """Every module of the repository, in a process whose sockets cannot connect."""
+    modules = [f"smolandfast.{path.stem}" for path in ROOT.glob("*_*.py") if path.stem != "__init__"]
+    modules += [path.stem for path in (ROOT / "examples").glob("*.py")]
+    code = f"""
+import socket, sys
+def refuse(*args, **kwargs):
+    raise SystemExit(f"the network was asked for {{args}}")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
+import importlib
+sys.path.insert(0, {str(ROOT / "examples")!r})
+for name in {modules!r}:
+    importlib.import_module(name)
+print(len({modules!r}), "modules")
+"""
+    environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE",)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and result.stdout.endswith(f"{len(modules)} modules\n"), result.stderr
+    assert len(modules) > 12
+
+
+# Training
+
+
+class Samples(torch.utils.data.Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        sample = {name: self.batch[name][i] for name in ("text", "state", "actions")}
+        return {"images": [self.batch["images"][i]], **sample}
+
+
+@pytest.fixture
+def make_trainer(processor, policy, batch):
+    def make(folder, **options):
+        arguments = TrainingArguments(
+            str(folder),
+            per_device_train_batch_size=2,
+            logging_steps=1,
+            save_steps=1,
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **{"max_steps": 2} | options,
+        )
+        return WholeCheckpointTrainer(
+            policy,
+            arguments,
+            data_collator=ActionDataCollator(processor),
+            train_dataset=Samples(batch),
+            eval_dataset=Samples(batch),
+            processing_class=processor,
+            optimizers=(make_optimizer(policy), None),
+        )
+
+    return make
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_checkpoints_are_whole_and_hold_checksums_of_every_file(make_trainer, tmp_path):
+    make_trainer(tmp_path).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    checkpoint = Path(last_whole_checkpoint(tmp_path))
+    listed = {line.split("  ")[1] for line in (checkpoint / SUMS).read_text().splitlines()}
+    assert listed == {str(p.relative_to(checkpoint)) for p in contents(checkpoint)} - {SUMS}
+    assert listed > {"model.safetensors", "optimizer.pt", "trainer_state.json", "action_tokenizer/tokenizer.json"}
+    load(checkpoint)
+
+
+def test_the_best_checkpoint_is_remembered_by_its_final_name(make_trainer, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    make_trainer(tmp_path, max_steps=3, **options).train()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    for name in names:
+        state = json.loads((tmp_path / name / "trainer_state.json").read_text())
+        assert Path(state["best_model_checkpoint"]).parent == tmp_path
+        assert Path(state["best_model_checkpoint"]).name in names
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "cut", "no checksums"])
+def test_a_damaged_checkpoint_is_passed_over(make_trainer, tmp_path, damage):
+    make_trainer(tmp_path).train()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    victim = tmp_path / "checkpoint-2" / (SUMS if damage == "no checksums" else "optimizer.pt")
+    if damage == "flipped":
+        flip_a_bit(victim)
+    elif damage == "cut":
+        os.truncate(victim, 1000)
+    else:
+        victim.unlink()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    if damage == "flipped":
+        with pytest.raises(OSError, match="optimizer.pt is not what was saved"):
+            make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-1" / "rng_state.pth").unlink()
+    with pytest.raises(OSError, match="None of the 2 checkpoints"):
+        make_trainer(tmp_path).train(resume_from_checkpoint="last")
+
+
+def test_without_any_checkpoint_training_starts_at_the_beginning(make_trainer, tmp_path):
+    assert last_whole_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / PARTIAL / "checkpoint-7").mkdir(parents=True)  # of a run that was killed
+    make_trainer(tmp_path, max_steps=1).train(resume_from_checkpoint="last")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-x"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one checkpoint of 105 MB, not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(make_trainer, small_disk):
+    with pytest.raises(OSError, match=r"checkpoint of step 2 cannot be saved in .*disk: .*Make room"):
+        make_trainer(small_disk).train()
+    assert [path.name for path in small_disk.iterdir()] == ["checkpoint-1"]
+    assert last_whole_checkpoint(small_disk) == str(small_disk / "checkpoint-1")
+
+
+def test_a_disk_that_became_read_only_is_an_error_and_earlier_checkpoints_stay(make_trainer, small_disk):
+    make_trainer(small_disk, max_steps=1).train()
+    before = contents(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match="checkpoint of step 2 cannot be saved in .*disk.*make it writable"):
+        make_trainer(small_disk).train(resume_from_checkpoint="last")
+    assert contents(small_disk) == before
+
+
+@pytest.mark.parametrize("room", [0, 16, 48, 64, 80])
+@pytest.mark.parametrize("part", ["policy", "processor"])
+def test_saving_to_a_full_or_read_only_disk_is_an_os_error(request, part, room, small_disk):
+    part = request.getfixturevalue(part)
+    with pytest.raises(OSError, match="No space"), open(small_disk / "ballast", "wb", buffering=0) as ballast:
+        while True:
+            ballast.write(b"\0" * 4096)
+    os.truncate(small_disk / "ballast", os.path.getsize(small_disk / "ballast") - room * 1024)
+    with pytest.raises(OSError, match=r"cannot be saved in .*policy"):
+        part.save_pretrained(small_disk / "policy")
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match="cannot be saved in .*elsewhere"):
+        part.save_pretrained(small_disk / "elsewhere")
+
+
+# SIGKILL
+
+
+def write_demonstrations(root):
+    """Three episodes of 20 frames in LeRobot's layout, images inside parquet."""
+    rng = np.random.default_rng(0)
+    lengths, episode = [20, 20, 20], np.repeat(np.arange(3), 20)
+    images, _ = render_scenes(60, seed=0)
+    positions = 256 + np.cumsum(rng.normal(0, 5, (60, 2)), axis=0).astype(np.float32)
+    targets = positions + rng.normal(0, 5, (60, 2)).astype(np.float32)
+    vectors = {"observation.state": list(positions), "action": list(targets)}
+    features = {key: {"dtype": "float32", "shape": [2]} for key in vectors}
+    features["observation.image"] = {"dtype": "image", "shape": [96, 96, 3]}
+    info = {"codebase_version": "v3.0", "fps": 10, "total_frames": 60, "total_episodes": 3, "features": features}
+    pictures = []
+    for image in images:
+        Image.fromarray(image).save(png := io.BytesIO(), "PNG")
+        pictures.append({"bytes": png.getvalue(), "path": None})
+    rows = {"episode_index": episode, "frame_index": np.tile(np.arange(20), 3), "task_index": np.zeros(60, int)}
+    write_table(root / "data/chunk-000/file-000.parquet", {**vectors, "observation.image": pictures, **rows})
+    places = {"data/chunk_index": [0] * 3, "data/file_index": [0] * 3}
+    episodes = {"episode_index": [0, 1, 2], "length": lengths, **places}
+    write_table(root / "meta/episodes/chunk-000/file-000.parquet", episodes)
+    write_table(root / "meta/tasks.parquet", {"task_index": [0], "task": [TASK]})
+    (root / "meta/info.json").write_text(json.dumps(info))
+    numbers = {"observation.state": positions, "action": targets}
+    stats = {key: {"min": v.min(0).tolist(), "max": v.max(0).tolist()} for key, v in numbers.items()}
+    (root / "meta/stats.json").write_text(json.dumps(stats))
+    return root
+
+
+def training_command(dataset, folder, max_steps):
+    options = {
+        "dataset_root": dataset,
+        "output_dir": folder,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "warmup_steps": 4,
+        "eval_strategy": "no",
+        "load_best_model_at_end": "False",
+        "held_out_episodes": 1,
+        "bf16": "False",
+        "report_to": "none",
+        "log_level": "info",
+        "resume_from_checkpoint": "last",
+    }
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    return [sys.executable, str(ROOT / "examples/train_pusht.py"), *arguments]
+
+
+def losses_and_weights(folder):
+    checkpoint = Path(last_whole_checkpoint(folder))
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    losses = [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
+    return losses, (checkpoint / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_training_survives_twenty_kills_with_the_losses_of_an_uninterrupted_run(tmp_path):
+    """Half of the kills fall anywhere, the others into the writing of a checkpoint."""
+    dataset, max_steps = write_demonstrations(tmp_path / "demonstrations"), 60
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    start = time.monotonic()
+    subprocess.run(training_command(dataset, tmp_path / "whole", 2), env=environment, check=True, capture_output=True)
+    seconds_to_start = time.monotonic() - start
+    shutil.rmtree(tmp_path / "whole")
+    command = training_command(dataset, tmp_path / "whole", max_steps)
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+    rng = np.random.default_rng(0)
+    folder, during_a_write, resumed_at = tmp_path / "killed", 0, []
+
+    def is_writing():
+        return any(not (path / "old").exists() for path in (folder / PARTIAL).glob("*"))
+
+    for kill in range(21):
+        whole = last_whole_checkpoint(folder)
+        for path in (folder / PARTIAL).glob("*"):  # what the last kill left
+            (path / "old").touch()
+        with open(tmp_path / "log", "w") as log:
+            life = subprocess.Popen(
+                training_command(dataset, folder, max_steps), env=environment, stdout=log, stderr=log
+            )
+        if kill == 20:
+            assert life.wait() == 0
+        elif kill % 2:
+            while not is_writing():
+                assert life.poll() is None, "it came to its end"
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            time.sleep(rng.uniform(0.5, 1.2) * seconds_to_start)
+        life.kill()
+        life.wait()
+        during_a_write += is_writing()
+        text = r"Resuming training from checkpoint with epoch \d+ and global step (\d+)"
+        if found := re.search(text, (tmp_path / "log").read_text()):  # else it was killed before, or just began
+            resumed_at.append(int(found[1]))
+            assert whole.endswith(f"checkpoint-{found[1]}")
+    print(f"20 kills, {during_a_write} of them while a checkpoint was written, resumed at steps {resumed_at}")
+    assert during_a_write >= 5 and len(set(resumed_at)) >= 5
+    assert losses_and_weights(folder) == losses_and_weights(tmp_path / "whole")
+    assert [step for step, *_ in losses_and_weights(folder)[0]] == list(range(1, max_steps + 1))
