@@ -157,7 +157,7 @@ def rollout(
                 images, states = observations["pixels"][waiting], observations["agent_pos"][waiting]
                 chunks = predict(list(images), states.astype(np.float32))
                 predict_seconds += time.perf_counter() - start
-                for slot, chunk in zip(waiting, _checked(chunks, len(waiting), n_action_steps), strict=True):
+                for slot, chunk in zip(waiting, check_chunks(chunks, len(waiting), n_action_steps), strict=True):
                     playing[slot].queue.extend(chunk[:n_action_steps])
                 num_chunks += len(waiting)
             rest = np.zeros(ACTION_DIM, dtype=np.float32)
@@ -189,7 +189,7 @@ def _make_env(max_steps: int) -> gymnasium.Env:
     return gymnasium.make(ENV_ID, obs_type="pixels_agent_pos", max_episode_steps=max_steps, **size)
 
 
-def _checked(chunks: np.ndarray, num_asked: int, n_action_steps: int) -> np.ndarray:
+def check_chunks(chunks: np.ndarray, num_asked: int, n_action_steps: int) -> np.ndarray:
     """The predicted chunks as float32, the simulator's type, or a ValueError: a robot is never sent garbage."""
     chunks = np.asarray(chunks)
     if chunks.shape[:1] + chunks.shape[2:] != (num_asked, ACTION_DIM) or chunks.shape[1] < n_action_steps:

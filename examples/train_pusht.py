@@ -9,7 +9,8 @@ checkpoint with the highest success rate is kept, and saved in the output folder
 """
 
 import argparse
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 from eval_pusht import make_predict
 from lerobot_dataset import LeRobotChunkDataset, download_dataset
+from model_card import write_card
 from muon import make_muon
 from pusht import TASK, rollout
 from pusht_scenes import IMAGE_SIZE, TellEpoch, rotate_points, turn_points, vary_scene
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from transformers.dynamic_module_utils import custom_object_save
 
 from smolandfast import (
     FastActionTokenizer,
@@ -150,11 +153,14 @@ class VariedDemonstrations(torch.utils.data.Dataset):
 
 
 class PolicyTrainer(WholeCheckpointTrainer):
-    """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that."""
+    """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that.
 
-    def __init__(self, *args, eval_seeds: range, **kwargs):
+    With `push_to_hub`, the model card is ours; `card_options` are arguments of [`model_card.write_card`].
+    """
+
+    def __init__(self, *args, eval_seeds: range, card_options: dict, **kwargs):
         super().__init__(*args, **kwargs)
-        self.eval_seeds = eval_seeds
+        self.eval_seeds, self.card_options = eval_seeds, card_options
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -170,6 +176,28 @@ class PolicyTrainer(WholeCheckpointTrainer):
         scores = broadcast_object_list(scores)[0]
         self.log(scores)
         return metrics | scores
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        if not self.is_world_process_zero():
+            return
+        folder, best = Path(self.args.output_dir), self.state.best_global_step
+        write_card(
+            folder,
+            self.hub_model_id or folder.name,
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            trainer_state=asdict(self.state),
+            kept_step=best if self.args.load_best_model_at_end and best else self.state.global_step,
+            **self.card_options,
+        )
+
+
+class PushCodeFiles(TrainerCallback):
+    """Makes uploads in the midst of a training loadable: `Trainer` adds the code at the end only."""
+
+    def on_push_begin(self, args, state, control, model, **kwargs):
+        if state.is_world_process_zero:
+            custom_object_save(model, args.output_dir, config=model.config)
 
 
 def fit_statistics_and_tokenizer(
@@ -249,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))
     model, processor = make_policy(train_set, args)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, bf16 autocast: {training.bf16}")
+    base_model = args.vlm if args.preset == "256M" and not os.path.isdir(args.vlm) else None
     parts = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
     rates = {name: getattr(args, name) for name in parts} | {"weight_decay": training.weight_decay}
     if args.preset == "tiny":
@@ -263,8 +292,9 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=LeRobotChunkDataset(root, args.chunk_size, range(held_out, held_out + args.held_out_episodes)),
         processing_class=processor,
         optimizers=(optimizer, None),
-        callbacks=[TellEpoch()],
+        callbacks=[TellEpoch(), PushCodeFiles()],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
+        card_options={"datasets": [args.dataset_repo_id], "base_model": base_model},
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()

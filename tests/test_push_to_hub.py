@@ -1,0 +1,278 @@
+"""Publishing, with the real hub client against a stand-in of the hub on the loopback interface."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard, constants
+from model_card import read_metrics, read_trainer_state
+from PIL import Image
+from push_to_hub import main as push
+from stand_in_hub import TOKEN, StandInHub
+from train_pusht import main as train
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
+RECORDED = Path(__file__).parent / "data/pusht_rollouts"
+CODE = {
+    "configuration_smolandfast.py",
+    "generation_smolandfast.py",
+    "modeling_smolandfast.py",
+    "normalization_smolandfast.py",
+    "processing_smolandfast.py",
+    "tokenization_fast_action.py",
+}
+MODEL = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
+MODEL |= {"tokenizer_config.json", "chat_template.jinja", "action_tokenizer/tokenizer.json", "README.md"}
+METRICS = {
+    "checkpoint": "/home/nobody/outputs/tiny",
+    "num_envs": 4,
+    "dtype": "float32",
+    "device": "cpu",
+    "n_action_steps": 8,
+    "num_threads": 1,
+    "do_sample": False,
+    "versions": {"torch": "2.99"},
+    "avg_max_reward": 0.5,
+    "avg_max_reward_low": 0.25,
+    "avg_max_reward_high": 0.75,
+    "avg_sum_reward": 81.0,
+    "pc_success": 25.0,
+    "pc_success_low": 4.5,
+    "pc_success_high": 69.9,
+    "n_episodes": 4,
+    "seed": 70,
+    "ms_per_chunk": 12.5,
+    "malformed_chunks": 0,
+    "max_rewards": [1.0, 0.5, 0.25, 0.25],
+}
+STATE = {
+    "global_step": 40,
+    "best_global_step": 20,
+    "epoch": 1.5,
+    "train_batch_size": 16,
+    "log_history": [
+        {"step": 20, "loss": 3.25},
+        {"step": 20, "eval_loss": 3.5},
+        {"step": 20, "eval_avg_max_reward": 0.4, "eval_pc_success": 5.0},
+        {"step": 40, "loss": 2.125},
+        {"step": 40, "eval_loss": 3.0, "eval_avg_max_reward": 0.3, "eval_pc_success": 0.0},
+    ],
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The stand-in, and a client in this process that knows no other hub."""
+    hub = StandInHub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, with the endpoint of that time
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between retries
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
+    return ["--checkpoint", str(CHECKPOINT), "--repo_id", "user/pusht", "--metrics", str(tmp_path / "metrics.json")]
+
+
+def load_elsewhere(hub: StandInHub, code: str, folder: Path) -> str:
+    """Run code in a fresh process that has Transformers and the stand-in, and not this project."""
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    code = "import sys; sys.modules['smolandfast'] = None\n" + code
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, arguments, tmp_path, capsys):
+    push(arguments)
+    files = hub.repos["user/pusht"]
+    assert set(files) == CODE | MODEL | {
+        "LICENSE",
+        "evaluation.json",
+        "observation.png",
+        "action_tokenizer/tokenization_fast_action.py",
+        "action_tokenizer/tokenizer_config.json",
+    }
+    assert len(hub.commits) == 1
+    for name in CODE | MODEL - {"README.md"}:
+        assert files[name] == (CHECKPOINT / name).read_bytes()
+    out = capsys.readouterr().out
+    assert "Published: " in out and "--trainer_state" in out and "--contact_sheet" in out
+    code = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.S)[1]
+    assert len(code.strip().splitlines()) <= 10
+    code += "\nprint(actions.shape, model.config.model_type, repo_id)"
+    assert load_elsewhere(hub, code, tmp_path).strip() == "(1, 16, 2) smolandfast user/pusht"
+
+
+def test_the_card_says_what_was_measured_and_the_hub_takes_it(hub, arguments, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps(STATE))
+    Image.new("RGB", (8, 8)).save(tmp_path / "rollouts.png")  # beside the metrics, as eval_pusht.py has it
+    push([*arguments, "--trainer_state", str(tmp_path / "trainer_state.json"), "--datasets", "lerobot/pusht"])
+    files = hub.repos["user/pusht"]
+    card = ModelCard(files["README.md"].decode())
+    card.validate()
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "robotics", "apache-2.0")
+    assert data.datasets == ["lerobot/pusht"] and data.get("base_model") is None and "pusht" in data.tags
+    results = {result.metric_type: result for result in data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == {
+        name: METRICS[name] for name in ("pc_success", "avg_max_reward", "avg_sum_reward")
+    }
+    assert results["pc_success"].metric_args == {
+        "n_episodes": 4,
+        "first_seed": 70,
+        "last_seed": 73,
+        "n_action_steps": 8,
+        "interval_95": [4.5, 69.9],
+    }
+    text = card.text
+    assert "| 25.0 % | 4.5 to 69.9 |" in text and "seeds 70 to 73" in text and "torch 2.99" in text
+    assert "weights are those of step 20" in text and "| 40 | 2.125 | 3.000 | 0.300 | 0 % |" in text
+    assert "no base model" in text and "nobody" not in text + files["evaluation.json"].decode()
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert files[name].startswith(b"\x89PNG")
+    assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == {"rollouts.png", "training_curve.png"}
+
+
+@pytest.mark.parametrize("breaks", ["PUT /lfs/", "/lfs/objects/batch", "/commit/"], ids=["weights", "batch", "commit"])
+def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, arguments, breaks, capsys):
+    hub.repos["user/pusht"] = before = {"README.md": b"older", "model-00001-of-00002.safetensors": b"older weights"}
+    hub.breaks = breaks
+    with pytest.raises(SystemExit):
+        push(arguments)
+    error = capsys.readouterr().err
+    assert "user/pusht broke off" in error and "Run the same command again" in error
+    assert hub.repos["user/pusht"] is before and hub.commits == []
+    sent = len(hub.uploads)
+    hub.breaks = None
+    hub.requests.clear()
+    push(arguments)
+    assert len([request for request in hub.requests if request.startswith("PUT")]) == 1 - sent
+    files = hub.repos["user/pusht"]
+    assert set(files) >= CODE | MODEL and len(hub.commits) == 1
+    assert "model-00001-of-00002.safetensors" not in files  # else it might be read in place of the new weights
+
+
+def test_no_right_to_write_says_how_to_log_in(hub, arguments, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(SystemExit):
+        push(arguments)
+    assert "hf auth login" in capsys.readouterr().err and hub.commits == []
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_line(hub, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit):
+        push(arguments)
+    assert "Run the same command again" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_repository_can_be_looked_at_before(hub, arguments, tmp_path, capsys):
+    push([*arguments, "--output_dir", str(tmp_path / "repository"), "--base_model", "org/vlm"])
+    written = tmp_path / "repository"
+    assert {path.relative_to(written).as_posix() for path in written.rglob("*")} >= CODE | MODEL
+    assert not any(path.is_symlink() for path in written.rglob("*"))
+    card = ModelCard.load(written / "README.md")
+    assert card.data.base_model == "org/vlm" and "Fine-tuned from [org/vlm]" in card.text
+    assert not any(request.startswith(("POST", "PUT")) for request in hub.requests)
+    with pytest.raises(SystemExit):
+        push([*arguments, "--output_dir", str(written)])
+    assert "Name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pc_success": None}, "pc_success in .* is None, expected a int or float"),
+        ({"n_episodes": True}, "n_episodes in .* is True"),
+        ({"avg_sum_reward": float("nan")}, "finite"),
+        ({"avg_max_reward": 0.9}, "avg_max_reward in .* is 0.9 over n_episodes 4, but max_rewards, 4 values"),
+        ({"max_rewards": [0.5]}, "max_rewards, 1 values"),
+        ({"max_rewards": [0.5, "a", None, 0.5]}, "max_rewards"),
+    ],
+)
+def test_metrics_that_cannot_be_right_are_refused(tmp_path, change, message):
+    (tmp_path / "metrics.json").write_text(json.dumps(METRICS | change))
+    with pytest.raises(ValueError, match=message):
+        read_metrics(tmp_path / "metrics.json")
+
+
+def test_the_shipped_metrics_are_readable():
+    for path in (ROOT / "benchmarks/results").glob("pusht_*.json"):
+        assert read_metrics(path)["n_episodes"] > 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"log_history": []}', '{"log_history": 3}', '{"log_history": [1]}'])
+def test_a_file_that_is_no_trainer_state_is_refused(tmp_path, content):
+    (tmp_path / "trainer_state.json").write_text(content)
+    with pytest.raises(ValueError, match="trainer_state.json of the training"):
+        read_trainer_state(tmp_path / "trainer_state.json")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--repo_id", "pusht"], "expected user/name"),
+        (["--repo_id", "user/a/b"], "expected user/name"),
+        (["--metrics", "missing.json"], "missing.json cannot be read"),
+        (["--contact_sheet", "missing.png"], "missing.png"),
+        (["--trainer_state", "missing.json"], "missing.json cannot be read"),
+        (["--checkpoint", "missing"], "not a folder"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_line(arguments, wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        push([*arguments, *wrong])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_that_does_not_load_is_not_published(hub, arguments, tmp_path, capsys):
+    shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint/generation_smolandfast.py").unlink()
+    with pytest.raises(SystemExit):
+        push([*arguments, "--checkpoint", str(tmp_path / "checkpoint")])
+    assert "generation_smolandfast.py" in capsys.readouterr().err
+    assert hub.repos == {}
+
+
+@pytest.mark.slow
+def test_trainer_pushes_a_whole_repository_also_in_the_midst_of_training(hub, tmp_path):
+    options = {
+        "preset": "tiny",
+        "dataset_root": RECORDED,
+        "output_dir": tmp_path / "run",
+        "push_to_hub": True,
+        "hub_model_id": "user/trained",
+        "max_steps": 2,
+        "save_steps": 1,
+        "eval_steps": 2,
+        "load_best_model_at_end": False,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "held_out_episodes": 1,
+        "eval_episodes": 1,
+        "bf16": False,
+        "report_to": "none",
+    }
+    train([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+    files = hub.repos["user/trained"]
+    assert set(files) >= CODE | MODEL | {"observation.png", "training_curve.png"}
+    assert set(hub.commits[0]) >= CODE | MODEL - {"README.md"}  # while training
+    card = ModelCard(files["README.md"].decode())
+    card.validate()
+    assert card.data.pipeline_tag == "robotics" and "Not evaluated on seeds of its own" in card.text
+    assert "2 steps" in card.text and str(tmp_path) not in card.content
+    code = re.search(r"```python\n(.*?)```", card.text, re.S)[1] + "\nprint(actions.shape)"
+    assert load_elsewhere(hub, code, tmp_path).strip() == "(1, 16, 2)"

@@ -1,0 +1,150 @@
+"""Recording: what `examples/record_rollouts.py` writes is what happened, and readers of LeRobot data sets open it."""
+
+import json
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import record_rollouts
+from lerobot_dataset import LeRobotChunkDataset
+from pusht import ENV_ID, TASK
+from record_rollouts import main as record
+from record_rollouts import play, write_dataset
+
+ROOT = Path(__file__).parents[1]
+RECORDED, RECORDED_SEED = Path(__file__).parent / "data/pusht_rollouts", 1028
+
+
+def push_right(images, states):
+    steps = np.arange(1, 5)[:, None] * np.array([20.0, 5.0])
+    return (states[:, None] + steps).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return [play(push_right, seed, n_action_steps=4, max_steps=steps) for seed, steps in ((3, 9), (4, 5), (5, 12))]
+
+
+@pytest.fixture(scope="module")
+def written(episodes, tmp_path_factory):
+    root = tmp_path_factory.mktemp("recorded") / "set"
+    write_dataset(root, iter(episodes))
+    return root
+
+
+def test_a_frame_holds_what_the_policy_saw_and_did(episodes):
+    seen = []
+
+    def predict(images, states):
+        seen.append((images[0], states[0], push_right(images, states)))
+        return seen[-1][2]
+
+    episode = play(predict, seed=3, n_action_steps=4, max_steps=9)
+    for i, (image, state, chunk) in enumerate(seen):
+        np.testing.assert_array_equal(episode["observation.image"][4 * i], image)
+        np.testing.assert_array_equal(episode["observation.state"][4 * i], state)
+        np.testing.assert_array_equal(episode["action"][4 * i : 4 * i + 4], chunk[0, : 9 - 4 * i])
+    assert len(seen) == 3
+    assert episode["next.done"].tolist() == [False] * 8 + [True]
+
+
+def test_our_reader_gives_back_what_was_recorded(written, episodes, tmp_path):
+    dataset = LeRobotChunkDataset(written, chunk_size=4, cache_dir=tmp_path)
+    assert len(dataset) == 9 + 5 + 12 and dataset.fps == 10
+    np.testing.assert_array_equal(dataset.states, np.concatenate([e["observation.state"] for e in episodes]))
+    np.testing.assert_array_equal(dataset.actions, np.concatenate([e["action"] for e in episodes]))
+    images = np.concatenate([e["observation.image"] for e in episodes])
+    for i in range(len(dataset)):
+        difference = [np.abs(dataset[i]["images"][0].astype(int) - image).mean() for image in images]
+        assert difference[i] < 1.5 and difference[i] == min(difference)
+        assert dataset[i]["text"] == TASK
+
+
+def test_statistics_are_those_of_the_frames(written, episodes):
+    stats = json.loads((written / "meta/stats.json").read_text())
+    pixels = np.concatenate([e["observation.image"] for e in episodes]).reshape(-1, 3) / 255
+    actions = np.concatenate([e["action"] for e in episodes]).astype(np.float64)
+    for name, values in {"observation.image": pixels, "action": actions}.items():
+        for kind in ("min", "max", "mean", "std"):
+            np.testing.assert_allclose(np.ravel(stats[name][kind]), getattr(values, kind)(axis=0), atol=1e-5)
+        np.testing.assert_allclose(np.ravel(stats[name]["q10"]), np.quantile(values, 0.1, axis=0), atol=1e-5)
+        assert stats[name]["count"] == [26]
+
+
+def test_the_layout_is_the_one_of_the_hubs_data_set(written, pusht_root):
+    mine, theirs = (json.loads((root / "meta/info.json").read_text()) for root in (written, pusht_root))
+    assert mine.keys() == theirs.keys()
+    kinds = [{key: (f["dtype"], f["shape"]) for key, f in info["features"].items()} for info in (mine, theirs)]
+    assert kinds[0] == kinds[1]
+    for path in ("data/chunk-000/file-000.parquet", "meta/tasks.parquet", "meta/episodes/chunk-000/file-000.parquet"):
+        mine, theirs = (pq.read_schema(root / path) for root in (written, pusht_root))
+        assert set(mine.names) == set(theirs.names)
+        if "episodes" not in path:
+            assert all(mine.field(name).type == theirs.field(name).type for name in mine.names)
+
+
+def test_the_embedded_rollouts_are_three_whole_episodes(tmp_path):
+    dataset = LeRobotChunkDataset(RECORDED, chunk_size=16, cache_dir=tmp_path)
+    assert np.bincount(dataset.episode_index).tolist() == [106, 300, 218]
+    assert dataset[150]["images"][0].shape == (96, 96, 3) and dataset[150]["actions"].shape == (16, 2)
+    table = pq.read_table(RECORDED / "data/chunk-000/file-000.parquet").to_pydict()
+    assert np.flatnonzero(table["next.success"]).tolist() == [105, 623]  # the last step of the first and the third
+    assert np.flatnonzero(table["next.done"]).tolist() == [105, 405, 623]
+
+
+def test_the_embedded_actions_lead_to_the_embedded_states(tmp_path):
+    """The simulator is played again; bodies in contact amplify rounding, so only the first episode's start."""
+    dataset = LeRobotChunkDataset(RECORDED, chunk_size=16, episodes=[0], cache_dir=tmp_path)
+    env = gymnasium.make(ENV_ID, obs_type="state")
+    state, _ = env.reset(seed=RECORDED_SEED)
+    for i in range(40):
+        np.testing.assert_allclose(dataset.states[i], state[:2], atol=0.1)
+        state, *_ = env.step(dataset.actions[i])
+
+
+def test_nothing_is_overwritten_and_nothing_half_is_left(written, episodes, tmp_path):
+    def broken():
+        yield episodes[0]
+        raise ValueError("the arm fell off")
+
+    before = (written / "meta/info.json").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="Name another folder"):
+        write_dataset(written, iter(episodes))
+    assert (written / "meta/info.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="fell off"):
+        write_dataset(tmp_path / "set", broken())
+    with pytest.raises(ValueError, match="Record at least one"):
+        write_dataset(tmp_path / "set", iter([]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_records_the_shipped_policy(tmp_path, capsys, monkeypatch):
+    arguments = ["--checkpoint", str(ROOT / "checkpoints/pusht-tiny"), "--output_dir", str(tmp_path / "set")]
+    record([*arguments, "--episodes", "2", "--max_steps", "10"])
+    assert "2 episodes, 20 frames" in capsys.readouterr().out
+    dataset = LeRobotChunkDataset(tmp_path / "set", chunk_size=4, cache_dir=tmp_path / "cache")
+    assert dataset.actions.min() >= 0 and dataset.actions.max() <= 512
+    for wrong, message in ((["--episodes", "0"], "at least 1"), ([], "Name another folder")):
+        monkeypatch.setattr(record_rollouts, "play", lambda *args: pytest.fail("nothing may be played"))
+        with pytest.raises(SystemExit):
+            record([*arguments, *wrong])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("root", [RECORDED, None], ids=["embedded", "fresh"])
+def test_lerobot_opens_a_recording(written, root, tmp_path):
+    lerobot = pytest.importorskip("lerobot.datasets.lerobot_dataset", reason="LeRobot is not installed")
+    root = root or written
+    ours = LeRobotChunkDataset(root, chunk_size=4, cache_dir=tmp_path)
+    window = {"action": [i / 10 for i in range(4)]}
+    theirs = lerobot.LeRobotDataset("local/rollouts", root=root, video_backend="pyav", delta_timestamps=window)
+    assert len(theirs) == len(ours)
+    for i in (0, len(ours) // 2, len(ours) - 1):
+        sample = theirs[i]
+        np.testing.assert_array_equal(sample["action"].numpy(), ours[i]["actions"])
+        image = sample["observation.image"].permute(1, 2, 0).numpy() * 255  # (3, H, W) -> (H, W, 3)
+        np.testing.assert_allclose(image, ours[i]["images"][0], atol=3)
+        assert sample["task"] == ours[i]["text"]
