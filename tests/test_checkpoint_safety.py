@@ -19,10 +19,10 @@ from conftest import TASK, make_processor
 from PIL import Image
 from pusht_scenes import render_scenes
 from test_lerobot_dataset import write_table
-from tiny_preset import make_tiny_model
 from transformers import AutoModel, SmolVLMForConditionalGeneration, TrainingArguments
 
 from smolandfast import SmolAndFastForActionPrediction
+from smolandfast.tiny_smolandfast import make_tiny_model
 from smolandfast.trainer_smolandfast import PARTIAL, WholeCheckpointTrainer, last_whole_checkpoint
 from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer
 from smolandfast.weights_smolandfast import SUMS
