@@ -47,6 +47,7 @@ class Episode:
     seed: int
     is_filmed: bool
     rewards: list[float] = field(default_factory=list)
+    block_poses: list[np.ndarray] = field(default_factory=list)  # x, y in [0, 512], angle in radians, after each step
     success: bool = False
     done: bool = False
     frames: list[bytes] = field(default_factory=list)
@@ -66,8 +67,10 @@ class RolloutResult:
     seeds: list[int]
     max_rewards: list[float]
     sum_rewards: list[float]
+    last_rewards: list[float]
     successes: list[bool]
     lengths: list[int]
+    block_poses: list[np.ndarray]  # (steps, 3) each: x, y, angle in radians
     num_requested: int  # chunks the policy was asked for
     num_chunks: int  # chunks that came back whole and finite
     predict_seconds: float  # wall time inside `predict`
@@ -166,6 +169,7 @@ def rollout(
             for slot, episode in enumerate(playing):
                 if not episode.done:
                     episode.rewards.append(float(rewards[slot]))
+                    episode.block_poses.append(infos["block_pose"][slot])
                     episode.success = bool(infos["is_success"][slot])
                     episode.done = bool(terminated[slot] or truncated[slot])
                     episode.film(envs.envs[slot])
@@ -175,8 +179,10 @@ def rollout(
         seeds=[episode.seed for episode in episodes],
         max_rewards=[max(episode.rewards) for episode in episodes],
         sum_rewards=[sum(episode.rewards) for episode in episodes],
+        last_rewards=[episode.rewards[-1] for episode in episodes],
         successes=[episode.success for episode in episodes],
         lengths=[len(episode.rewards) for episode in episodes],
+        block_poses=[np.array(episode.block_poses) for episode in episodes],
         num_requested=num_requested,
         num_chunks=num_chunks,
         predict_seconds=predict_seconds,
@@ -245,10 +251,16 @@ def write_video(path: str | Path, recordings: Sequence[Episode], fps: int = CONT
         container.mux(stream.encode(None))
 
 
-def write_contact_sheet(path: str | Path, recordings: Sequence[Episode], moments: int = 7) -> None:
-    """Write one PNG: a row a recording, `moments` scenes from first to last step, labelled with time and score."""
+def write_contact_sheet(
+    path: str | Path, recordings: Sequence[Episode], moments: int = 7, titles: Sequence[str] | None = None
+) -> None:
+    """Write one PNG: a row a recording, `moments` scenes from first to last step, labelled with time and score.
+
+    The first scene of a row has its title, by default the seed.
+    """
     tiles = []
-    for episode in recordings:
+    for i, episode in enumerate(recordings):
+        title = f"seed {episode.seed}" if titles is None else titles[i]
         for step in np.linspace(0, len(episode.frames) - 1, moments).round().astype(int).tolist():
-            tiles.append(_tile(episode, step, 192, f"{step / CONTROL_HZ:.1f} s" if step else f"seed {episode.seed}"))
+            tiles.append(_tile(episode, step, 192, f"{step / CONTROL_HZ:.1f} s" if step else title))
     _grid(tiles, columns=moments).save(path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from pusht import rollout, wilson_interval, write_contact_sheet, write_video
+from pusht_failures import kind_of_ending
 from scipy.stats import binomtest
 from transformers import BatchFeature
 
@@ -319,3 +320,30 @@ def test_a_wrong_argument_is_an_error_line_that_says_the_mend(checkpoint, tmp_pa
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in error and message in error
+
+
+@pytest.mark.parametrize(
+    "success, rewards, speed, kind",
+    [
+        (True, [0.2, 1.0], 1.0, "solved"),
+        (False, [0.2, 0.9], 0.0, "stops near"),
+        (False, [0.2, 0.9], 1.0, "corrects near"),
+        (False, [0.9, 0.2], 1.0, "pushed away"),
+        (False, [0.3, 0.2], 0.0, "stops far"),
+        (False, [0.3, 0.2], 1.0, "late"),
+    ],
+)
+def test_an_ending_is_told_by_its_rewards_and_by_whether_the_block_still_moves(success, rewards, speed, kind):
+    poses = np.linspace([0, 0, 0], [60 * speed, 0, 0], 60)
+    result = SimpleNamespace(
+        successes=[success], max_rewards=[max(rewards)], last_rewards=rewards[-1:], block_poses=[poses]
+    )
+    assert kind_of_ending(result, 0) == kind
+
+
+def test_the_blocks_poses_are_the_simulators():
+    result = rollout(hold_still, [3], n_action_steps=1, max_steps=5)
+    env = gymnasium.make(pusht.ENV_ID, obs_type="pixels_agent_pos")
+    _, info = env.reset(seed=3)
+    assert result.block_poses[0].shape == (5, 3)
+    np.testing.assert_allclose(result.block_poses[0][0], info["block_pose"], atol=0.5)

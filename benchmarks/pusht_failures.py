@@ -1,0 +1,69 @@
+"""What a PushT policy gets wrong: its episodes by kind of ending, and a contact sheet of examples.
+
+    python benchmarks/pusht_failures.py --checkpoint checkpoints/pusht-tiny --episodes 200 --seed 2000
+
+Writes `failures.json` and `failures.png` into the output folder. The examples are played again to be filmed, together;
+rounding may depend on who is played together, so each is labelled with what it did the second time.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoModel, AutoProcessor
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from eval_pusht import make_predict
+from pusht import CONTROL_HZ, RolloutResult, rollout, write_contact_sheet
+
+NEAR = 0.85  # reward: 81 % covered
+LAST = 5 * CONTROL_HZ  # steps
+
+
+def kind_of_ending(result: RolloutResult, i: int) -> str:
+    """Episode i: solved or not, near the target at its end or not, the T still in motion or not."""
+    if result.successes[i]:
+        return "solved"
+    poses = result.block_poses[i][-LAST:]
+    is_still = np.ptp(poses[:, :2], axis=0).max() < 2 and np.ptp(poses[:, 2]) < np.radians(2)
+    if result.last_rewards[i] >= NEAR:
+        return "stops near" if is_still else "corrects near"
+    if result.max_rewards[i] >= NEAR:
+        return "pushed away"
+    return "stops far" if is_still else "late"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="checkpoints/pusht-tiny")
+    parser.add_argument("--episodes", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=2000)
+    parser.add_argument("--examples", type=int, default=2, help="filmed episodes of each kind")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/failures"))
+    args = parser.parse_args()
+    model = AutoModel.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
+    predict = make_predict(model, AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True))
+    steps = model.config.n_action_steps
+    result = rollout(predict, range(args.seed, args.seed + args.episodes), steps, progress=True)
+    kinds = [kind_of_ending(result, i) for i in range(args.episodes)]
+    chosen = [
+        [seed for seed, kind in zip(result.seeds, kinds, strict=True) if kind == name][: args.examples]
+        for name in sorted(set(kinds) - {"solved"})
+    ]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    counts = dict(Counter(kinds).most_common())
+    (args.output_dir / "failures.json").write_text(
+        json.dumps({"counts": counts, "seeds": result.seeds, "kinds": kinds}, indent=2) + "\n"
+    )
+    if seeds := sum(chosen, []):
+        again = rollout(predict, seeds, steps, record=len(seeds))
+        titles = [f"{seed}: {kind_of_ending(again, i)}" for i, seed in enumerate(seeds)]
+        write_contact_sheet(args.output_dir / "failures.png", again.recordings, titles=titles)
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()
