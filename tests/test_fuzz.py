@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TASK, make_processor
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from lerobot_dataset import LeRobotChunkDataset
 from test_checkpoint_safety import write_demonstrations
+from test_lerobot_dataset import DATA, EPISODES, FRONT, INFO, WRIST, tiny_source  # noqa: F401
 from tiny_preset import make_tiny_model
 
 from smolandfast import (
@@ -33,7 +36,7 @@ from smolandfast import (
 CASES = os.environ.get("FUZZ_CASES")
 settings.register_profile(
     "fuzz",
-    max_examples=int(CASES or 25),
+    max_examples=int(CASES or 20),
     derandomize=CASES is None,
     database=None,
     deadline=30_000,  # milliseconds a case: no hang
@@ -405,16 +408,18 @@ def test_any_header_of_the_weights(folder, processor, observation, data):
 
 
 @pytest.fixture(scope="module")
-def demonstration_folder(tmp_path_factory):
-    return write_demonstrations(tmp_path_factory.mktemp("data") / "demonstrations")
+def roots(tiny_source, tmp_path_factory):  # noqa: F811
+    """A data set with videos, and one with its images inside parquet."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "videos": shutil.copytree(tiny_source, folder / "videos"),
+        "images": write_demonstrations(folder / "images"),
+    }
 
 
 DATA_FILES = [
-    "meta/info.json",
-    "meta/stats.json",
-    "meta/tasks.parquet",
-    "meta/episodes/chunk-000/file-000.parquet",
-    "data/chunk-000/file-000.parquet",
+    *[("videos", name) for name in (INFO, "meta/stats.json", "meta/tasks.parquet", EPISODES, DATA, FRONT, WRIST)],
+    *[("images", name) for name in (INFO, DATA)],
 ]
 
 
@@ -428,17 +433,30 @@ def use_dataset(root, cache):
 
 
 @fuzz
-@given(name=st.sampled_from(DATA_FILES), mutations=mutations)
-def test_any_bytes_as_data_files(demonstration_folder, tmp_path_factory, name, mutations):
-    path = demonstration_folder / name
-    with changed(path, mutate_bytes(path.read_bytes(), mutations)), refusing(name, demonstration_folder.name):
-        use_dataset(demonstration_folder, tmp_path_factory.getbasetemp() / "cache")
+@given(file=st.sampled_from(DATA_FILES), mutations=mutations)
+def test_any_bytes_as_data_files(roots, tmp_path_factory, file, mutations):
+    root, name = roots[file[0]], file[1]
+    with changed(root / name, mutate_bytes((root / name).read_bytes(), mutations)), refusing(name, root.name):
+        use_dataset(root, tmp_path_factory.getbasetemp() / "cache")
 
 
 @fuzz
-@given(name=st.sampled_from(DATA_FILES[:2]), data=st.data())
-def test_any_fields_in_data_files(demonstration_folder, tmp_path_factory, name, data):
-    path = demonstration_folder / name
+@given(file=st.sampled_from([file for file in DATA_FILES if file[1].endswith(".json")]), data=st.data())
+def test_any_fields_in_data_files(roots, tmp_path_factory, file, data):
+    path = roots[file[0]] / file[1]
     content, _ = mutate_json(json.loads(path.read_text()), data.draw)
-    with changed(path, json.dumps(content).encode()), refusing(name, "image_keys"):
-        use_dataset(demonstration_folder, tmp_path_factory.getbasetemp() / "cache")
+    with changed(path, json.dumps(content).encode()), refusing(file[1], "image_keys"):
+        use_dataset(path.parents[1], tmp_path_factory.getbasetemp() / "cache")
+
+
+@fuzz
+@given(file=st.sampled_from([file for file in DATA_FILES if file[1].endswith(".parquet")]), data=st.data())
+def test_any_columns_in_data_files(roots, tmp_path_factory, file, data):
+    path = roots[file[0]] / file[1]
+    table = pq.read_table(path).to_pydict()
+    name, row = data.draw(st.sampled_from(sorted(table))), data.draw(st.integers(0, 2))
+    values = [data.draw(json_junk)] * len(table[name]) if row == 0 else [*table[name][1:], data.draw(json_junk)]
+    with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeEncodeError):  # what no parquet file can hold
+        pq.write_table(pa.table(table | {name: values}), buffer := pa.BufferOutputStream())
+        with changed(path, buffer.getvalue().to_pybytes()), refusing(file[1], path.parent.name, file[0]):
+            use_dataset(roots[file[0]], tmp_path_factory.getbasetemp() / "cache")
