@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all fuzz lint bench clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/eval_pusht.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
@@ -15,6 +15,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "slow or not slow"
+
+# Other cases each time; hours with FUZZ_CASES=10000.
+fuzz: $(INSTALLED)
+	FUZZ_CASES=$(or $(FUZZ_CASES),1000) $(VENV)/bin/python -m pytest tests/test_fuzz.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

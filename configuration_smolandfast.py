@@ -8,7 +8,29 @@ import numpy as np
 import torch
 from transformers import SmolVLMConfig
 
+from .errors_smolandfast import naming
+
 # SmolVLM 1 checkpoints call themselves Idefics3; their weights have the same names and shapes.
+MAX_SIZE = 2**20  # no size in a configuration is larger
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_channels",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+SWITCHES = (
+    "do_image_splitting",
+    "freeze_vision_tower",
+    "freeze_connector",
+    "output_hidden_states",
+    "output_attentions",
+)
+MEND = "Give the field the type that SmolAndFastConfig documents, or take it from the checkpoint this one came from."
 BACKBONE_MODEL_TYPES = ("smolvlm", "idefics3")
 
 # What a processor and a model must agree on: `SmolAndFastProcessor.model_kwargs` without what follows from it.
@@ -96,25 +118,44 @@ class SmolAndFastConfig(SmolVLMConfig):
     freeze_connector: bool = False
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.check()
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if not isinstance(dtype, torch.dtype) and self.dtype is not None:
+            raise ValueError(f"dtype is {self.dtype!r}, expected a type of PyTorch's, such as 'float32'.")
+        for name in ("vision_config", "text_config"):
+            part = getattr(self, name)
+            if isinstance(part, dict) and not isinstance(part.get("model_type", ""), str):
+                raise ValueError(f"{name}.model_type is {part['model_type']!r}, expected a string such as 'llama'.")
+            if isinstance(part, dict):
+                _check_labels(part.get("id2label"), f"{name}.id2label")
+        _check_labels(self.id2label, "id2label")
+        with naming("The configuration", MEND, passing=(ValueError,)):
+            super().__post_init__(**kwargs)
+            self.check()
+
+    def __setattr__(self, name, value):
+        with naming(f"The configuration's {name}", MEND):
+            super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"config.json holds a {type(config_dict).__name__}, expected an object with fields.")
         found = config_dict.get("model_type", cls.model_type)
         if found not in (cls.model_type, *BACKBONE_MODEL_TYPES):
             raise ValueError(
                 f"This is a checkpoint of model type {found!r}, expected 'smolandfast', or 'smolvlm' to start from. "
                 "Name a SmolAndFast folder or a SmolVLM one such as HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
             )
-        result = super().from_dict(config_dict, **kwargs)
+        with naming("The configuration", MEND, passing=(ValueError,)):
+            result = super().from_dict(config_dict, **kwargs)
         # Transformers sets keyword arguments on the finished object, after `__post_init__`.
         (result[0] if isinstance(result, tuple) else result).check()
         return result
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        with naming("config.json"):
+            config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") in BACKBONE_MODEL_TYPES:
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
@@ -123,13 +164,15 @@ class SmolAndFastConfig(SmolVLMConfig):
         """Refuse contradictions. Called on construction, and by the model again."""
         positive = ("scale_factor", "chunk_size", "n_action_steps", "n_state_bins")
         for name in (*positive, *(("action_dim",) if self.action_dim is not None else ())):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
-        for name in ("do_image_splitting", "freeze_vision_tower", "freeze_connector"):
+            _check_size(getattr(self, name), name)
+        for part in ("vision_config", "text_config"):
+            for name in SIZES:
+                if (value := getattr(getattr(self, part), name, None)) is not None:
+                    _check_size(value, f"{part}.{name}")
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected True or False.")
-        if not isinstance(self.fast_skip_tokens, int) or self.fast_skip_tokens < 0:
+        if not _is_whole(self.fast_skip_tokens) or self.fast_skip_tokens < 0:
             raise ValueError(f"fast_skip_tokens is {self.fast_skip_tokens!r}, expected a whole number of at least 0.")
         if self.n_action_steps > self.chunk_size:
             raise ValueError(
@@ -139,7 +182,7 @@ class SmolAndFastConfig(SmolVLMConfig):
         vision = self.vision_config
         for name in ("image_size", "patch_size"):
             value = getattr(vision, name)
-            if not isinstance(value, int) or value < 1:
+            if not _is_whole(value) or not 1 <= value <= MAX_SIZE:
                 raise ValueError(f"vision_config.{name} is {value!r}, expected one number of pixels: squares only.")
         if vision.image_size % (vision.patch_size * self.scale_factor):
             raise ValueError(
@@ -155,6 +198,17 @@ class SmolAndFastConfig(SmolVLMConfig):
         self._check_action_tokens()
 
     def _check_action_tokens(self) -> None:
+        for name, kinds in {"fast_token_lengths": int, "fast_token_bytes": (str, type(None))}.items():
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, list) and all(isinstance(token, kinds) for token in value)
+            ):
+                raise ValueError(f"{name} is no list of what its tokens stand for. Take it from token_grammar().")
+        if not isinstance(self.normalization_fingerprint, str | None):
+            raise ValueError(
+                f"normalization_fingerprint is {self.normalization_fingerprint!r}, expected a string. Take it from "
+                "SmolAndFastProcessor.model_kwargs()."
+            )
         fields = {
             "action_dim": self.action_dim,
             "action_token_base_id": self.action_token_base_id,
@@ -165,21 +219,28 @@ class SmolAndFastConfig(SmolVLMConfig):
             return  # a backbone that no action tokenizer has been chosen for yet
         if missing:
             raise ValueError(
-                f"The action side is half filled: {', '.join(missing)} missing. Take all of it from "
+                f"The action side is half filled: {', '.join(missing)} missing beside "
+                f"{', '.join(name for name in fields if name not in missing)}. Take all of it from "
                 "SmolAndFastProcessor.model_kwargs()."
             )
         lengths, hexes = self.fast_token_lengths or (), self.fast_token_bytes or ()
-        if any(not isinstance(n, int) or n < 1 for n in lengths):
+        if any(n < 1 for n in lengths):
             raise ValueError("fast_token_lengths holds a token of no coefficient. Take it from token_grammar().")
         if any(token is not None and not re.fullmatch("([0-9a-f]{2})+", token) for token in hexes):
             raise ValueError("fast_token_bytes holds what is no hexadecimal. Take it from token_grammar().")
-        if self.fast_chunk_shape is not None and list(self.fast_chunk_shape) != [self.chunk_size, self.action_dim]:
+        if self.fast_chunk_shape not in (None, [self.chunk_size, self.action_dim]):
             raise ValueError(
                 f"chunk_size and action_dim are {self.chunk_size} and {self.action_dim}, the FAST tokenizer is for "
-                f"chunks of {list(self.fast_chunk_shape)}. Fit one for these chunks and take its fields from "
-                "SmolAndFastProcessor.model_kwargs()."
+                f"chunks of {self.fast_chunk_shape} (fast_chunk_shape). Fit one for these chunks and take its fields "
+                "from SmolAndFastProcessor.model_kwargs()."
             )
-        if not isinstance(self.action_token_base_id, int):
+        if self.chunk_size * self.action_dim > self.text_config.max_position_embeddings:
+            raise ValueError(
+                f"A chunk holds chunk_size * action_dim = {self.chunk_size} * {self.action_dim} coefficients, that is "
+                f"more than text_config.max_position_embeddings, {self.text_config.max_position_embeddings}, so not "
+                "every one can be written. Predict shorter chunks."
+            )
+        if not _is_whole(self.action_token_base_id):
             raise ValueError(f"action_token_base_id is {self.action_token_base_id!r}, expected a vocabulary id.")
         first_id = self.action_token_base_id - self.num_action_tokens + 1
         if first_id < 0 or self.action_token_base_id >= self.text_config.vocab_size:
@@ -198,6 +259,20 @@ class SmolAndFastConfig(SmolVLMConfig):
     def image_seq_len(self) -> int:
         """Visual tokens of one image (or sub-image)."""
         return (self.vision_config.image_size // self.vision_config.patch_size // self.scale_factor) ** 2
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_labels(labels: object, name: str) -> None:
+    if labels is not None and not (isinstance(labels, dict) and all(str(key).isdecimal() for key in labels)):
+        raise ValueError(f"{name} is {labels!r}, expected None, or names by their numbers.")
+
+
+def _check_size(value: object, name: str) -> None:
+    if not _is_whole(value) or not 1 <= value <= MAX_SIZE:
+        raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1, and {MAX_SIZE} at most.")
 
 
 SmolAndFastConfig.register_for_auto_class("AutoConfig")

@@ -80,7 +80,7 @@ class ActionGrammar:
             tokens = action_token_map(ids, self.base_id)
             known = (tokens >= 0) & (tokens < len(started))
             tokens = tokens.clamp(0, len(started) - 1)
-            whole = (left == 0) & (state == 0)
+            whole = _is_whole(left, state)
             after = torch.where(known & (state != INVALID), next_state[state.clamp(min=0), tokens], INVALID)
             after = torch.where(started[tokens] > left, INVALID, after)
             left = torch.where(whole | (after == INVALID), left, left - started[tokens])
@@ -89,8 +89,7 @@ class ActionGrammar:
 
     def is_whole(self, action_ids: torch.LongTensor) -> torch.BoolTensor:
         """Whether each string holds exactly one chunk: `(batch, length) -> (batch,)`."""
-        left, state = self.read(action_ids)
-        return (left == 0) & (state == 0)
+        return _is_whole(*self.read(action_ids))
 
     def is_action(self, token_id: int) -> bool:
         return 0 <= action_token_map(token_id, self.base_id) < len(self.started)
@@ -143,6 +142,11 @@ class ChunkIsWhole(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         return self.grammar.is_whole(input_ids[:, self.prompt_length :])
+
+
+def _is_whole(left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
+    """Nothing is left to begin, and no character is open."""
+    return (left == 0) & (state == 0)
 
 
 def _read_bytes(state: int, token: bytes) -> int:

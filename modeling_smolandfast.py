@@ -4,16 +4,24 @@ The weights and their names are those of `SmolVLMForConditionalGeneration`, so a
 loads. What is added: the loss over the action tokens alone, and `generate()` that can only write valid action chunks.
 """
 
+import json
 import os
 from functools import cached_property, wraps
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import LogitsProcessorList, PreTrainedConfig, SmolVLMForConditionalGeneration, StoppingCriteriaList
-from transformers.utils import logging
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    SmolVLMForConditionalGeneration,
+    StoppingCriteriaList,
+)
+from transformers.utils import cached_file, logging
 
 from .configuration_smolandfast import SHARED_FIELDS, SmolAndFastConfig, shared_field_checksums
+from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
 
@@ -70,6 +78,15 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             config, _ = cls.config_class.from_pretrained(
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **fields
             )
+        found = cached_file(
+            pretrained_model_name_or_path,
+            "generation_config.json",
+            _raise_exceptions_for_missing_entries=False,
+            **hub_kwargs,
+        )
+        if found is not None:  # Transformers goes on without one that is damaged
+            with naming(found):
+                GenerationConfig.from_dict(json.loads(Path(found).read_bytes()))
         is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
         result = super().from_pretrained(
             pretrained_model_name_or_path, *args, ignore_mismatched_sizes=is_recreated, **kwargs
@@ -84,7 +101,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         Returns:
             Whether the connector's projection has to be re-created.
         """
-        with torch.device("meta"):
+        with naming(f"The configuration of {name}"), torch.device("meta"):
             model = cls(config)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         tied = model._tied_weights_keys if config.tie_word_embeddings else ()
@@ -217,14 +234,28 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
+        if input_ids.min() < 0 or input_ids.max() >= self.config.text_config.vocab_size:
+            raise ValueError(
+                f"input_ids holds {input_ids.max()}, expected ids in [0, {self.config.text_config.vocab_size}), the "
+                "model's vocabulary. Load processor and model from one folder."
+            )
         mask = kwargs.get("attention_mask")
         if kwargs.get("labels") is not None or (mask is not None and not mask[:, -1].all()):
             raise ValueError(
                 "generate() got a training batch (with labels, or padded on the right). Call the processor without "
                 "actions: its prompts end where the policy has to write."
             )
+        for name in ("output_hidden_states", "output_attentions", "output_scores", "output_logits"):
+            if not isinstance(value := kwargs.get(name, getattr(self.generation_config, name)), bool | None):
+                raise ValueError(f"generation_config.{name} is {value!r}, expected True or False.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            value = getattr(self.generation_config, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
+                raise ValueError(f"generation_config.{name} is {value!r}, expected an id. Take it from the tokenizer.")
         eos_token_id = self.generation_config.eos_token_id
-        eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+        if isinstance(eos_token_id, list):
+            eos_token_id = eos_token_id[0] if eos_token_id else None
         if eos_token_id is None or grammar.is_action(eos_token_id):
             raise ValueError(
                 f"generation_config.eos_token_id is {eos_token_id}, expected an id outside the action tokens. Set it "

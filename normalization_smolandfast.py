@@ -71,8 +71,10 @@ class Normalizer:
                 f"statistics is {statistics!r}, expected a dictionary with {STATE!r} and {ACTION!r}. Compute it from "
                 "the demonstrations with compute_statistics(states, actions)."
             )
-        if not isinstance(n_state_bins, int) or n_state_bins < 1:
+        if not isinstance(n_state_bins, int) or isinstance(n_state_bins, bool) or n_state_bins < 1:
             raise ValueError(f"n_state_bins is {n_state_bins!r}, expected a whole number of at least 1.")
+        if not isinstance(use_relative_actions, bool):
+            raise ValueError(f"use_relative_actions is {use_relative_actions!r}, expected True or False.")
         low, high = BOUNDS[normalization]
         self.n_state_bins = n_state_bins
         self.use_relative_actions = use_relative_actions
@@ -171,7 +173,9 @@ def _read_bounds(statistics: dict, name: str, low: str, high: str) -> tuple[np.n
             raise ValueError(f"statistics[{name!r}][{key!r}] is empty, expected a number for each dimension.")
         bounds.append(values)
     if len(bounds[0]) != len(bounds[1]) or (bounds[0] > bounds[1]).any():
-        raise ValueError(f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}.")
+        raise ValueError(
+            f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}. Compute it anew."
+        )
     return bounds[0], bounds[1]
 
 
@@ -180,9 +184,12 @@ def as_numbers(values: "np.ndarray | torch.Tensor", name: str, shape: tuple | No
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
     try:
-        values = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is not an array of numbers: {error}.") from error
+        values = np.asarray(values)
+        if values.dtype.kind not in "fiubO":  # NumPy would read strings, and drop imaginary parts
+            raise TypeError(f"its dtype is {values.dtype}")
+        values = values.astype(np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} is not an array of numbers: {error}. Pass real numbers.") from error
     fits = shape is None or (
         values.ndim == len(shape)
         and all(isinstance(size, str) or size == found for size, found in zip(shape, values.shape, strict=True))

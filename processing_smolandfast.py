@@ -19,10 +19,12 @@ from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_stri
 from transformers.utils import cached_file
 
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map, shared_field_checksums
+from .errors_smolandfast import naming
 from .normalization_smolandfast import Normalizer, as_numbers
 from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer
 
 PROMPT = "Task: {task}, State: {bins}, Action: "
+TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")
 BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")
 
 
@@ -96,6 +98,22 @@ class SmolAndFastProcessor(ProcessorMixin):
                 f"fitted for {action_tokenizer.action_dim}. Fit one on the actions of this robot."
             )
         super().__init__(image_processor, tokenizer, action_tokenizer, chat_template=chat_template)
+        for name in TOKENIZER_NEEDS:
+            if getattr(tokenizer, name, None) is None:
+                raise ValueError(
+                    f"The text tokenizer has no {name}. Load SmolVLM's tokenizer, or its saved files again."
+                )
+        sides = getattr(image_processor, "max_image_size", None)
+        side = sides.get("longest_edge") if isinstance(sides, dict) else None
+        numbers = {"scale_factor": scale_factor, "patch_size": patch_size, "longest_edge of max_image_size": side}
+        for name, value in numbers.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
+        if side % (patch_size * scale_factor):
+            raise ValueError(
+                f"The images' longest_edge of {side} pixels is no multiple of patch_size * scale_factor, {patch_size} "
+                f"* {scale_factor}. Take the three from one checkpoint."
+            )
         self.action_token_base_id = tokenizer.vocab_size - 1 - fast_skip_tokens
         if self.action_token_base_id + 1 < len(action_tokenizer):
             raise ValueError(
@@ -107,6 +125,12 @@ class SmolAndFastProcessor(ProcessorMixin):
             raise ValueError(
                 "The prompt ends with an action token, so the two cannot be told apart. Change the vocabulary."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SmolAndFastProcessor":
+        """As Transformers' own; files that are damaged are a ValueError."""
+        with naming(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_vlm(
@@ -244,9 +268,11 @@ class SmolAndFastProcessor(ProcessorMixin):
             )
         images = [_as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)]
         bins = self.normalizer.state_bins(state)
-        pixels = self.image_processor(
-            images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
-        )
+        with naming("The image processor", "Load it from the checkpoint again."):
+            pixels = self.image_processor(
+                images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
+            )
+        self._check_pixels(**pixels)
         rows, cols = pixels.pop("rows"), pixels.pop("cols")
         pixels["shared_fields"] = torch.tensor([self._shared_fields] * batch_size)
         templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
@@ -269,6 +295,21 @@ class SmolAndFastProcessor(ProcessorMixin):
         )
         labels = _pad([[-100] * len(p) + t for p, t in zip(input_ids, targets, strict=True)], -100)["input_ids"]
         return BatchFeature({**inputs, **pixels, "labels": labels})
+
+    def _check_pixels(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None = None, **_) -> None:
+        side = self.image_processor.max_image_size["longest_edge"]
+        if pixel_values.shape[2:] != (3, side, side) or not torch.isfinite(pixel_values).all():
+            raise ValueError(
+                f"The image processor made images of shape {tuple(pixel_values.shape[2:])} with numbers from "
+                f"{pixel_values.min()} to {pixel_values.max()}, expected (3, {side}, {side}) and finite ones. Load it "
+                "from the checkpoint again."
+            )
+        is_zero = (pixel_values == 0).flatten(2).all(dim=2)  # (batch, num_images)
+        if (is_zero if pixel_attention_mask is None else is_zero & pixel_attention_mask.flatten(2).any(dim=2)).any():
+            raise ValueError(
+                "The image processor made an image of zeros, which SmolVLM drops as padding. Set do_normalize=True "
+                "and the mean 0.5, as SmolVLM has it: black is -1 then."
+            )
 
     def post_process_actions(self, generated_ids: torch.LongTensor, relaxed: bool = False) -> np.ndarray:
         """Turn what `model.generate(**inputs)` returned into actions for the robot.
@@ -331,10 +372,12 @@ class SmolAndFastProcessor(ProcessorMixin):
         self, generated_ids, relaxed: bool = False
     ) -> tuple[np.ndarray, list[np.ndarray], list[tuple[int, int]]]:
         """Normalised chunks `(batch, chunk_size, action_dim)`, the prompts, and where each string starts and ends."""
-        ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
-        if ids.ndim != 2:
+        with naming("generated_ids", "Pass what generate() returned."):
+            ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
+        if ids.ndim != 2 or ids.dtype.kind != "i":
             raise ValueError(
-                f"generated_ids has shape {ids.shape}, expected (batch, length) as generate() returns it."
+                f"generated_ids has shape {ids.shape} and dtype {ids.dtype}, expected (batch, length) integers as "
+                "generate() returns them."
             )
         tokens, prompts, spans = [], [], []
         for row in ids:
@@ -355,9 +398,15 @@ class SmolAndFastProcessor(ProcessorMixin):
         """What the chat template writes before and after the user's images and text."""
         mark = "{prompt}"
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
-        rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        before, after = rendered.split(mark)
-        return before, after
+        with naming("chat_template", "Load SmolVLM's, or the saved files again."):
+            rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        parts = rendered.split(mark)
+        if len(parts) != 2 or parts[0].count(self.tokenizer.image_token) != num_images:
+            raise ValueError(
+                f"chat_template writes {num_images} images and a text as {rendered!r}, expected a mark for each "
+                "image, then the text once. Load SmolVLM's, or the saved files again."
+            )
+        return parts[0], parts[1]
 
     def _write_prompt(
         self, template: tuple[str, str], task: str | None, bins, rows: list[int], cols: list[int]

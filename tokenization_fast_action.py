@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
 
+from .errors_smolandfast import naming
+
 # A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
 # 15, which no normalizer or pre-tokenizer touches.
 FIRST_SYMBOL = 0xF0000
@@ -24,6 +26,8 @@ MAX_SYMBOLS = 0xFFFE
 # The official FAST+ tokenizer writes it as chr(c - min_coefficient); code points from 0xD800 on are surrogates, which
 # UTF-8 cannot hold.
 MAX_CODE_POINT = 0xD7FF
+
+MAX_COEFFICIENT = 2**31
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -64,6 +68,14 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 "'physical-intelligence/fast'."
             )
         _check_scale(scale)
+        for name, value in {"min_coefficient": min_coefficient, "max_coefficient": max_coefficient}.items():
+            if value is not None and not (_is_whole(value) and abs(value) <= MAX_COEFFICIENT):
+                raise ValueError(f"{name} is {value!r}, expected a whole number up to {MAX_COEFFICIENT} in size.")
+        for name, value in {"horizon": horizon, "action_dim": action_dim}.items():
+            if value is not None and not (_is_whole(value) and value >= 1):
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1, or None.")
+        if (horizon is None) != (action_dim is None):
+            raise ValueError(f"horizon is {horizon} and action_dim is {action_dim}: give both, or neither (FAST+).")
         # The official files name classes that live in another repository.
         kwargs.pop("auto_map", None)
         kwargs.pop("processor_class", None)
@@ -84,9 +96,13 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         self.min_coefficient = min_coefficient
         self.is_byte_level = isinstance(self.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
         self._first_symbol = 0 if self.is_byte_level else FIRST_SYMBOL
-        if max_coefficient is None:
-            last_symbol = MAX_CODE_POINT if self.is_byte_level else FIRST_SYMBOL + MAX_SYMBOLS - 1
-            max_coefficient = min_coefficient + last_symbol - self._first_symbol
+        largest = min_coefficient + (MAX_CODE_POINT if self.is_byte_level else MAX_SYMBOLS - 1)
+        max_coefficient = largest if max_coefficient is None else max_coefficient
+        if not min_coefficient <= max_coefficient <= largest:
+            raise ValueError(
+                f"max_coefficient is {max_coefficient}, expected {min_coefficient} (min_coefficient) to {largest} (as "
+                "far as the symbols reach). Load the tokenizer's saved files again."
+            )
         self.max_coefficient = max_coefficient
         tokens = self.convert_ids_to_tokens(list(range(len(self))))
         if self.is_byte_level:
@@ -113,15 +129,16 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             _raise_exceptions_for_gated_repo=False,
             **hub_kwargs,
         )
-        if official_file is not None:
-            with open(official_file, encoding="utf-8") as file:
-                official = json.load(file)
-            if "min_token" in official:
-                kwargs.setdefault("scale", official["scale"])
-                kwargs.setdefault("min_coefficient", official["min_token"])
-                kwargs.setdefault("horizon", official.get("time_horizon"))
-                kwargs.setdefault("action_dim", official.get("action_dim"))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with naming(f"The action tokenizer in {pretrained_model_name_or_path}", passing=(ValueError,)):
+            if official_file is not None:
+                with open(official_file, encoding="utf-8") as file:
+                    official = json.load(file)
+                if "min_token" in official:
+                    kwargs.setdefault("scale", official["scale"])
+                    kwargs.setdefault("min_coefficient", official["min_token"])
+                    kwargs.setdefault("horizon", official.get("time_horizon"))
+                    kwargs.setdefault("action_dim", official.get("action_dim"))
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def fit(
@@ -150,7 +167,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         """
         chunks = _as_chunks(chunks)
         _check_scale(scale)
-        if not isinstance(vocab_size, Integral):
+        if not _is_whole(vocab_size):
             raise ValueError(f"vocab_size is {vocab_size!r}, expected a whole number.")
         if chunks.shape[0] == 0:
             raise ValueError("chunks is empty: pass at least one (H, D) chunk to fit on.")
@@ -216,17 +233,24 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             horizon: Actions in a chunk; by default the tokenizer's own.
             action_dim: Dimensions of an action; by default the tokenizer's own.
             relaxed: Take any string: coefficients beyond `horizon * action_dim` are cut, missing ones are zero, and
-                bytes that are no UTF-8 are left out.
+                bytes that are no UTF-8 are left out, and coefficients out of range saturate.
 
         Returns:
             `(batch, horizon, action_dim)` float64, normalised.
 
         Raises:
-            ValueError: An id outside the vocabulary, or, unless `relaxed`, a string that does not hold exactly
-                `horizon * action_dim` coefficients: nothing is padded, cut or replaced by zeros.
+            ValueError: An id outside the vocabulary, or, unless `relaxed`, a coefficient that `encode_actions` never
+                writes, or a string that does not hold exactly `horizon * action_dim` of them: nothing is padded, cut
+                or replaced by zeros.
         """
         horizon = self.horizon if horizon is None else horizon
         action_dim = self.action_dim if action_dim is None else action_dim
+        for name, value in {"horizon": horizon, "action_dim": action_dim}.items():
+            if value is not None and not (_is_whole(value) and value >= 1):
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
+        is_text = isinstance(ids, (str, bytes))
+        if is_text or not isinstance(ids, (Sequence, np.ndarray, torch.Tensor)) or getattr(ids, "ndim", 1) == 0:
+            raise ValueError(f"ids is {ids!r}, expected a list of ids for each chunk.")
         if horizon is None or action_dim is None:
             raise ValueError(
                 "This tokenizer was not fitted for one chunk shape (FAST+ serves all): say "
@@ -237,8 +261,6 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"Asked for chunks of shape ({horizon}, {action_dim}), but this tokenizer was fitted for "
                 f"({self.horizon}, {self.action_dim}). Fit a tokenizer for the other shape."
             )
-        if min(horizon, action_dim) < 1:
-            raise ValueError(f"horizon is {horizon} and action_dim is {action_dim}, expected at least 1 each.")
         rows = [self._read_coefficients(row, index, relaxed) for index, row in enumerate(ids)]
         if relaxed:
             size = horizon * action_dim
@@ -314,7 +336,10 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         return actions
 
     def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # lists of unequal lengths
+            array = np.empty(())
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise ValueError(
                 f"ids[{index}] is {ids!r}, expected a list of ids: decode_actions takes a batch of lists."
@@ -333,11 +358,24 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"{error.start}). Only strings from encode_actions or from constrained decoding can be decoded."
             ) from error
         symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
-        return symbols - self._first_symbol + self.min_coefficient
+        coefficients = symbols - self._first_symbol + self.min_coefficient
+        if relaxed:
+            return np.clip(coefficients, self.min_coefficient, self.max_coefficient)
+        outside = coefficients[(coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)]
+        if len(outside):
+            raise ValueError(
+                f"ids[{index}] holds the coefficient {outside[0]}, expected {self.min_coefficient} to "
+                f"{self.max_coefficient}, which is what encode_actions and constrained decoding write."
+            )
+        return coefficients
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_scale(scale: float) -> None:
-    if not isinstance(scale, Real) or not 0 < scale < float("inf"):
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale!r}, expected a number above 0. The FAST paper uses 10.")
 
 
@@ -346,7 +384,10 @@ def _as_chunks(actions: "np.ndarray | torch.Tensor") -> np.ndarray:
     if isinstance(actions, torch.Tensor):
         actions = actions.detach().cpu()
         actions = (actions.float() if actions.dtype in (torch.bfloat16, torch.float16) else actions).numpy()
-    actions = np.asarray(actions)
+    try:
+        actions = np.asarray(actions)
+    except ValueError as error:
+        raise ValueError(f"actions is no array of shape (batch, H, D): {error}. Pass real numbers.") from error
     if actions.dtype.kind not in "fiu":
         raise ValueError(f"actions has dtype {actions.dtype}, expected real numbers of shape (batch, H, D).")
     if actions.dtype not in (np.float32, np.float64):

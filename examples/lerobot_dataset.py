@@ -306,7 +306,10 @@ def _read_texts(path: Path, task_index: list[int]) -> list[str]:
         table = pq.read_table(path).to_pydict()
         name = "task" if "task" in table else "__index_level_0__"  # what pandas calls an index without a name
         tasks = dict(zip(table["task_index"], table[name], strict=True))
-        return [tasks[index] for index in task_index]
+        texts = [tasks[index] for index in task_index]
+    wrong = [text for text in texts if not isinstance(text, str)]
+    _expect(not wrong, f"{path} has the task {wrong[:1]}, expected a sentence. {AGAIN}")
+    return texts
 
 
 def _cache_folder(cache_dir: str | Path | None, root: Path) -> Path:

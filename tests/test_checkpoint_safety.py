@@ -395,7 +395,7 @@ def losses_and_weights(folder):
 @pytest.mark.slow
 def test_training_survives_twenty_kills_with_the_losses_of_an_uninterrupted_run(tmp_path):
     """Half of the kills fall anywhere, the others into the writing of a checkpoint."""
-    dataset, max_steps = write_demonstrations(tmp_path / "demonstrations"), 60
+    dataset, max_steps = write_demonstrations(tmp_path / "demonstrations"), 120
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     start = time.monotonic()
     subprocess.run(training_command(dataset, tmp_path / "whole", 2), env=environment, check=True, capture_output=True)
@@ -421,12 +421,14 @@ def test_training_survives_twenty_kills_with_the_losses_of_an_uninterrupted_run(
         if kill == 20:
             assert life.wait() == 0
         elif kill % 2:
-            while not is_writing():
+            writes, seen = rng.integers(1, 5), set()
+            while len(seen) < writes:
                 assert life.poll() is None, "it came to its end"
+                seen |= {path.name for path in (folder / PARTIAL).glob("*") if not (path / "old").exists()}
                 time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.2))
         else:
-            time.sleep(rng.uniform(0.5, 1.2) * seconds_to_start)
+            time.sleep(rng.uniform(0.5, 1.0) * seconds_to_start + rng.uniform(0, 2))
         life.kill()
         life.wait()
         during_a_write += is_writing()

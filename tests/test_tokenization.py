@@ -76,6 +76,18 @@ def test_fast_plus_writes_every_symbol_that_utf8_can_hold_and_saturates_beyond(f
 
 
 @needs_fast_plus
+def test_fast_plus_refuses_symbols_that_it_never_writes(fast_plus):
+    """As constrained decoding does: code points above 0xD7FF."""
+    byte_ids = {fast_plus._token_bytes[i]: i for i in range(len(fast_plus)) if len(fast_plus._token_bytes[i]) == 1}
+    for symbol in ("\ue000", "\uffff", "\U0010ffff"):
+        ids = [[byte_ids[bytes([byte])] for byte in symbol.encode()]]
+        with pytest.raises(ValueError, match=rf"ids\[0\] holds the coefficient {ord(symbol) - 354}, expected -354 to"):
+            fast_plus.decode_actions(ids, 1, 1)
+    last = [[byte_ids[bytes([byte])] for byte in "\ud7ff".encode()]]
+    assert fast_plus.decode_actions(last, 1, 1) == (0xD7FF - 354) / 10
+
+
+@needs_fast_plus
 def test_fast_plus_refuses_what_it_cannot_decode(fast_plus):
     with pytest.raises(ValueError, match="horizon=..., action_dim=..."):
         fast_plus.decode_actions([[300]], horizon=1)

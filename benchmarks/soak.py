@@ -1,0 +1,114 @@
+"""Play the shipped policy for thousands of episodes in one process: does memory grow, do results stay the same?
+
+    python benchmarks/soak.py --episodes 2000
+
+Episodes are played in rounds of `--round`, as an evaluation would play them, and after each round the process's memory
+is noted. Then a few of the seeds are played again, each alone in a process of its own: the scores must be equal. Writes
+`benchmarks/results/soak.json`.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from eval_pusht import make_predict, write_json  # noqa: E402
+from pusht import rollout  # noqa: E402
+
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor  # noqa: E402
+
+
+def memory_mb() -> float:
+    """Resident memory of this process, in MB."""
+    fields = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()
+    return int(fields[0]) / 1024
+
+
+def play(checkpoint: Path, seeds: range, num_envs: int) -> list[tuple[float, float, int]]:
+    """Greatest reward, sum of rewards and length of each episode."""
+    model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    processor = SmolAndFastProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    return play_round(make_predict(model, processor), model.config.n_action_steps, seeds, num_envs)
+
+
+def play_round(predict, n_action_steps: int, seeds: range, num_envs: int) -> list[tuple[float, float, int]]:
+    result = rollout(predict, seeds, n_action_steps, num_envs=num_envs)
+    return list(zip(result.max_rewards, result.sum_rewards, result.lengths, strict=True))
+
+
+def play_alone(checkpoint: Path, seed: int) -> tuple[float, float, int]:
+    """The scores of one seed in a new process."""
+    command = [sys.executable, __file__, "--checkpoint", str(checkpoint), "--alone", str(seed)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(json.loads(output.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints/pusht-tiny")
+    parser.add_argument("--episodes", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=200_000, help="episode i resets its environment with seed + i")
+    parser.add_argument("--round", type=int, default=20, help="episodes between two measurements of memory")
+    parser.add_argument("--num_envs", type=int, default=1, help="episodes side by side; rounding may depend on it")
+    parser.add_argument("--again", type=int, default=10, help="seeds to play again, each alone")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/soak.json")
+    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone is not None:
+        print(json.dumps(play(args.checkpoint, range(args.alone, args.alone + 1), 1)[0]))
+        return
+
+    model = SmolAndFastForActionPrediction.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    processor = SmolAndFastProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    predict, start = make_predict(model, processor), time.monotonic()
+    scores, memory = [], []
+    for first in range(0, args.episodes, args.round):
+        seeds = range(args.seed + first, args.seed + min(first + args.round, args.episodes))
+        scores += play_round(predict, model.config.n_action_steps, seeds, args.num_envs)
+        gc.collect()
+        memory.append({"episodes": len(scores), "rss_mb": round(memory_mb(), 1), "objects": len(gc.get_objects())})
+        print(memory[-1], flush=True)
+    picked = np.linspace(0, args.episodes - 1, min(args.again, args.episodes)).round().astype(int).tolist()
+    differing = [args.seed + i for i in picked if play_alone(args.checkpoint, args.seed + i) != scores[i]]
+
+    later = memory[len(memory) // 5 :]  # the first rounds fill caches and the allocator's pools
+    slope = np.polyfit([m["episodes"] for m in later], [m["rss_mb"] for m in later], 1)[0] if len(later) > 1 else None
+    write_json(
+        args.output,
+        {
+            "episodes": len(scores),
+            "steps": sum(length for _, _, length in scores),
+            "seconds": round(time.monotonic() - start),
+            "num_envs": args.num_envs,
+            "seed": args.seed,
+            "avg_max_reward": float(np.mean([reward for reward, _, _ in scores])),
+            "rss_mb_first": memory[0]["rss_mb"],
+            "rss_mb_last": memory[-1]["rss_mb"],
+            "rss_mb_per_1000_episodes": None if slope is None else round(1000 * slope, 2),
+            "seeds_played_again_alone": len(picked),
+            "seeds_that_differ": differing,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}
+            | {
+                name: version(name) for name in ("transformers", "gymnasium", "gym_pusht", "pymunk", "pygame", "numpy")
+            },
+            "memory": memory,
+        },
+    )
+    print(args.output.read_text().partition('"memory"')[0])
+    if differing:
+        raise SystemExit(f"Seeds {differing} score otherwise alone: something is carried from episode to episode.")
+
+
+if __name__ == "__main__":
+    main()
