@@ -1,8 +1,6 @@
 """Configuration of SmolAndFast: a SmolVLM configuration plus the action side of the policy."""
 
-import json
 import re
-import zlib
 
 import numpy as np
 import torch
@@ -46,11 +44,6 @@ SHARED_FIELDS = (
     "fast_token_bytes",
     "normalization_fingerprint",
 )
-
-
-def shared_field_checksums(fields: dict) -> list[int]:
-    """CRC-32 of each of [`SHARED_FIELDS`]: how a batch says which processor made it, one number a field."""
-    return [zlib.crc32(json.dumps(fields.get(name)).encode()) for name in SHARED_FIELDS]
 
 
 def action_token_map(

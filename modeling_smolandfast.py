@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, logging
 
-from .configuration_smolandfast import SHARED_FIELDS, SmolAndFastConfig, shared_field_checksums
+from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
@@ -162,7 +162,6 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
     @wraps(SmolVLMForConditionalGeneration.forward)
     def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
-        self._check_processor(kwargs.pop("shared_fields", None))
         if labels is None:
             return super().forward(*args, return_dict=return_dict, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
@@ -182,22 +181,6 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             num_items_in_batch=num_items_in_batch,
         )
         return outputs if return_dict is not False else outputs.to_tuple()
-
-    def _check_processor(self, shared_fields: torch.LongTensor | None) -> None:
-        """Refuse a batch whose processor, `(batch, len(SHARED_FIELDS))`, disagrees with the configuration."""
-        if shared_fields is None:
-            return
-        expected = torch.tensor(shared_field_checksums(vars(self.config)), device=shared_fields.device)
-        differs = (shared_fields != expected).any(dim=0).tolist()
-        if self.config.normalization_fingerprint is None:  # a checkpoint from before there was one
-            differs[SHARED_FIELDS.index("normalization_fingerprint")] = False
-        if any(differs):
-            names = [name for name, is_other in zip(SHARED_FIELDS, differs, strict=True) if is_other]
-            raise ValueError(
-                f"This batch was made by another model's processor: {', '.join(names)} differ from model.config. Load "
-                "both from one folder. To go on with this processor, load the model with from_pretrained(folder, "
-                "**processor.model_kwargs())."
-            )
 
     @cached_property
     def action_grammar(self) -> ActionGrammar:
@@ -221,11 +204,10 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             `(batch, length + new)` ids, the prompt included, for [`SmolAndFastProcessor.post_process_actions`].
 
         Raises:
-            ValueError: No action tokenizer in the configuration, the prompts of another model's processor, a length
-                option that would cut a chunk short, or scores that are not finite.
+            ValueError: No action tokenizer in the configuration, a length option that would cut a chunk short, or
+                scores that are not finite.
         """
         grammar = self.action_grammar
-        self._check_processor(kwargs.pop("shared_fields", None))
         for name in ("max_new_tokens", "max_length", "max_time", "min_new_tokens", "min_length", "stop_strings"):
             if (value := kwargs.pop(name, None)) is not None:
                 raise ValueError(

@@ -9,7 +9,6 @@ with one bin number for each dimension of the state. The statistics of the data 
 
 import json
 import re
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, 
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 from transformers.utils import cached_file
 
-from .configuration_smolandfast import SmolAndFastConfig, action_token_map, shared_field_checksums
+from .configuration_smolandfast import SHARED_FIELDS, SmolAndFastConfig, action_token_map
 from .errors_smolandfast import naming
 from .normalization_smolandfast import Normalizer, as_numbers
 from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer
@@ -206,9 +205,22 @@ class SmolAndFastProcessor(ProcessorMixin):
             **self.action_tokenizer.token_grammar(self.chunk_size * self.normalizer.action_dim),
         }
 
-    @cached_property
-    def _shared_fields(self) -> list[int]:
-        return shared_field_checksums(self.model_kwargs())
+    def check_model(self, model) -> None:
+        """Refuse a model that belongs to another processor: same shapes, but its actions would mean something else.
+
+        Raises:
+            ValueError: Fields of `model.config` that differ from [`model_kwargs`].
+        """
+        expected = self.model_kwargs()
+        differs = [name for name in SHARED_FIELDS if getattr(model.config, name, None) != expected.get(name)]
+        if getattr(model.config, "normalization_fingerprint", None) is None:  # saved before there was one
+            differs = [name for name in differs if name != "normalization_fingerprint"]
+        if differs:
+            raise ValueError(
+                f"This processor belongs to another model: {', '.join(differs)} differ from model.config. Load both "
+                "from one folder. To go on with this processor, load the model with from_pretrained(folder, "
+                "**processor.model_kwargs())."
+            )
 
     @property
     def image_seq_len(self) -> int:
@@ -217,7 +229,7 @@ class SmolAndFastProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "shared_fields"]
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"]
 
     def __call__(
         self,
@@ -240,9 +252,8 @@ class SmolAndFastProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask` `(batch, length)`, padded on the left to generate and on the right to train;
-            `pixel_values` `(batch, num_images, 3, height, width)`, `pixel_attention_mask`; `shared_fields`, by which
-            the model refuses batches of another model's processor; with actions, `labels`, -100 outside the action
-            tokens and their EOS.
+            `pixel_values` `(batch, num_images, 3, height, width)`, `pixel_attention_mask`; with actions, `labels`,
+            -100 outside the action tokens and their EOS.
 
         Raises:
             ValueError: Input that is missing, of the wrong shape or kind, or not finite.
@@ -274,7 +285,6 @@ class SmolAndFastProcessor(ProcessorMixin):
             )
         self._check_pixels(**pixels)
         rows, cols = pixels.pop("rows"), pixels.pop("cols")
-        pixels["shared_fields"] = torch.tensor([self._shared_fields] * batch_size)
         templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
         prompts = [
             self._write_prompt(templates[len(rows[i])], tasks[i], bins[i], rows[i], cols[i]) for i in range(batch_size)

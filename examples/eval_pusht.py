@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model = AutoModel.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype))
         processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+        processor.check_model(model)
     except OSError as error:
         parser.error(f"--checkpoint {args.checkpoint} cannot be loaded: {first_line(error)}")
     model.to(args.device).eval()

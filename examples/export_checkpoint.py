@@ -23,6 +23,7 @@ def export(checkpoint: str, folder: Path) -> None:
     """Write the folder anew; what stood there before goes only once the checkpoint has been read."""
     model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, dtype=torch.bfloat16)
     processor = SmolAndFastProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    processor.check_model(model)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is there and is no checkpoint, so it stays. Name another --output_dir.")
     if folder.exists():

@@ -151,6 +151,7 @@ def write_repository(args: argparse.Namespace, folder: Path) -> None:
     # What is published is what loads: the copy, with its own code.
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor.check_model(model)
     write_card(
         folder,
         args.repo_id,

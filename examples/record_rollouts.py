@@ -276,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model = AutoModel.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
         processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+        processor.check_model(model)
     except OSError as error:
         parser.error(f"--checkpoint {args.checkpoint} cannot be loaded: {first_line(error)}")
     predict = make_predict(model, processor)

@@ -45,7 +45,7 @@ def test_labels_are_the_action_tokens_and_their_eos_alone(processor, batch):
 def test_prompts_are_padded_on_the_left_to_generate(processor, batch):
     inputs = processor(**without_actions(batch) | {"text": ["x", "a much longer task", "", "y z"]})
     assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"].all()
-    assert set(inputs) == set(processor.model_input_names)
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"}
 
 
 def test_an_empty_task_falls_back_to_the_default(processor, batch):
