@@ -3,8 +3,8 @@
     python examples/push_to_hub.py --checkpoint checkpoints/pusht-tiny --repo_id user/name \\
         --metrics benchmarks/results/pusht_tiny_50_episodes.json --contact_sheet assets/rollouts.png
 
-Log in with `hf auth login` first. With `--output_dir`, the repository is written there, to be looked at, and nothing is
-uploaded. Everything goes into one commit: a broken connection leaves the hub's repository as it was, and the same
+Log in with `hf auth login` first. With `--output_dir`, the repository is written there, to be looked at, and nothing
+is uploaded. Everything goes into one commit: a broken connection leaves the hub's repository as it was, and the same
 command again completes it, without sending what has arrived.
 """
 

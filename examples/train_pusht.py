@@ -188,7 +188,7 @@ class PolicyTrainer(Trainer):
 
 
 class PushCodeFiles(TrainerCallback):
-    """Makes what `push_to_hub` uploads in the midst of a training loadable: `Trainer` adds the code at the end only."""
+    """Makes what `push_to_hub` uploads while training goes on loadable: `Trainer` adds the code at the end only."""
 
     def on_push_begin(self, args, state, control, model, **kwargs):
         if state.is_world_process_zero:

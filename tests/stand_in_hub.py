@@ -65,10 +65,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
-        if self.command in ("POST", "PUT") and not path.startswith("/lfs/"):
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}" and path != "/api/validate-yaml":
-                self._read()
-                return self._send(401, {"error": "Invalid username or password."})
+        is_open = self.command not in ("POST", "PUT") or path.startswith("/lfs/") or path == "/api/validate-yaml"
+        if not is_open and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._read()
+            return self._send(401, {"error": "Invalid username or password."})
         for pattern, method in ROUTES.items():
             if match := re.fullmatch(pattern, request):
                 return method(self, *match.groups())
