@@ -34,7 +34,7 @@ class Policy:
             ids = self.model.generate(**inputs, do_sample=False)
         chunk = check_chunks(self.processor.post_process_actions(ids), 1, self.n_action_steps)[0]
         config = self.model.config
-        written = config.action_token_base_id - ids[0, inputs["input_ids"].shape[1] :]  # (length,), EOS is negative
+        written = config.action_token_base_id - ids[0, inputs["input_ids"].shape[1] :]  # (length,), with padding
         tokens = [token for token in written.tolist() if 0 <= token < config.num_action_tokens]
         lengths = config.fast_token_lengths or [0] * config.num_action_tokens  # FAST+ does not say
         return chunk, [(token, lengths[token]) for token in tokens]

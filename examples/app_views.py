@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 WORLD, AGENT_RADIUS, HANDLE = 512, 15, (0, 120)  # the handle to turn the T is at the end of its stem
-GOAL, BLOCK, AGENT, AHEAD, SOLVED = "#90ee90", "#778899", "#4169e1", "#ff7f0e", "#148232"
+GOAL, BLOCK, AGENT, AHEAD, SOLVED = "#90ee90", "#778899", "#4169e1", "#ff7f0e", "#1f9d4d"
 
 SCENE_CSS = """
 svg { width: 100%; max-width: 640px; display: block; margin: 0 auto; touch-action: none; user-select: none; }
@@ -117,7 +117,7 @@ def draw_coverage(
     coverages: Sequence[float], threshold: float, success: bool, steps_a_second: int, seconds: float
 ) -> str:
     """Covered share of the target over time as a line, and in words."""
-    left, top, width, height = 34, 8, 300, 110
+    left, top, width, height = 34, 16, 300, 110
 
     def place(second: float, share: float) -> tuple[float, float]:
         return left + second / seconds * width, top + (1 - share) * height
@@ -142,13 +142,13 @@ def draw_coverage(
         verdict = f"{len(coverages) / steps_a_second:.1f} s of {seconds:.0f} s"
     return (
         f'<div id="verdict">{verdict}, covered {now}, best {best}</div>'
-        f'<svg viewBox="0 0 350 140" style="width:100%" role="img" aria-label="Covered share of the target over time" '
+        f'<svg viewBox="0 0 350 146" style="width:100%" role="img" aria-label="Covered share of the target over time" '
         'font-size="11" fill="currentColor">'
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="currentColor" '
         f'stroke-opacity="0.3"/>{ticks}'
         f'<line x1="{left}" x2="{left + width}" y1="{bar:.1f}" y2="{bar:.1f}" stroke="{SOLVED}" '
-        f'stroke-dasharray="5 4"/><text x="{left + 6}" y="{bar + 13:.1f}" fill="{SOLVED}">solved above '
-        f"{threshold:.0%}</text>"
+        f'stroke-dasharray="5 4"/><text x="{left + width}" y="{top - 4}" text-anchor="end" fill="{SOLVED}">'
+        f"solved above {threshold:.0%}</text>"
         f'<polyline points="{curve}" fill="none" stroke="{AGENT}" stroke-width="2"/></svg>'
     )
 

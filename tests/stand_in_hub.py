@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response_only(100)
             self.end_headers()
         if hub.breaks and re.search(hub.breaks, request):
-            self.rfile.read1(1000)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             self.close_connection = True
             self.connection.close()
             return
