@@ -13,7 +13,8 @@ WORLD, AGENT_RADIUS, HANDLE = 512, 15, (0, 120)  # the handle to turn the T is a
 GOAL, BLOCK, AGENT, AHEAD, SOLVED = "#90ee90", "#778899", "#4169e1", "#ff7f0e", "#1f9d4d"
 
 SCENE_CSS = """
-svg { width: 100%; max-width: 640px; display: block; margin: 0 auto; touch-action: none; user-select: none; }
+svg { width: 100%; max-width: 640px; max-height: 80vh; display: block; margin: 0 auto; }
+svg { touch-action: none; user-select: none; }
 [data-drag] { cursor: grab; }
 [data-drag]:hover { filter: brightness(1.1); }
 """

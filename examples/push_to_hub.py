@@ -88,8 +88,9 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
 
 def _broken(repo_id: str) -> str:
     return (
-        f"The upload to {repo_id} broke off; what is on the hub is as it was before. Run the same command again: "
-        "files that have arrived are not sent again."
+        f"The upload to {repo_id} broke off. Nothing there is half: it holds what it held before, or, if only the "
+        "hub's answer was lost, all of the new. Run the same command again: files that have arrived are not sent "
+        "again."
     )
 
 

@@ -155,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "path": file["path"],
                 "uploadMode": "lfs" if file["size"] > BIG else "regular",
                 "shouldIgnore": False,
-                "oid": _git_sha(old[file["path"]]) if file["path"] in old else None,
+                "oid": _oid(old[file["path"]]) if file["path"] in old else None,
             }
             for file in json.loads(self._read())["files"]
         ]
@@ -201,6 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("EntryNotFound")
         headers = {"X-Repo-Commit": self.server.sha(), "ETag": f'"{_git_sha(files[path])}"'}
         self._send(200, files[path], headers)
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if len(content) > BIG else _git_sha(content)
 
 
 def _git_sha(content: bytes) -> str:

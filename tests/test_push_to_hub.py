@@ -168,6 +168,12 @@ def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, argument
     assert "model-00001-of-00002.safetensors" not in files  # else it might be read in place of the new weights
 
 
+def test_pushing_what_is_there_already_changes_nothing(hub, arguments, capsys):
+    push(arguments)
+    push(arguments)
+    assert len(hub.commits) == 1 and capsys.readouterr().out.count("Published: ") == 2
+
+
 def test_the_training_is_found_where_trainer_leaves_it(tmp_path):
     assert find_training(tmp_path, None) == (None, None)
     for step in (20, 40):
