@@ -30,7 +30,7 @@ bench: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install "$(TORCH)"
-	$(VENV)/bin/pip install --editable ".[examples,dev]"
+	$(VENV)/bin/pip install --editable ".[examples,app,dev]"
 	touch $@
 
 clean:

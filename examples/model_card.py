@@ -6,7 +6,6 @@ around them are in `model_card_template.md`. Pictures lie beside the card.
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +104,9 @@ def write_card(
         license: An identifier of the hub's.
         datasets: Hub ids of the demonstrations.
         base_model: Hub id of the model that training started from; `None` if it started from random weights.
+
+    Raises:
+        OSError: the contact sheet is no picture, or the folder cannot be written.
     """
     name, config = repo_id.split("/")[-1], model.config
     results = [] if metrics is None else _eval_results(metrics)
@@ -124,7 +126,7 @@ def write_card(
         shown = {key: value for key, value in metrics.items() if key != "checkpoint"}  # a path of somebody's machine
         (folder / "evaluation.json").write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
     if contact_sheet is not None:
-        shutil.copyfile(contact_sheet, folder / "rollouts.png")
+        _copy_picture(contact_sheet, folder / "rollouts.png")
     if trainer_state is not None:
         plot_training(folder / "training_curve.png", trainer_state["log_history"])
     limits = processor.normalizer.action_limits
@@ -225,6 +227,15 @@ def _first_observation(seed: int) -> tuple[Image.Image, list[float]]:
     observation, _ = env.reset(seed=seed)
     env.close()
     return Image.fromarray(observation["pixels"]), observation["agent_pos"].round(2).tolist()
+
+
+def _copy_picture(path: Path, target: Path) -> None:
+    try:
+        with Image.open(path) as picture:
+            picture.save(target)
+    except OSError as error:
+        mend = "Give the rollouts.png that examples/eval_pusht.py wrote."
+        raise OSError(f"The contact sheet {path} is no picture ({error}). {mend}") from error
 
 
 def _short(count: int) -> str:

@@ -20,6 +20,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from model_card import read_metrics, read_trainer_state, write_card
 from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.trainer_utils import get_last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a checkpoint folder holds of the model. The optimizer, the random state and pickled arguments stay at home.
@@ -87,8 +88,9 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
 
 def _broken(repo_id: str) -> str:
     return (
-        f"The upload to {repo_id} broke off; what is on the hub is as it was before. Run the same command again: "
-        "files that have arrived are not sent again."
+        f"The upload to {repo_id} broke off. Nothing there is half: it holds what it held before, or, if only the "
+        "hub's answer was lost, all of the new. Run the same command again: files that have arrived are not sent "
+        "again."
     )
 
 
@@ -127,13 +129,14 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 def find_training(checkpoint: Path, given: Path | None) -> tuple[dict | None, int | None]:
     """The trainer's state and the step whose weights the checkpoint holds.
 
-    A `checkpoint-*` folder has the state of its own step. What `train_pusht.py` saves at the end are the weights that
-    played best.
+    A `checkpoint-*` folder has the state of its own step. The folder around them holds the weights that played best.
     """
     own = checkpoint / "trainer_state.json"
     if given is None and own.is_file():
         state = read_trainer_state(own)
         return state, state["global_step"]
+    last = get_last_checkpoint(str(checkpoint))
+    given = Path(last) / "trainer_state.json" if given is None and last is not None else given
     if given is None:
         return None, None
     state = read_trainer_state(given)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from eval_pusht import make_predict
+from huggingface_hub.errors import HTTPError
 from lerobot_dataset import LeRobotChunkDataset, download_dataset
 from model_card import write_card
 from muon import make_muon
@@ -181,19 +182,30 @@ class PolicyTrainer(WholeCheckpointTrainer):
         if not self.is_world_process_zero():
             return
         folder, best = Path(self.args.output_dir), self.state.best_global_step
+        has_trained = any("loss" in entry for entry in self.state.log_history)
         write_card(
             folder,
             self.hub_model_id or folder.name,
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
-            trainer_state=asdict(self.state),
+            trainer_state=asdict(self.state) if has_trained else None,
             kept_step=best if self.args.load_best_model_at_end and best else self.state.global_step,
             **self.card_options,
         )
 
+    def push_to_hub(self, *args, **kwargs):
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except (HTTPError, RuntimeError) as error:
+            folder, repo_id, reason = self.args.output_dir, self.hub_model_id, error.__cause__ or error
+            raise OSError(
+                f"The policy is saved in {folder}, but the upload to {repo_id} broke off: {reason} "
+                f"Complete it with `hf upload {repo_id} {folder} --exclude 'checkpoint-*'`."
+            ) from error
+
 
 class PushCodeFiles(TrainerCallback):
-    """Makes uploads in the midst of a training loadable: `Trainer` adds the code at the end only."""
+    """Makes what `push_to_hub` uploads while training goes on loadable: `Trainer` adds the code at the end only."""
 
     def on_push_begin(self, args, state, control, model, **kwargs):
         if state.is_world_process_zero:

@@ -61,12 +61,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response_only(100)
             self.end_headers()
         if hub.breaks and re.search(hub.breaks, request):
-            self.rfile.read1(1000)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
             self.close_connection = True
             self.connection.close()
             return
-        needs_token = path != "/api/validate-yaml" and not path.startswith("/lfs/")
-        if self.command in ("POST", "PUT") and needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        is_open = self.command not in ("POST", "PUT") or path.startswith("/lfs/") or path == "/api/validate-yaml"
+        if not is_open and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._read()
             return self._send(401, {"error": "Invalid username or password."})
         for pattern, method in ROUTES.items():
@@ -155,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "path": file["path"],
                 "uploadMode": "lfs" if file["size"] > BIG else "regular",
                 "shouldIgnore": False,
-                "oid": _git_sha(old[file["path"]]) if file["path"] in old else None,
+                "oid": _oid(old[file["path"]]) if file["path"] in old else None,
             }
             for file in json.loads(self._read())["files"]
         ]
@@ -201,6 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("EntryNotFound")
         headers = {"X-Repo-Commit": self.server.sha(), "ETag": f'"{_git_sha(files[path])}"'}
         self._send(200, files[path], headers)
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest() if len(content) > BIG else _git_sha(content)
 
 
 def _git_sha(content: bytes) -> str:

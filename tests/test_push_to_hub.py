@@ -12,9 +12,12 @@ import pytest
 from huggingface_hub import ModelCard, constants
 from model_card import read_metrics, read_trainer_state
 from PIL import Image
+from push_to_hub import find_training
 from push_to_hub import main as push
 from stand_in_hub import TOKEN, StandInHub
+from train_pusht import PolicyTrainer, PushCodeFiles
 from train_pusht import main as train
+from transformers import TrainingArguments
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
@@ -165,6 +168,22 @@ def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, argument
     assert "model-00001-of-00002.safetensors" not in files  # else it might be read in place of the new weights
 
 
+def test_pushing_what_is_there_already_changes_nothing(hub, arguments, capsys):
+    push(arguments)
+    push(arguments)
+    assert len(hub.commits) == 1 and capsys.readouterr().out.count("Published: ") == 2
+
+
+def test_the_training_is_found_where_trainer_leaves_it(tmp_path):
+    assert find_training(tmp_path, None) == (None, None)
+    for step in (20, 40):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps(STATE | {"global_step": step}))
+    assert find_training(tmp_path, None) == (STATE, 20)  # the weights that played best
+    assert find_training(tmp_path / "checkpoint-40", None) == (STATE, 40)
+    assert find_training(CHECKPOINT, tmp_path / "checkpoint-40/trainer_state.json") == (STATE, 20)
+
+
 def test_no_right_to_write_says_how_to_log_in(hub, arguments, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(SystemExit):
@@ -227,7 +246,8 @@ def test_a_file_that_is_no_trainer_state_is_refused(tmp_path, content):
         (["--repo_id", "pusht"], "expected user/name"),
         (["--repo_id", "user/a/b"], "expected user/name"),
         (["--metrics", "missing.json"], "missing.json cannot be read"),
-        (["--contact_sheet", "missing.png"], "missing.png"),
+        (["--contact_sheet", "missing.png"], "missing.png is no picture"),
+        (["--contact_sheet", __file__], "is no picture"),
         (["--trainer_state", "missing.json"], "missing.json cannot be read"),
         (["--checkpoint", "missing"], "not a folder"),
     ],
@@ -245,6 +265,28 @@ def test_a_checkpoint_that_does_not_load_is_not_published(hub, arguments, tmp_pa
         push([*arguments, "--checkpoint", str(tmp_path / "checkpoint")])
     assert "generation_smolandfast.py" in capsys.readouterr().err
     assert hub.repos == {}
+
+
+def test_trainers_push_may_break_and_completes_later(hub, processor, model, tmp_path):
+    trainer = PolicyTrainer(
+        model,
+        TrainingArguments(str(tmp_path), push_to_hub=True, hub_model_id="user/own", report_to="none", use_cpu=True),
+        processing_class=processor,
+        callbacks=[PushCodeFiles()],
+        eval_seeds=range(1),
+        card_options={"datasets": ["user/demonstrations"], "base_model": "org/vlm"},
+    )
+    hub.breaks = "PUT /lfs/"
+    with pytest.raises(OSError, match="saved in .* upload to user/own broke off.*hf upload user/own"):
+        trainer.push_to_hub()
+    assert hub.repos["user/own"] == {}
+    hub.breaks = None
+    trainer.push_to_hub()
+    files = hub.repos["user/own"]
+    assert set(files) >= CODE | MODEL
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "org/vlm" and card.data.datasets == ["user/demonstrations"]
+    assert "Not evaluated" in card.text and "log is not part" in card.text
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""A page on which visitors watch a policy push the T: place the pieces, run, step, stop.
+
+    pip install -e ".[examples,app]"
+    python examples/app.py --checkpoint checkpoints/pusht-tiny
+
+Each visitor has a simulator of their own; all share the policy, which answers one of them at a time. On a Space, the
+variable `CHECKPOINT` names the policy's repository on the hub.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
+
+import gradio as gr
+from app_session import SEED, Policy, Session
+from app_views import DRAG_JS, SCENE_CSS
+from pusht import CONTROL_HZ
+
+SESSION_SECONDS = 3600  # a visitor who does nothing for this long starts anew
+
+
+def make_page(policy: Policy) -> gr.Blocks:
+    """The page; every visitor's [`Session`] lives in its `gr.State`."""
+
+    def enter(session: Session | None) -> Session:
+        return session or Session(policy)
+
+    def reset(session: Session | None, seed: float) -> list:
+        session = enter(session)
+        if seed is None or not 0 <= seed < 2**32 or seed != int(seed):
+            raise gr.Error(f"The seed is {seed}, expected a whole number from 0 to {2**32 - 1}.")
+        session.turn += 1
+        session.reset(int(seed))
+        return [session, *session.views()]
+
+    def place(session: Session | None, event: gr.EventData) -> list:
+        session = enter(session)
+        session.turn += 1
+        try:
+            session.place(event._data.get("agent"), event._data.get("block"))
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+        return [session, *session.views()]
+
+    def run(session: Session | None) -> Iterator[list]:
+        session = enter(session)
+        session.turn += 1
+        turn, due = session.turn, time.monotonic()
+        while session.turn == turn and not session.done:
+            session.step()
+            yield [session, *session.views()]
+            due = max(due + 1 / CONTROL_HZ, time.monotonic() - 1 / CONTROL_HZ)  # the robot's pace, or the machine's
+            time.sleep(max(0.0, due - time.monotonic()))
+
+    def step(session: Session | None) -> list:
+        session = enter(session)
+        session.turn += 1
+        session.step()
+        return [session, *session.views()]
+
+    def stop(session: Session | None) -> None:
+        if session is not None:
+            session.turn += 1
+
+    with gr.Blocks(title="SmolAndFast plays PushT", analytics_enabled=False) as page:
+        session = gr.State(time_to_live=SESSION_SECONDS, delete_callback=lambda gone: gone and gone.env.close())
+        gr.Markdown(
+            "# SmolAndFast plays PushT\n"
+            "Drag the blue pusher or the T, turn the T by its handle, or choose a seed. Then let the policy push the "
+            "T onto the green target. The orange dots are the actions it has just written: the full ones it will "
+            "execute before it looks again."
+        )
+        with gr.Row():
+            with gr.Column(scale=3, min_width=320):
+                scene = gr.HTML(js_on_load=DRAG_JS, css_template=SCENE_CSS, elem_id="scene")
+            with gr.Column(scale=2, min_width=300):
+                with gr.Row():
+                    run_button = gr.Button("Run", variant="primary", elem_id="run", min_width=80)
+                    step_button = gr.Button("Step", elem_id="step", min_width=80)
+                    stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
+                with gr.Row(equal_height=True):
+                    seed = gr.Number(SEED, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
+                    reset_button = gr.Button("Start anew", elem_id="reset", min_width=120)
+                coverage = gr.HTML(elem_id="coverage")
+                with gr.Row():
+                    seen = gr.HTML(elem_id="seen", scale=1, min_width=100)
+                    tokens = gr.HTML(elem_id="tokens", scale=2, min_width=180)
+        outputs = [session, scene, coverage, tokens, seen]
+        quick = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+        page.load(reset, [session, seed], outputs, **quick)
+        gr.on([reset_button.click, seed.submit], reset, [session, seed], outputs, **quick)
+        scene.release(place, session, outputs, **quick)
+        scene.select(stop, session, None, **quick)  # taken hold of
+        run_button.click(run, session, outputs, **quick)
+        step_button.click(step, session, outputs, trigger_mode="multiple", **quick)
+        stop_button.click(stop, session, None, **quick)
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A page on which visitors watch a policy play PushT.")
+    parser.add_argument(
+        "--checkpoint",
+        default=os.environ.get("CHECKPOINT", "checkpoints/pusht-tiny"),
+        help="folder or hub id (the variable CHECKPOINT, or checkpoints/pusht-tiny)",
+    )
+    args = parser.parse_args(argv)
+    # System fonts: a theme's own would come from another site.
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    make_page(Policy(args.checkpoint)).launch(theme=theme, footer_links=[])
+
+
+if __name__ == "__main__":
+    main()

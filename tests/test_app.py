@@ -1,0 +1,222 @@
+"""The page: what its sessions do without a browser, and in headless Chromium what a visitor does."""
+
+import contextlib
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from app_session import Policy, Session
+from app_views import draw_coverage
+from eval_pusht import make_predict
+from PIL import Image
+from pusht import rollout
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy(str(CHECKPOINT))
+
+
+def test_a_session_plays_what_an_evaluation_plays(policy):
+    session = Session(policy)
+    session.reset(1003)
+    for _ in range(20):
+        session.step()
+    predict = make_predict(policy.model, policy.processor)
+    result = rollout(predict, [1003], policy.n_action_steps, max_steps=20)
+    assert sum(coverage / 0.95 for coverage in session.coverages) == pytest.approx(result.sum_rewards[0], rel=1e-4)
+    assert sum(length for _, length in session.tokens) == 32
+
+
+def test_visitors_do_not_meet(policy):
+    alone, first, second = Session(policy), Session(policy), Session(policy)
+    for session in (alone, first):
+        session.reset(7)
+    for _ in range(10):
+        alone.step()
+    for _ in range(10):
+        first.step()
+        second.step()
+    np.testing.assert_allclose(first.path, alone.path)
+    assert np.abs(np.array(second.path) - alone.path).max() > 1
+
+
+def test_pieces_stand_where_they_were_put(policy):
+    session = Session(policy)
+    session.step()
+    session.place([100, 120.5], [300, 200, 1.25])
+    assert session.coverages == [] and session.tokens == [] and len(session.path) == 1
+    assert tuple(session.env.agent.position) == (100, 120.5)
+    assert (*session.env.block.position, session.env.block.angle) == pytest.approx((300, 200, 1.25))
+    pixels = session.observation["pixels"].astype(int)
+    rows, columns = np.nonzero(pixels[..., 2] - pixels[..., 0] > 100)  # what is blue: the pusher
+    assert np.mean([columns, rows], axis=1) * 512 / 96 == pytest.approx([100, 120.5], abs=6)
+    session.place([-1000, 1000], [1000, -1000, 0])
+    assert tuple(session.env.agent.position) == (25, 487) and tuple(session.env.block.position) == (452, 60)
+    for _ in range(policy.n_action_steps + 1):
+        session.step()
+    assert np.isfinite(session.path).all()
+
+
+@pytest.mark.parametrize(
+    ("agent", "block"),
+    [
+        (None, None),
+        ([1, 2, 3], [1, 2, 3]),
+        ([1, 2], [1, 2]),
+        ([1, math.nan], [1, 2, 3]),
+        ([1, 2], [1, 2, math.inf]),
+        ("<b>", {}),
+        ([[1], [2, 3]], [1, 2, 3]),
+    ],
+)
+def test_a_scene_that_is_none_is_refused(policy, agent, block):
+    session = Session(policy)
+    with pytest.raises(ValueError, match="expected"):
+        session.place(agent, block)
+
+
+def test_a_solved_episode_says_so_and_ends(policy):
+    session = Session(policy)
+    session.place([60, 60], [256, 256, math.pi / 4])  # the T on its target
+    session.step()
+    assert session.success and session.done
+    steps = len(session.coverages)
+    session.step()
+    assert len(session.coverages) == steps
+    assert "Solved after 0.1 s" in session.views()[1]
+    assert "Time is up" in draw_coverage([0.5] * 300, 0.95, False, 10, 30.0)
+
+
+def test_the_page_has_its_events_and_no_analytics(policy):
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[app]'")
+    from app import make_page
+
+    page = make_page(policy)
+    assert page.analytics_enabled is False
+    events = {event for function in page.fns.values() for _, event in function.targets}
+    assert events >= {"load", "click", "release", "select", "submit"}
+
+
+@pytest.fixture
+def space(tmp_path):
+    """The page as a Space runs it: the files that the README names, in a folder of their own."""
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[app]'")
+    for name in ("app.py", "app_session.py", "app_views.py", "pusht.py"):
+        shutil.copy(ROOT / "examples" / name, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"CHECKPOINT": str(CHECKPOINT), "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    wait(lambda: b"Running on" in (tmp_path / "log").read_bytes() or process.poll() is not None, 120)
+    assert process.poll() is None, (tmp_path / "log").read_text()
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+class Visitor:
+    """A browser of its own on the page."""
+
+    def __init__(self, url: str, folder: Path):
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium")
+        for switch in ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"):
+            options.add_argument(f"--{switch}")
+        for switch in ("headless=new", "disable-component-update", "disable-sync", "window-size=1200,900"):
+            options.add_argument(f"--{switch}")
+        options.add_argument(f"--user-data-dir={folder}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+        self.browser.get(url)
+        wait(lambda: self.all("#scene svg"), 60)
+
+    def all(self, css: str) -> list:
+        return self.browser.find_elements("css selector", css)
+
+    def text(self, css: str) -> str:
+        return self.browser.execute_script("return document.querySelector(arguments[0]).innerText", css)
+
+    def click(self, css: str) -> None:
+        self.all(css)[0].click()
+
+    def pose(self, piece: str) -> list[float]:
+        script = "const d = document.querySelector(arguments[0]).dataset; return [d.x, d.y, d.angle].map(Number)"
+        return self.browser.execute_script(script, f"[data-piece={piece}]")
+
+    def drag(self, css: str, x: int, y: int) -> None:
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.browser).drag_and_drop_by_offset(self.all(css)[0], x, y).perform()
+
+    def seconds(self) -> float:
+        words = self.text("#verdict").split()
+        return float(words[2] if words[0] == "Solved" else words[0])
+
+
+def wait(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_visitors_drag_run_step_and_stop(space, tmp_path):
+    pytest.importorskip("selenium", reason="Selenium is not installed: pip install selenium")
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("Chromium and its driver are not installed")
+    with contextlib.ExitStack() as stack:
+        first, second = (Visitor(space, tmp_path / name) for name in ("first", "second"))
+        stack.callback(first.browser.quit)
+        stack.callback(second.browser.quit)
+
+        before = first.pose("agent")
+        first.drag("[data-piece=agent]", 60, -40)
+        scale = 512 / first.all("#scene svg")[0].rect["width"]
+        assert np.subtract(first.pose("agent"), before) == pytest.approx([60 * scale, -40 * scale, 0], abs=2)
+        block = first.pose("block")
+        first.drag("[data-drag=turn]", 50, -50)
+        wait(lambda: first.text("#verdict").startswith("0.0 s"), 20)
+        turned = first.pose("block")
+        assert turned[:2] == pytest.approx(block[:2]) and abs(turned[2] - block[2]) > 0.3
+
+        first.click("button#step")
+        wait(lambda: first.seconds() == 0.1, 20)
+        assert "tokens for 32 numbers" in first.text("#tokens")
+        assert first.all("#scene [data-past] circle") and first.all("#seen img")
+
+        first.click("button#run")
+        second.click("button#run")
+        wait(lambda: first.seconds() >= 1 and second.seconds() >= 1, 60)
+        assert first.pose("agent") != second.pose("agent")
+        first.click("button#stop")
+        time.sleep(1)
+        stopped, others = first.seconds(), second.seconds()
+        wait(lambda: second.seconds() > others, 20)
+        assert first.seconds() == stopped
+
+        second.drag("[data-piece=block]", -40, 20)  # while it runs
+        wait(lambda: second.seconds() == 0, 20)
+        assert first.seconds() == stopped
+        first.click("button#reset")
+        wait(lambda: first.seconds() == 0 and first.pose("agent") == before, 20)
+
+        first.browser.save_screenshot(str(tmp_path / "page.png"))
+        with Image.open(tmp_path / "page.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+        assert [entry for entry in first.browser.get_log("browser") if entry["level"] == "SEVERE"] == []
