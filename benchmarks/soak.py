@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py --episodes 2000
 
-Episodes are played in rounds of `--round`, as an evaluation would play them, and after each round the process's memory
-is noted. Then a few of the seeds are played again, each alone in a process of its own: the scores must be equal.
-Writes `benchmarks/results/soak.json`.
+Episodes are played in rounds of `--round`, as an evaluation would play them, and after each round the process's
+memory is noted. Then a few of the seeds are played again, each alone in a process of its own: the scores must be
+equal. Writes `benchmarks/results/soak.json`.
 """
 
 import argparse

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         model = AutoModel.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype))
         processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
         processor.check_model(model)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"--checkpoint {args.checkpoint} cannot be loaded: {first_line(error)}")
     model.to(args.device).eval()
     chunk_size, n_action_steps = model.config.chunk_size, args.n_action_steps or model.config.n_action_steps

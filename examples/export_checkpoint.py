@@ -20,24 +20,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def export(checkpoint: str, folder: Path) -> None:
-    """Write the folder anew; what stood there before goes only once the checkpoint has been read."""
+    """Write the folder anew; what stood there before goes only once the new one is whole."""
     model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, dtype=torch.bfloat16)
     processor = SmolAndFastProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     processor.check_model(model)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is there and is no checkpoint, so it stays. Name another --output_dir.")
-    if folder.exists():
-        shutil.rmtree(folder)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    config_file = folder / "config.json"
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    config_file = partial / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config_file.write_text(
         json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
-    for path in folder.rglob("*.py"):
+    for path in partial.rglob("*.py"):
         path.unlink()
         path.symlink_to(os.path.relpath(ROOT / path.name, path.parent.resolve()))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
 
 
 if __name__ == "__main__":

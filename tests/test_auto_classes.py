@@ -12,11 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PYTHON_FILES = {
     "configuration_smolandfast.py",
+    "errors_smolandfast.py",
     "generation_smolandfast.py",
     "modeling_smolandfast.py",
     "normalization_smolandfast.py",
     "processing_smolandfast.py",
     "tokenization_fast_action.py",
+    "weights_smolandfast.py",
 }
 
 

@@ -1,0 +1,63 @@
+"""What `processor.report` says of held-out demonstrations, and of images that the policy never saw.
+
+    python benchmarks/out_of_distribution.py --dataset_root path/to/pusht
+
+Writes `benchmarks/results/out_of_distribution.json`. `pairs_ranked_right` is the share of all pairs of a demonstration
+and a strange image in which the demonstration scores higher: 0.5 would be chance.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from eval_pusht import write_json  # noqa: E402
+from lerobot_dataset import LeRobotChunkDataset  # noqa: E402
+
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor  # noqa: E402
+
+FRAMES = 96
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_root", required=True)
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
+    args = parser.parse_args()
+    model = SmolAndFastForActionPrediction.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    processor = SmolAndFastProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    episodes = LeRobotChunkDataset(args.dataset_root, 1, [0]).info["total_episodes"]
+    dataset = LeRobotChunkDataset(args.dataset_root, processor.chunk_size, range(episodes - 6, episodes))
+    samples = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, FRAMES)]
+    states, images = np.stack([s["state"] for s in samples]), np.stack([s["images"][0] for s in samples])
+    kinds = {
+        "held-out demonstrations": images,
+        "images of other moments": np.roll(images, FRAMES // 2, axis=0),
+        "upside down": images[:, ::-1, ::-1],
+        "noise": np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8),
+        "black": np.zeros_like(images),
+        "white": np.full_like(images, 255),
+    }
+    results, known = {}, None
+    for kind, shown in kinds.items():
+        inputs = processor(images=list(shown), text=[""] * FRAMES, state=states)
+        output = model.generate(**inputs, return_dict_in_generate=True, output_scores=True)
+        report = processor.report(output, states)
+        found = report["log_probability"]
+        known = found if known is None else known
+        results[kind] = {
+            "log_probability": round(float(found.mean()), 3),
+            "pairs_ranked_right": round(float((known[:, None] > found).mean()), 3),
+            "clipped_actions": round(float(report["clipped_actions"].mean()), 3),
+        }
+        print(kind, results[kind])
+    write_json(ROOT / "benchmarks/results/out_of_distribution.json", {"frames": FRAMES, **results})
+
+
+if __name__ == "__main__":
+    main()
