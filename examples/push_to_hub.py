@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a checkpoint folder holds of the model. The optimizer, the random state and pickled arguments stay at home.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.py"]
 TRAINING_FILES = ["trainer_state.json"]
-# Files of an earlier upload that would be read in place of the new ones.
-REPLACED_FILES = ["*.safetensors", "*.safetensors.index.json", "*.py", "*.png", "evaluation.json"]
+# Files of an earlier upload that would be read in place of the new ones. Whatever else is there stays.
+REPLACED_FILES = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def collect_repository(checkpoint: Path, folder: Path) -> None:
@@ -39,9 +39,8 @@ def collect_repository(checkpoint: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for source in sorted([*checkpoint.glob("*"), *checkpoint.glob("action_tokenizer/*")]):
         name = source.relative_to(checkpoint).as_posix()
-        if source.is_file() and list(
-            filter_repo_objects([name], allow_patterns=MODEL_FILES, ignore_patterns=TRAINING_FILES)
-        ):
+        chosen = filter_repo_objects([name], allow_patterns=MODEL_FILES, ignore_patterns=TRAINING_FILES)
+        if source.is_file() and list(chosen):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / name)
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
@@ -56,7 +55,7 @@ def collect_repository(checkpoint: Path, folder: Path) -> None:
 
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Make the hub's repository equal to the folder, in one commit.
+    """Put the folder's files into the hub's repository, in one commit, and take weights away that are not among them.
 
     `HfApi.upload_folder` may cut an upload into several commits; one commit means that nobody ever loads a half.
 
@@ -73,7 +72,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
         old = filter_repo_objects(api.list_repo_files(repo_id), allow_patterns=REPLACED_FILES)
         operations = [CommitOperationAdd(name, folder / name) for name in names]
-        operations += [CommitOperationDelete(name) for name in old if name not in names]
+        operations += [CommitOperationDelete(name) for name in old if name not in names and "/" not in name]
         return api.create_commit(repo_id, operations, commit_message="Upload policy").commit_url
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):

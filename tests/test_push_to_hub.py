@@ -151,7 +151,12 @@ def test_the_card_says_what_was_measured_and_the_hub_takes_it(hub, arguments, tm
 
 @pytest.mark.parametrize("breaks", ["PUT /lfs/", "/lfs/objects/batch", "/commit/"], ids=["weights", "batch", "commit"])
 def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, arguments, breaks, capsys):
-    hub.repos["user/pusht"] = before = {"README.md": b"older", "model-00001-of-00002.safetensors": b"older weights"}
+    hub.repos["user/pusht"] = before = {
+        "README.md": b"older",
+        "model-00001-of-00002.safetensors": b"older weights",
+        "notes.png": b"somebody's own",
+        "last-checkpoint/model.safetensors": b"somebody's own",
+    }
     hub.breaks = breaks
     with pytest.raises(SystemExit):
         push(arguments)
@@ -166,6 +171,7 @@ def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, argument
     files = hub.repos["user/pusht"]
     assert set(files) >= CODE | MODEL and len(hub.commits) == 1
     assert "model-00001-of-00002.safetensors" not in files  # else it might be read in place of the new weights
+    assert "notes.png" in files and "last-checkpoint/model.safetensors" in files
 
 
 def test_pushing_what_is_there_already_changes_nothing(hub, arguments, capsys):
