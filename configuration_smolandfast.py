@@ -1,6 +1,7 @@
 """Configuration of SmolAndFast: a SmolVLM configuration plus the action side of the policy."""
 
 import re
+from dataclasses import is_dataclass
 
 import numpy as np
 import torch
@@ -74,6 +75,12 @@ class SmolAndFastConfig(SmolVLMConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.check()
+
+    if not is_dataclass(SmolVLMConfig):  # Transformers 5.3, the release of LeRobot 0.5
+
+        def __init__(self, scale_factor: int = 1, **kwargs):
+            super().__init__(scale_factor=scale_factor, **kwargs)
+            self.check()
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -13,13 +13,18 @@ import re
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 from transformers.utils import cached_file
 
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
 from .normalization_smolandfast import Normalizer, as_numbers
 from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer
+
+try:
+    from transformers import SmolVLMImageProcessorPil
+except ImportError:  # its name in Transformers 5.3, the release of LeRobot 0.5
+    from transformers import SmolVLMImageProcessor as SmolVLMImageProcessorPil
 
 PROMPT = "Task: {task}, State: {bins}, Action: "
 BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")
