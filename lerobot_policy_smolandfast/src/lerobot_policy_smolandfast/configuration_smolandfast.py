@@ -122,6 +122,12 @@ class SMOLANDFASTConfig(PreTrainedConfig):
                     f"The features have no flat vector {key!r}, expected one of shape (dim,). Found "
                     f"{ {name: tuple(feature.shape) for name, feature in found.items()} }: rename the one meant."
                 )
+        dims = self.robot_state_feature.shape[0], self.action_feature.shape[0]
+        if self.relative_actions and dims[0] != dims[1]:
+            raise ValueError(
+                f"relative_actions is set, but state and action have {dims[0]} and {dims[1]} dimensions, expected the "
+                "same: the state is subtracted. Leave it off for this robot."
+            )
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(

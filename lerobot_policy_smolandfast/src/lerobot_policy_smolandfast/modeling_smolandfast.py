@@ -5,6 +5,7 @@ robot's units.
 """
 
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         """
         folder = Path(pretrained_name_or_path)
         if not folder.is_dir():
-            folder = Path(snapshot_download(str(pretrained_name_or_path), **hub_kwargs))
+            files = ["config.json", "model.safetensors", f"{FOLDER}/*"]
+            folder = Path(snapshot_download(str(pretrained_name_or_path), allow_patterns=files, **hub_kwargs))
         if not (folder / FOLDER / "config.json").is_file():
             raise ValueError(
                 f"{pretrained_name_or_path} has no {FOLDER}/config.json: it is no LeRobot checkpoint of this policy. "
@@ -159,7 +161,7 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         Returns:
             Cross-entropy of the action tokens, a scalar; nothing more to log.
         """
-        inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.config.device)
+        inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.model.device)
         with self._autocast():
             return self.model(**inputs).loss, None
 
@@ -171,11 +173,11 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
             kwargs: Options of `generate()`, such as `do_sample` and `temperature`.
         """
         self.eval()
-        inputs = self.processor(**self._read_observation(batch)).to(self.config.device)
+        inputs = self.processor(**self._read_observation(batch)).to(self.model.device)
         relaxed = self.config.relaxed_decoding
         with self._autocast():
             ids = self.model.generate(**inputs, relaxed=relaxed, **kwargs)
-        return torch.from_numpy(self.processor.post_process_actions(ids, relaxed)).to(self.config.device)
+        return torch.from_numpy(self.processor.post_process_actions(ids, relaxed)).to(self.model.device)
 
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
         """The next action of each environment: observations as in `forward` -> `(B, action_dim)`, robot units.
@@ -199,9 +201,10 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         images = zip(*(batch[key] for key in self.config.image_features), strict=True)  # one tuple a sample
         return {"images": list(images), "text": batch.get("task"), "state": batch[OBS_STATE]}
 
-    def _autocast(self) -> torch.autocast:
-        device_type = torch.device(self.config.device).type
-        return torch.autocast(device_type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+    def _autocast(self) -> AbstractContextManager:
+        # With float32, what `accelerate launch --mixed_precision` set up stays in force.
+        is_bfloat16 = self.config.dtype == "bfloat16"
+        return torch.autocast(self.model.device.type, torch.bfloat16) if is_bfloat16 else nullcontext()
 
 
 def _model_options(config: SMOLANDFASTConfig) -> dict[str, Any]:

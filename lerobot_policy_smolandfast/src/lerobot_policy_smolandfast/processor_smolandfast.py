@@ -82,14 +82,14 @@ def make_processor(
     Raises:
         ValueError: Statistics that the normalisation needs are missing, or parts that do not fit together.
     """
-    statistics = {
-        key: {name: np.asarray(dataset_stats[key][name]).tolist() for name in STATISTICS if name in dataset_stats[key]}
-        for key in (OBS_STATE, ACTION)
-    }
+    statistics = {}
+    for key in (OBS_STATE, ACTION):
+        found = dataset_stats.get(key, {})
+        statistics[key] = {name: np.asarray(found[name]).tolist() for name in STATISTICS if name in found}
     if config.relative_actions or config.action_tokenizer is None:
         states, chunks = read_demonstrations(Path(dataset_meta.root), config.chunk_size)
     if config.relative_actions:
-        statistics |= {RELATIVE_ACTION: compute_statistics(states, chunks).get(RELATIVE_ACTION)}
+        statistics |= {RELATIVE_ACTION: compute_statistics(states, chunks)[RELATIVE_ACTION]}
     options = {"normalization": config.normalization, "n_state_bins": config.n_state_bins}
     options["use_relative_actions"] = config.relative_actions
     if config.action_tokenizer is None:
