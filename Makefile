@@ -5,7 +5,13 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-all fuzz lint bench clean
+# The plugin is tested with these releases of LeRobot, which need Python 3.12 or newer and PyTorch up to 2.10.
+PYTHON_LEROBOT ?= python3.12
+TORCH_LEROBOT ?= torch==2.10.0
+LEROBOT_VERSIONS ?= 0.5.1 0.6.1
+
+.PHONY: demo test test-all test-lerobot fuzz lint bench clean
+.PRECIOUS: .venv-lerobot-%/installed
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/eval_pusht.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
@@ -20,6 +26,11 @@ test-all: $(INSTALLED)
 fuzz: $(INSTALLED)
 	FUZZ_CASES=$(or $(FUZZ_CASES),1000) $(VENV)/bin/python -m pytest tests/test_fuzz.py
 
+test-lerobot: $(LEROBOT_VERSIONS:%=test-lerobot-%)
+
+test-lerobot-%: .venv-lerobot-%/installed
+	.venv-lerobot-$*/bin/python -m pytest --config-file lerobot_policy_smolandfast/pyproject.toml lerobot_policy_smolandfast
+
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -33,5 +44,13 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/pip install --editable ".[examples,app,dev]"
 	touch $@
 
+# The user's way to install, then links in the place of copies, so that a changed file is tested as it is.
+.venv-lerobot-%/installed: pyproject.toml lerobot_policy_smolandfast/pyproject.toml
+	$(PYTHON_LEROBOT) -m venv .venv-lerobot-$*
+	.venv-lerobot-$*/bin/pip install "$(TORCH_LEROBOT)" "lerobot[training,evaluation,pusht]==$*"
+	.venv-lerobot-$*/bin/pip install ./lerobot_policy_smolandfast pytest
+	.venv-lerobot-$*/bin/pip install --no-deps --editable . --editable ./lerobot_policy_smolandfast
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-lerobot-* outputs

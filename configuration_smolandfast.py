@@ -1,6 +1,7 @@
 """Configuration of SmolAndFast: a SmolVLM configuration plus the action side of the policy."""
 
 import re
+from dataclasses import is_dataclass
 
 import numpy as np
 import torch
@@ -128,6 +129,12 @@ class SmolAndFastConfig(SmolVLMConfig):
     def __setattr__(self, name, value):
         with naming(f"The configuration's {name}", MEND):
             super().__setattr__(name, value)
+
+    if not is_dataclass(SmolVLMConfig):  # Transformers 5.3, the release of LeRobot 0.5
+
+        def __init__(self, scale_factor: int = 1, **kwargs):
+            super().__init__(scale_factor=scale_factor, **kwargs)
+            self.check()
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

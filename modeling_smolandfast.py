@@ -44,6 +44,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         config.check()
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # Transformers reads it off class names it knows
+        self.model.connector.register_forward_hook(_in_the_weights_dtype)
         self._freeze()
 
     def _freeze(self) -> None:
@@ -263,6 +264,11 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
             )
         return output
+
+
+def _in_the_weights_dtype(connector: torch.nn.Module, args: tuple, visual_tokens: torch.Tensor) -> torch.Tensor:
+    """Under autocast, Transformers 5.3 to 5.5 cannot put visual tokens among text tokens of another dtype."""
+    return visual_tokens.to(connector.modality_projection.proj.weight.dtype)
 
 
 SmolAndFastForActionPrediction.register_for_auto_class("AutoModel")

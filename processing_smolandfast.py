@@ -13,7 +13,7 @@ import re
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 from transformers.utils import cached_file
 
@@ -21,6 +21,11 @@ from .configuration_smolandfast import SHARED_FIELDS, SmolAndFastConfig, action_
 from .errors_smolandfast import naming
 from .normalization_smolandfast import Normalizer, as_numbers
 from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer
+
+try:
+    from transformers import SmolVLMImageProcessorPil
+except ImportError:  # its name in Transformers 5.3, the release of LeRobot 0.5
+    from transformers import SmolVLMImageProcessor as SmolVLMImageProcessorPil
 
 PROMPT = "Task: {task}, State: {bins}, Action: "
 TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil
+from transformers import PreTrainedTokenizerFast
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
 
 from .configuration_smolandfast import SmolAndFastConfig
 from .modeling_smolandfast import SmolAndFastForActionPrediction
-from .processing_smolandfast import PROMPT, SmolAndFastProcessor
+from .processing_smolandfast import PROMPT, SmolAndFastProcessor, SmolVLMImageProcessorPil
 from .tokenization_fast_action import FastActionTokenizer
 
 IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3

@@ -22,7 +22,6 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from lerobot_dataset import LeRobotChunkDataset
 from test_checkpoint_safety import write_demonstrations
 from test_lerobot_dataset import DATA, EPISODES, FRONT, INFO, WRIST, tiny_source  # noqa: F401
-from tiny_preset import make_tiny_model
 
 from smolandfast import (
     FastActionTokenizer,
@@ -32,6 +31,7 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
+from smolandfast.tiny_smolandfast import make_tiny_model
 
 CASES = os.environ.get("FUZZ_CASES")
 settings.register_profile(
