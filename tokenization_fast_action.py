@@ -217,7 +217,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         coefficients = _dct_coefficients(self._check_shape(_as_chunks(actions)), self.scale)
         coefficients = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
         texts = _write_symbols(coefficients - self.min_coefficient + self._first_symbol)
-        return [encoding.ids for encoding in self.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode_actions(
         self,
