@@ -1,0 +1,221 @@
+"""The real size against stock Transformers, on random weights of SmolVLM2-256M's shapes: part of `make bench`.
+
+    python benchmarks/bench_256m.py
+
+Stock is what a user would write without this repository: `SmolVLMForConditionalGeneration`'s own forward pass and loss
+over the whole sequence; `generate()` with a logits processor that masks all but the action tokens and EOS. It runs on
+the same weights as ours, alternating with it in one process, but for the peak memory, which takes a process each. Some
+ten minutes on two cores, and up to 20 GB. Writes `benchmarks/results/bench_256m.json` and `.md`.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+from bench import RESULTS, describe_machine, write_table
+from transformers import LogitsProcessor, LogitsProcessorList, SmolVLMForConditionalGeneration
+
+from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction
+from smolandfast.training_smolandfast import make_optimizer
+
+# config.json of HuggingFaceTB/SmolVLM2-256M-Video-Instruct.
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+VISION |= {"image_size": 512, "patch_size": 16}
+TEXT = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+TEXT |= {"num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings": 8192, "model_type": "llama"}
+TEXT |= {"bos_token_id": 1, "eos_token_id": 49279, "pad_token_id": 2}
+IMAGE_TOKEN_ID = 49190
+BASE_ID, NUM_ACTION_TOKENS = 48871, 512
+CHUNK_SIZE, ACTION_DIM, ACTION_TOKENS = 4, 2, 8  # one coefficient a token, so every chunk takes eight
+PROMPT_TOKENS = 60  # besides the image
+# Forward pass of one sample, matrix products alone, in GFLOP (DESIGN: 539, 298, 251 for scale 1, 2, 4).
+PREFILL_GFLOP = {1: 539, 4: 251}
+BATCH = {1: 4, 4: 8}
+
+
+class MaskedBand(LogitsProcessor):
+    """Leaves the action tokens and EOS, at any time."""
+
+    def __call__(self, input_ids, scores):
+        masked = torch.full_like(scores, -torch.inf)
+        allowed = [*range(BASE_ID - NUM_ACTION_TOKENS + 1, BASE_ID + 1), TEXT["eos_token_id"]]
+        masked[:, allowed] = scores[:, allowed]
+        return masked
+
+
+def make_model(scale_factor: int) -> SmolAndFastForActionPrediction:
+    torch.manual_seed(0)
+    return SmolAndFastForActionPrediction(
+        SmolAndFastConfig(
+            vision_config=VISION,
+            text_config=TEXT,
+            image_token_id=IMAGE_TOKEN_ID,
+            scale_factor=scale_factor,
+            chunk_size=CHUNK_SIZE,
+            n_action_steps=CHUNK_SIZE,
+            action_dim=ACTION_DIM,
+            action_token_base_id=BASE_ID,
+            fast_token_lengths=[1] * NUM_ACTION_TOKENS,
+        )
+    )
+
+
+def make_batch(scale_factor: int, batch_size: int, with_actions: bool) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    visual = 1024 // scale_factor**2
+    length = visual + PROMPT_TOKENS + (ACTION_TOKENS + 1 if with_actions else 0)
+    ids = torch.randint(100, 40_000, (batch_size, length), generator=rng)
+    ids[:, 5 : 5 + visual] = IMAGE_TOKEN_ID
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(batch_size, 1, 3, 512, 512, generator=rng),
+    }
+    if with_actions:
+        labels = torch.full_like(ids, -100)
+        labels[:, -ACTION_TOKENS - 1 :] = ids[:, -ACTION_TOKENS - 1 :]
+        batch["labels"] = labels
+    return batch
+
+
+def stock_loss(model, batch):
+    return SmolVLMForConditionalGeneration.forward(model, **batch).loss
+
+
+def our_loss(model, batch):
+    return model(**batch).loss
+
+
+def our_bf16_loss(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(**batch).loss
+
+
+LOSSES = {"stock fp32": stock_loss, "ours fp32": our_loss, "ours bf16 autocast": our_bf16_loss}
+
+
+def train_step(model, optimizer, batch, loss_function) -> float:
+    loss = loss_function(model, batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def stock_chunk(model, inputs):
+    return SmolVLMForConditionalGeneration.generate(
+        model,
+        **inputs,
+        logits_processor=LogitsProcessorList([MaskedBand()]),
+        max_new_tokens=ACTION_TOKENS + 1,  # it has to write EOS
+        do_sample=False,
+        pad_token_id=TEXT["pad_token_id"],
+    )
+
+
+def our_chunk(model, inputs):
+    return model.generate(**inputs)
+
+
+def matmul_tflops(dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """The machine's own rate: the best of a few products of two square matrices."""
+    matrix = torch.randn(size, size).to(dtype)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e12
+
+
+def timed(function, *args) -> float:
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
+
+
+def bench_training(scale_factor: int, rounds: int) -> dict[str, float]:
+    batch_size = BATCH[scale_factor]
+    model, figures = make_model(scale_factor).train(), {}
+    optimizer = make_optimizer(model)
+    for loss in LOSSES.values():
+        train_step(model, optimizer, make_batch(scale_factor, 1, True), loss)
+    batch, times = make_batch(scale_factor, batch_size, True), {name: [] for name in LOSSES}
+    for _ in range(rounds):
+        for name, loss in LOSSES.items():
+            times[name].append(timed(train_step, model, optimizer, batch, loss))
+    rates = {"fp32": matmul_tflops(torch.float32), "bf16": matmul_tflops(torch.bfloat16)}
+    work = 3 * batch_size * PREFILL_GFLOP[scale_factor] / 1e3
+    for name, found in times.items():
+        seconds = float(np.median(found))
+        title = f"training, scale {scale_factor}, batch {batch_size}, {name}"
+        figures[f"{title}: samples a second"] = batch_size / seconds
+        figures[f"{title}: times stock"] = float(np.median(times["stock fp32"])) / seconds
+        figures[f"{title}: share of the matrix rate"] = work / seconds / rates[name.split()[1]]
+    return figures | {f"matrix products, {name}, TFLOP/s": rate for name, rate in rates.items()}
+
+
+def bench_inference(scale_factor: int, rounds: int) -> dict[str, float]:
+    figures = {}
+    for precision, dtype in {"fp32": torch.float32, "bf16 weights": torch.bfloat16}.items():
+        model = make_model(scale_factor).to(dtype).eval()
+        inputs = make_batch(scale_factor, 1, False)
+        many = make_batch(scale_factor, 16, False) if scale_factor == 4 else None
+        cases = {
+            "stock": lambda m=model, i=inputs: stock_chunk(m, i),
+            "ours": lambda m=model, i=inputs: our_chunk(m, i),
+        }
+        if many is not None:
+            cases["16 at once"] = lambda m=model, i=many: our_chunk(m, i)
+        times = {name: [] for name in cases}
+        for turn in range(rounds + 1):
+            for name, case in cases.items():
+                seconds = timed(case)
+                if turn:
+                    times[name].append(seconds)
+        seconds = {name: float(np.median(found)) for name, found in times.items()}
+        title = f"one chunk, scale {scale_factor}, {precision}"
+        figures[f"{title}, stock: ms"] = seconds["stock"] * 1e3
+        figures[f"{title}, ours: ms"] = seconds["ours"] * 1e3
+        if many is not None:
+            figures[f"{title}, 16 at once: times 16 calls"] = 16 * seconds["ours"] / seconds["16 at once"]
+    return figures
+
+
+def bench_memory(scale_factor: int) -> dict[str, float]:
+    figures = {}
+    for name in LOSSES:
+        command = [sys.executable, __file__, "--memory_of", name, "--scale_factor", str(scale_factor)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        figures[f"training, scale {scale_factor}, batch {BATCH[scale_factor]}, {name}: peak GB"] = float(output)
+    return figures
+
+
+def measure_memory(name: str, scale_factor: int) -> None:
+    model = make_model(scale_factor).train()
+    train_step(model, make_optimizer(model), make_batch(scale_factor, BATCH[scale_factor], True), LOSSES[name])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # in kB on Linux
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--memory_of", choices=LOSSES, help=argparse.SUPPRESS)
+    parser.add_argument("--scale_factor", type=int, default=1, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        measure_memory(args.memory_of, args.scale_factor)
+        return
+    figures = {}
+    for scale_factor in BATCH:
+        figures |= bench_training(scale_factor, args.rounds) | bench_inference(scale_factor, args.rounds + 1)
+    figures |= bench_memory(1)
+    write_table(RESULTS / "bench_256m", describe_machine() | {"rounds": args.rounds}, figures)
+
+
+if __name__ == "__main__":
+    main()
