@@ -30,8 +30,8 @@ class SMOLANDFASTConfig(PreTrainedConfig):
         freeze_vision_tower: Whether the vision tower stays as it is.
         freeze_connector: Whether the connector stays as it is.
         dtype: `"bfloat16"` runs the model under autocast; the weights are float32 in any case.
-        gradient_checkpointing: Whether activations are computed twice instead of kept: slower, and a batch of 64 real
-            images fits a GPU.
+        gradient_checkpointing: Whether activations are computed twice instead of kept: slower, but a batch of 64 then
+            takes some 10 GB of them and not 120 (256M, `scale_factor` 1).
         chunk_size: Actions predicted at once.
         n_action_steps: Actions of a chunk that are executed before the next prediction.
         n_state_bins: Bins of each state dimension in the prompt.
