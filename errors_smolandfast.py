@@ -17,8 +17,9 @@ def naming(what: str, mend: str = "Download or save it again.", passing: tuple[t
     except (OSError, ImportError):
         raise
     except (
-        Exception
-    ) as error:  # libraries raise TypeError, KeyError, AttributeError, RuntimeError, bare Exception, ...
-        if type(error) in passing:
+        BaseException
+    ) as error:  # libraries raise TypeError, KeyError, AttributeError, RuntimeError, bare Exception ...
+        # ... and the tokenizers library, where it panics, a BaseException of a class that cannot be imported.
+        if type(error) in passing or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         raise ValueError(f"{what} cannot be used: {type(error).__name__}: {error}. {mend}") from error

@@ -75,6 +75,16 @@ def test_fast_plus_writes_every_symbol_that_utf8_can_hold_and_saturates_beyond(f
     assert fast_plus.count_saturated(actions).tolist() == [1] * 3 + [0] * 0xD800 + [1] * 3
 
 
+def test_a_panic_inside_the_tokenizers_library_is_a_clear_error(fitted, tmp_path):
+    """A merge that is longer than its token panics; a panic is no Exception."""
+    fitted.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "a prefix that no token has"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="action tokenizer in .* cannot be used: PanicException.*again"):
+        FastActionTokenizer.from_pretrained(tmp_path)
+
+
 @needs_fast_plus
 def test_fast_plus_refuses_symbols_that_it_never_writes(fast_plus):
     """As constrained decoding does: code points above 0xD7FF."""
@@ -84,7 +94,7 @@ def test_fast_plus_refuses_symbols_that_it_never_writes(fast_plus):
         with pytest.raises(ValueError, match=rf"ids\[0\] holds the coefficient {ord(symbol) - 354}, expected -354 to"):
             fast_plus.decode_actions(ids, 1, 1)
     last = [[byte_ids[bytes([byte])] for byte in "\ud7ff".encode()]]
-    assert fast_plus.decode_actions(last, 1, 1) == (0xD7FF - 354) / 10
+    assert_close(fast_plus.decode_actions(last, 1, 1), (0xD7FF - 354) / 10)
 
 
 @needs_fast_plus
