@@ -24,11 +24,13 @@ CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
 RECORDED = Path(__file__).parent / "data/pusht_rollouts"
 CODE = {
     "configuration_smolandfast.py",
+    "errors_smolandfast.py",
     "generation_smolandfast.py",
     "modeling_smolandfast.py",
     "normalization_smolandfast.py",
     "processing_smolandfast.py",
     "tokenization_fast_action.py",
+    "weights_smolandfast.py",
 }
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
 MODEL |= {"tokenizer_config.json", "chat_template.jinja", "action_tokenizer/tokenizer.json", "README.md"}
@@ -105,6 +107,7 @@ def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, argumen
         "LICENSE",
         "evaluation.json",
         "observation.png",
+        "action_tokenizer/errors_smolandfast.py",
         "action_tokenizer/tokenization_fast_action.py",
         "action_tokenizer/tokenizer_config.json",
     }
