@@ -72,13 +72,13 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             raise ValueError("use_safetensors=False: weights load from safetensors alone. Drop it.")
         kwargs["use_safetensors"] = True
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
             fields = {key: value for key, value in kwargs.items() if key != "config"}
             config, _ = cls.config_class.from_pretrained(
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **fields
             )
+        files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
         found = cached_file(
             pretrained_model_name_or_path,
             "generation_config.json",
