@@ -88,10 +88,10 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         if found is not None:  # Transformers goes on without one that is damaged
             with naming(found):
                 GenerationConfig.from_dict(json.loads(Path(found).read_bytes()))
+        files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
         is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
-        result = super().from_pretrained(
-            pretrained_model_name_or_path, *args, ignore_mismatched_sizes=is_recreated, **kwargs
-        )
+        kwargs |= {"ignore_mismatched_sizes": is_recreated, "force_download": False}  # everything has come by now
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         (result[0] if isinstance(result, tuple) else result)._freeze()  # loading made new parameters
         return result
 
@@ -183,6 +183,18 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         )
         return outputs if return_dict is not False else outputs.to_tuple()
 
+    def _check_generation_config(self) -> None:
+        """Refuse what `generation_config.json` may hold and Transformers does not check."""
+        config = self.generation_config
+        for name in ("output_hidden_states", "output_attentions", "output_scores", "output_logits"):
+            if not isinstance(getattr(config, name), bool | None):
+                raise ValueError(f"generation_config.{name} is {getattr(config, name)!r}, expected True or False.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            value = getattr(config, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
+                raise ValueError(f"generation_config.{name} is {value!r}, expected an id. Take it from the tokenizer.")
+
     @cached_property
     def action_grammar(self) -> ActionGrammar:
         return ActionGrammar(self.config)
@@ -228,24 +240,18 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 "generate() got a training batch (with labels, or padded on the right). Call the processor without "
                 "actions: its prompts end where the policy has to write."
             )
-        for name in ("output_hidden_states", "output_attentions", "output_scores", "output_logits"):
-            if not isinstance(value := kwargs.get(name, getattr(self.generation_config, name)), bool | None):
-                raise ValueError(f"generation_config.{name} is {value!r}, expected True or False.")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            value = getattr(self.generation_config, name)
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
-                raise ValueError(f"generation_config.{name} is {value!r}, expected an id. Take it from the tokenizer.")
+        self._check_generation_config()
         eos_token_id = self.generation_config.eos_token_id
         if isinstance(eos_token_id, list):
             eos_token_id = eos_token_id[0] if eos_token_id else None
-        if eos_token_id is None or grammar.is_action(eos_token_id):
+        vocab_size = self.config.text_config.vocab_size
+        if eos_token_id is None or not 0 <= eos_token_id < vocab_size or grammar.is_action(eos_token_id):
             raise ValueError(
-                f"generation_config.eos_token_id is {eos_token_id}, expected an id outside the action tokens. Set it "
-                "to processor.tokenizer.eos_token_id."
+                f"generation_config.eos_token_id is {eos_token_id}, expected an id outside the action tokens, below "
+                f"{vocab_size}. Set it to processor.tokenizer.eos_token_id."
             )
         pad_token_id = self.generation_config.pad_token_id
-        if pad_token_id is None or pad_token_id >= self.config.text_config.vocab_size:  # SmolVLMConfig's default
+        if pad_token_id is None or not 0 <= pad_token_id < vocab_size:  # SmolVLMConfig's default
             kwargs.setdefault("pad_token_id", self.config.text_config.pad_token_id)
         prompt_length = input_ids.shape[1]
         constraint = ActionLogitsProcessor(grammar, prompt_length, eos_token_id, relaxed)

@@ -190,7 +190,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             _expect(
                 seconds is None or np.rint(seconds[e] * self.fps) == starts[e],
                 f"videos/{key}/from_timestamp of episode {e} does not fit the lengths of the episodes before it in "
-                f"{paths[e]}, expected {starts[e] / self.fps} s. {AGAIN}",
+                f"{paths[e]}, expected {starts[e] / self.fps} s at the fps in meta/info.json. {AGAIN}",
             )
         return paths, starts, n_frames
 
@@ -265,7 +265,8 @@ def _read_info(root: Path) -> dict:
         "converter (convert_dataset_v21_to_v30).",
     )
     for name in ("fps", "total_frames"):
-        is_number = isinstance(info.get(name), (int, float)) and info[name] > 0
+        number = info.get(name)
+        is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < float("inf")
         _expect(is_number, f"{name} in {path} is {info.get(name)!r}, expected a number above 0. {AGAIN}")
     is_described = isinstance(features, dict) and all(isinstance(feature, dict) for feature in features.values())
     _expect(is_described, f"features in {path} is {features!r}, expected a JSON object for each feature. {AGAIN}")

@@ -1,5 +1,6 @@
 """Observations the policy never saw: actions stay inside the limits, and the report says that something is wrong."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -112,6 +113,13 @@ def test_an_image_it_never_saw_gives_actions_inside_the_limits(processor, model,
     assert (inputs["pixel_values"] != 0).any()  # SmolVLM drops an image of zeros; black is -1
     actions = processor.post_process_actions(model.generate(**inputs))
     assert (actions >= limits[0]).all() and (actions <= limits[1]).all()
+
+
+def test_an_image_processor_that_maps_black_to_zeros_is_refused(processor, batch):
+    other = copy.deepcopy(processor)
+    other.image_processor.do_normalize = False
+    with pytest.raises(ValueError, match="an image of zeros, which SmolVLM drops as padding. Set do_normalize=True"):
+        other(images=IMAGES["black"], text=TASK, state=batch["state"][0])
 
 
 def test_a_report_without_scores_or_of_another_state_is_refused(processor, model, batch):
