@@ -163,7 +163,7 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         """
         inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.model.device)
         with self._autocast():
-            return self.model(**inputs).loss, None
+            return self.model(**inputs, use_cache=False).loss, None
 
     def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
         """Predict the next actions: observations as in `forward` -> `(B, chunk_size, action_dim)`, robot units.
