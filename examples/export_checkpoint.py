@@ -24,6 +24,8 @@ def export(checkpoint: str, folder: Path) -> None:
     model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, dtype=torch.bfloat16)
     processor = SmolAndFastProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     processor.check_model(model)
+    if model.config.normalization_fingerprint is None:  # trained before there was one
+        model.config.normalization_fingerprint = processor.normalizer.fingerprint
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is there and is no checkpoint, so it stays. Name another --output_dir.")
     partial = folder.with_name(f"{folder.name}.partial")

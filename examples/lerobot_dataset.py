@@ -240,7 +240,7 @@ def _choose_image_keys(image_keys: Sequence[str] | None, features: dict) -> list
 def _vector_dim(features: dict, key: str) -> int:
     shape = features.get(key, {}).get("shape")
     _expect(
-        isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > 0,
+        isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and shape[0] > 0,
         f"Feature {key!r} in meta/info.json has the shape {shape}, expected [dim], a flat vector. This data set has "
         f"{list(features)}: rename the feature that is meant.",
     )
@@ -296,7 +296,7 @@ def _read_numbers(paths: list[Path], widths: dict[str, int]) -> dict[str, np.nda
             _expect(
                 set(sizes) <= {width} and values.dtype.kind in "iuf" and not column.null_count,
                 f"Column {name!r} of {path} is {table[name].type} of lengths {sizes}, expected {width} numbers a row "
-                f"and no gaps. {AGAIN}",
+                f"and no gaps, as meta/info.json says. {AGAIN}",
             )
             parts[name].append(values.reshape(-1, width))
     return {name: np.concatenate(part) for name, part in parts.items()}

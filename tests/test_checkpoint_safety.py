@@ -210,7 +210,7 @@ class Samples(torch.utils.data.Dataset):
         return {"images": [self.batch["images"][i]], **sample}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_trainer(processor, policy, batch):
     def make(folder, **options):
         arguments = TrainingArguments(
@@ -241,10 +241,16 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_checkpoints_are_whole_and_hold_checksums_of_every_file(make_trainer, tmp_path):
-    make_trainer(tmp_path).train()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
-    checkpoint = Path(last_whole_checkpoint(tmp_path))
+@pytest.fixture(scope="module")
+def trained(make_trainer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    make_trainer(folder).train()
+    return folder
+
+
+def test_checkpoints_are_whole_and_hold_checksums_of_every_file(trained):
+    assert sorted(path.name for path in trained.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    checkpoint = Path(last_whole_checkpoint(trained))
     listed = {line.split("  ")[1] for line in (checkpoint / SUMS).read_text().splitlines()}
     assert listed == {str(p.relative_to(checkpoint)) for p in contents(checkpoint)} - {SUMS}
     assert listed > {"model.safetensors", "optimizer.pt", "trainer_state.json", "action_tokenizer/tokenizer.json"}
@@ -262,8 +268,8 @@ def test_the_best_checkpoint_is_remembered_by_its_final_name(make_trainer, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "cut", "no checksums"])
-def test_a_damaged_checkpoint_is_passed_over(make_trainer, tmp_path, damage):
-    make_trainer(tmp_path).train()
+def test_a_damaged_checkpoint_is_passed_over(make_trainer, trained, tmp_path, damage):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     victim = tmp_path / "checkpoint-2" / (SUMS if damage == "no checksums" else "optimizer.pt")
     if damage == "flipped":
