@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 
@@ -37,9 +38,11 @@ def export(checkpoint: str, folder: Path) -> None:
     config_file.write_text(
         json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
-    for path in partial.rglob("*.py"):
-        path.unlink()
-        path.symlink_to(os.path.relpath(ROOT / path.name, path.parent.resolve()))
+    for path in list(partial.rglob("*.py")):  # a checkpoint of older code may lack what today's imports
+        for source in (str(ROOT / path.name), *get_relative_import_files(ROOT / path.name)):
+            link = path.with_name(Path(source).name)
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(source, path.parent.resolve()))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
