@@ -33,7 +33,7 @@ CODE = {
     "weights_smolandfast.py",
 }
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
-MODEL |= {"tokenizer_config.json", "chat_template.jinja", "action_tokenizer/tokenizer.json", "README.md"}
+MODEL |= {"tokenizer_config.json", "chat_template.jinja", "action_tokenizer/tokenizer.json", "README.md", "SHA256SUMS"}
 METRICS = {
     "checkpoint": "/home/nobody/outputs/tiny",
     "num_envs": 4,
