@@ -24,10 +24,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a checkpoint folder holds of the model. The optimizer, the random state and pickled arguments stay at home.
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.py"]
+MODEL_FILES = ["SHA256SUMS", "*.safetensors", "*.json", "*.jinja", "*.py"]
 TRAINING_FILES = ["trainer_state.json"]
 # Files of an earlier upload that would be read in place of the new ones. Whatever else is there stays.
-REPLACED_FILES = ["*.safetensors", "*.safetensors.index.json"]
+REPLACED_FILES = ["SHA256SUMS", "*.safetensors", "*.safetensors.index.json"]
 
 
 def collect_repository(checkpoint: Path, folder: Path) -> None:
