@@ -9,10 +9,10 @@ ten minutes on two cores, and up to 20 GB. Writes `benchmarks/results/bench_256m
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -198,7 +198,9 @@ def bench_memory(scale_factor: int) -> dict[str, float]:
 def measure_memory(name: str, scale_factor: int) -> None:
     model = make_model(scale_factor).train()
     train_step(model, make_optimizer(model), make_batch(scale_factor, BATCH[scale_factor], True), LOSSES[name])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # in kB on Linux
+    # Not `ru_maxrss`, which starts at what the parent process held.
+    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    print(int(peak) * 1024 / 1e9)
 
 
 def main() -> None:
