@@ -9,7 +9,6 @@ from transformers import SmolVLMConfig
 
 from .errors_smolandfast import naming
 
-# SmolVLM 1 checkpoints call themselves Idefics3; their weights have the same names and shapes.
 MAX_SIZE = 2**20  # no size in a configuration is larger
 SIZES = (
     "hidden_size",
@@ -30,6 +29,7 @@ SWITCHES = (
     "output_attentions",
 )
 MEND = "Give the field the type that SmolAndFastConfig documents, or take it from the checkpoint this one came from."
+# SmolVLM 1 checkpoints call themselves Idefics3; their weights have the same names and shapes.
 BACKBONE_MODEL_TYPES = ("smolvlm", "idefics3")
 
 # What a processor and a model must agree on: `SmolAndFastProcessor.model_kwargs` without what follows from it.
@@ -86,7 +86,8 @@ class SmolAndFastConfig(SmolVLMConfig):
         fast_chunk_shape (`list[int]`, *optional*):
             `[chunk_size, action_dim]` that the FAST tokenizer was chosen for; a configuration that differs is refused.
         normalization_fingerprint (`str`, *optional*):
-            Names the statistics that the actions were normalised with; a batch of a processor with others is refused.
+            Names the statistics that the actions were normalised with; [`SmolAndFastProcessor.check_model`] compares
+            it.
         freeze_vision_tower (`bool`, defaults to `False`): Whether the vision tower takes no gradient.
         freeze_connector (`bool`, defaults to `False`): Whether the connector takes no gradient.
 

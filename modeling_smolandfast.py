@@ -23,11 +23,11 @@ from transformers.utils import cached_file, logging
 from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
+from .tokenization_fast_action import HUB_KWARGS
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
 
 logger = logging.get_logger(__name__)
 
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 PROJECTION_KEY = "model.connector.modality_projection.proj.weight"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench import RESULTS, describe_machine, write_table
+from bench import RESULTS, describe_machine, seconds, write_table
 from transformers import LogitsProcessor, LogitsProcessorList, SmolVLMForConditionalGeneration
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction
@@ -151,11 +151,11 @@ def bench_training(scale_factor: int, rounds: int) -> dict[str, float]:
     rates = {"fp32": matmul_tflops(torch.float32), "bf16": matmul_tflops(torch.bfloat16)}
     work = 3 * batch_size * PREFILL_GFLOP[scale_factor] / 1e3
     for name, found in times.items():
-        seconds = float(np.median(found))
+        median = float(np.median(found))
         title = f"training, scale {scale_factor}, batch {batch_size}, {name}"
-        figures[f"{title}: samples a second"] = batch_size / seconds
-        figures[f"{title}: times stock"] = float(np.median(times["stock fp32"])) / seconds
-        figures[f"{title}: share of the matrix rate"] = work / seconds / rates[name.split()[1]]
+        figures[f"{title}: samples a second"] = batch_size / median
+        figures[f"{title}: times stock"] = float(np.median(times["stock fp32"])) / median
+        figures[f"{title}: share of the matrix rate"] = work / median / rates[name.split()[1]]
     return figures | {f"matrix products, {name}, TFLOP/s": rate for name, rate in rates.items()}
 
 
@@ -171,18 +171,12 @@ def bench_inference(scale_factor: int, rounds: int) -> dict[str, float]:
         }
         if many is not None:
             cases["16 at once"] = lambda m=model, i=many: our_chunk(m, i)
-        times = {name: [] for name in cases}
-        for turn in range(rounds + 1):
-            for name, case in cases.items():
-                seconds = timed(case)
-                if turn:
-                    times[name].append(seconds)
-        seconds = {name: float(np.median(found)) for name, found in times.items()}
+        found = dict(zip(cases, seconds(*cases.values(), repeats=rounds), strict=True))
         title = f"one chunk, scale {scale_factor}, {precision}"
-        figures[f"{title}, stock: ms"] = seconds["stock"] * 1e3
-        figures[f"{title}, ours: ms"] = seconds["ours"] * 1e3
+        figures[f"{title}, stock: ms"] = found["stock"] * 1e3
+        figures[f"{title}, ours: ms"] = found["ours"] * 1e3
         if many is not None:
-            figures[f"{title}, 16 at once: times 16 calls"] = 16 * seconds["ours"] / seconds["16 at once"]
+            figures[f"{title}, 16 at once: times 16 calls"] = 16 * found["ours"] / found["16 at once"]
     return figures
 
 

@@ -13,10 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoModel, AutoProcessor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from eval_pusht import make_predict
+from eval_pusht import load_policy, make_predict
 from pusht import CONTROL_HZ, RolloutResult, rollout, write_contact_sheet
 
 NEAR = 0.85  # reward: 81 % covered
@@ -44,8 +43,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2, help="filmed episodes of each kind")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/failures"))
     args = parser.parse_args()
-    model = AutoModel.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
-    predict = make_predict(model, AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True))
+    model, processor = load_policy(args.checkpoint)
+    predict = make_predict(model, processor)
     steps = model.config.n_action_steps
     result = rollout(predict, range(args.seed, args.seed + args.episodes), steps, progress=True)
     kinds = [kind_of_ending(result, i) for i in range(args.episodes)]

@@ -24,6 +24,7 @@ class Policy:
     def __init__(self, checkpoint: str):
         self.model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+        self.processor.check_model(self.model)
         self.n_action_steps = self.model.config.n_action_steps
         self._one_at_a_time = threading.Lock()
 

@@ -24,6 +24,19 @@ MODEL_TYPE = "smolandfast"
 PACKAGES = ("torch", "transformers", "gymnasium", "gym_pusht", "pymunk", "numpy")
 
 
+def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
+    """The model, for inference, and the processor of a folder or hub id; kwargs go to `AutoModel.from_pretrained`.
+
+    Raises:
+        OSError: Files that are missing or damaged.
+        ValueError: A checkpoint of another kind, or a processor of another model.
+    """
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, **kwargs)
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    processor.check_model(model)
+    return model.eval(), processor
+
+
 def make_predict(model: Any, processor: Any, task: str = TASK, **generate_kwargs: Any) -> Predict:
     """Wrap a model and its processor as the `predict` of [`pusht.rollout`].
 
@@ -100,12 +113,10 @@ def first_line(error: Exception) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     try:
-        model = AutoModel.from_pretrained(args.checkpoint, trust_remote_code=True, dtype=getattr(torch, args.dtype))
-        processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
-        processor.check_model(model)
+        model, processor = load_policy(args.checkpoint, dtype=getattr(torch, args.dtype))
     except (OSError, ValueError) as error:
         parser.error(f"--checkpoint {args.checkpoint} cannot be loaded: {first_line(error)}")
-    model.to(args.device).eval()
+    model.to(args.device)
     chunk_size, n_action_steps = model.config.chunk_size, args.n_action_steps or model.config.n_action_steps
     if n_action_steps > chunk_size:
         parser.error(f"--n_action_steps is {n_action_steps}, the checkpoint predicts {chunk_size}. Give at most that.")

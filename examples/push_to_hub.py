@@ -13,12 +13,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from eval_pusht import check_checkpoint, first_line
+from eval_pusht import check_checkpoint, first_line, load_policy
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from model_card import read_metrics, read_trainer_state, write_card
-from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -151,9 +150,7 @@ def write_repository(args: argparse.Namespace, folder: Path) -> None:
     contact_sheet = args.contact_sheet or (beside if beside.is_file() else None)
     collect_repository(checkpoint, folder)
     # What is published is what loads: the copy, with its own code.
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    processor.check_model(model)
+    model, processor = load_policy(folder)
     write_card(
         folder,
         args.repo_id,

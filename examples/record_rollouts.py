@@ -20,10 +20,9 @@ import gymnasium
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from eval_pusht import check_checkpoint, first_line, make_predict
+from eval_pusht import check_checkpoint, first_line, load_policy, make_predict
 from pusht import CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, TASK, Predict, check_chunks
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
 
 IMAGE_KEY, IMAGE_SIDE = "observation.image", 96
 # Every second frame stands alone, so that a reader which wants one frame decodes two at most. At this quality the
@@ -274,10 +273,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     try:
-        model = AutoModel.from_pretrained(args.checkpoint, trust_remote_code=True).eval()
-        processor = AutoProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
-        processor.check_model(model)
-    except OSError as error:
+        model, processor = load_policy(args.checkpoint)
+    except (OSError, ValueError) as error:
         parser.error(f"--checkpoint {args.checkpoint} cannot be loaded: {first_line(error)}")
     predict = make_predict(model, processor)
     seeds = tqdm(range(args.seed, args.seed + args.episodes), unit="episode")

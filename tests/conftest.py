@@ -11,6 +11,17 @@ from smolandfast.tiny_smolandfast import make_tiny_model, make_tiny_processor
 
 SHARED = Path(__file__).parents[2] / "shared"
 TASK = "Push the T-shaped block onto the T-shaped target."
+# The code that every checkpoint carries.
+PYTHON_FILES = {
+    "configuration_smolandfast.py",
+    "errors_smolandfast.py",
+    "generation_smolandfast.py",
+    "modeling_smolandfast.py",
+    "normalization_smolandfast.py",
+    "processing_smolandfast.py",
+    "tokenization_fast_action.py",
+    "weights_smolandfast.py",
+}
 CHUNK_SIZE = 8
 
 torch.set_num_threads(2)

@@ -8,18 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PYTHON_FILES
 
 ROOT = Path(__file__).parents[1]
-PYTHON_FILES = {
-    "configuration_smolandfast.py",
-    "errors_smolandfast.py",
-    "generation_smolandfast.py",
-    "modeling_smolandfast.py",
-    "normalization_smolandfast.py",
-    "processing_smolandfast.py",
-    "tokenization_fast_action.py",
-    "weights_smolandfast.py",
-}
 
 
 def run_outside(code: str, tmp_path: Path) -> str:

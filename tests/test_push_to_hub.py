@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PYTHON_FILES
 from huggingface_hub import ModelCard, constants
 from model_card import read_metrics, read_trainer_state
 from PIL import Image
@@ -22,16 +23,6 @@ from transformers import TrainingArguments
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
 RECORDED = Path(__file__).parent / "data/pusht_rollouts"
-CODE = {
-    "configuration_smolandfast.py",
-    "errors_smolandfast.py",
-    "generation_smolandfast.py",
-    "modeling_smolandfast.py",
-    "normalization_smolandfast.py",
-    "processing_smolandfast.py",
-    "tokenization_fast_action.py",
-    "weights_smolandfast.py",
-}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
 MODEL |= {"tokenizer_config.json", "chat_template.jinja", "action_tokenizer/tokenizer.json", "README.md", "SHA256SUMS"}
 METRICS = {
@@ -103,7 +94,7 @@ def load_elsewhere(hub: StandInHub, code: str, folder: Path) -> str:
 def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, arguments, tmp_path, capsys):
     push(arguments)
     files = hub.repos["user/pusht"]
-    assert set(files) == CODE | MODEL | {
+    assert set(files) == PYTHON_FILES | MODEL | {
         "LICENSE",
         "evaluation.json",
         "observation.png",
@@ -112,7 +103,7 @@ def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, argumen
         "action_tokenizer/tokenizer_config.json",
     }
     assert len(hub.commits) == 1
-    for name in CODE | MODEL - {"README.md"}:
+    for name in PYTHON_FILES | MODEL - {"README.md"}:
         assert files[name] == (CHECKPOINT / name).read_bytes()
     out = capsys.readouterr().out
     assert "Published: " in out and "--trainer_state" in out and "--contact_sheet" in out
@@ -172,7 +163,7 @@ def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, argument
     push(arguments)
     assert len([request for request in hub.requests if request.startswith("PUT")]) == 1 - sent
     files = hub.repos["user/pusht"]
-    assert set(files) >= CODE | MODEL and len(hub.commits) == 1
+    assert set(files) >= PYTHON_FILES | MODEL and len(hub.commits) == 1
     assert "model-00001-of-00002.safetensors" not in files  # else it might be read in place of the new weights
     assert "notes.png" in files and "last-checkpoint/model.safetensors" in files
 
@@ -210,7 +201,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_line(hub, arguments, monkeypat
 def test_the_repository_can_be_looked_at_before(hub, arguments, tmp_path, capsys):
     push([*arguments, "--output_dir", str(tmp_path / "repository"), "--base_model", "org/vlm"])
     written = tmp_path / "repository"
-    assert {path.relative_to(written).as_posix() for path in written.rglob("*")} >= CODE | MODEL
+    assert {path.relative_to(written).as_posix() for path in written.rglob("*")} >= PYTHON_FILES | MODEL
     assert not any(path.is_symlink() for path in written.rglob("*"))
     card = ModelCard.load(written / "README.md")
     assert card.data.base_model == "org/vlm" and "Fine-tuned from [org/vlm]" in card.text
@@ -292,7 +283,7 @@ def test_trainers_push_may_break_and_completes_later(hub, processor, model, tmp_
     hub.breaks = None
     trainer.push_to_hub()
     files = hub.repos["user/own"]
-    assert set(files) >= CODE | MODEL
+    assert set(files) >= PYTHON_FILES | MODEL
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "org/vlm" and card.data.datasets == ["user/demonstrations"]
     assert "Not evaluated" in card.text and "log is not part" in card.text
@@ -319,8 +310,8 @@ def test_trainer_pushes_a_whole_repository_also_in_the_midst_of_training(hub, tm
     }
     train([str(part) for name, value in options.items() for part in (f"--{name}", value)])
     files = hub.repos["user/trained"]
-    assert set(files) >= CODE | MODEL | {"observation.png", "training_curve.png"}
-    assert set(hub.commits[0]) >= CODE | MODEL - {"README.md"}  # while training
+    assert set(files) >= PYTHON_FILES | MODEL | {"observation.png", "training_curve.png"}
+    assert set(hub.commits[0]) >= PYTHON_FILES | MODEL - {"README.md"}  # while training
     card = ModelCard(files["README.md"].decode())
     card.validate()
     assert card.data.pipeline_tag == "robotics" and "Not evaluated on seeds of its own" in card.text
