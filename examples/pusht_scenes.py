@@ -16,6 +16,8 @@ WORLD_SIZE, IMAGE_SIZE = 512, 96
 # Points that fix the T's pose, in its own frame: middle of the bar, end of the stem.
 T_POINTS = ((0.0, 15.0), (0.0, 120.0))
 NUM_POINTS = 1 + 2 * len(T_POINTS)  # the agent, the T, the target
+# Of the square's symmetries, the one that leaves PushT's target as it is: it mirrors about the target's own axis.
+TARGET_SYMMETRY = 7
 
 
 def render_scenes(num_scenes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,6 +70,11 @@ def turn_points(points: np.ndarray, symmetry: int) -> np.ndarray:
     return np.stack([x, y], axis=-1)
 
 
+def turn_image(image: np.ndarray, symmetry: int) -> np.ndarray:
+    """Move an image `(96, 96, 3)` by one of the square's eight symmetries, as [`turn_points`] moves points."""
+    return np.rot90(image[:, ::-1] if symmetry >= 4 else image, symmetry % 4)
+
+
 def rotate_points(points: np.ndarray, angle: float) -> np.ndarray:
     """Move points `(..., 2)` as `Image.rotate(angle)` moves their image: degrees, anticlockwise on the screen."""
     sine, cosine = np.sin(np.radians(angle)), np.cos(np.radians(angle))
@@ -81,6 +88,7 @@ def vary_scene(
     turn_probability: float,
     max_shift: int,
     max_angle: float = 0.0,
+    mirror_probability: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Turn, mirror and shift a scene as a whole.
 
@@ -92,13 +100,17 @@ def vary_scene(
         max_shift: Largest shift along each axis, in image pixels. The border's pixels fill the gap.
         max_angle: Half of the scenes are also rotated about the image's middle, by up to this many degrees either way.
             White fills the corners.
+        mirror_probability: Share of scenes that are first mirrored about the target's axis. The task stays the very
+            same, so half of the scenes is as good as twice the demonstrations.
 
     Returns:
         A new image and new points of the same shapes.
     """
+    if mirror_probability and rng.random() < mirror_probability:
+        image, points = turn_image(image, TARGET_SYMMETRY), turn_points(points, TARGET_SYMMETRY)
     symmetry = rng.integers(1, 8) if rng.random() < turn_probability else 0
     dx, dy = rng.integers(-max_shift, max_shift + 1, 2)
-    image = np.rot90(image[:, ::-1] if symmetry >= 4 else image, symmetry % 4)
+    image = turn_image(image, symmetry)
     rows, columns = (np.clip(np.arange(IMAGE_SIZE) - shift, 0, IMAGE_SIZE - 1) for shift in (dy, dx))
     image = image[rows[:, None], columns]
     points = turn_points(points, symmetry) + np.array([dx, dy]) * (WORLD_SIZE / IMAGE_SIZE)

@@ -22,7 +22,7 @@ from lerobot_dataset import LeRobotChunkDataset, download_dataset
 from model_card import write_card
 from muon import make_muon
 from pusht import TASK, rollout
-from pusht_scenes import IMAGE_SIZE, TellEpoch, rotate_points, turn_points, vary_scene
+from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, TellEpoch, rotate_points, turn_points, vary_scene
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 from transformers.dynamic_module_utils import custom_object_save
@@ -70,6 +70,7 @@ PRESETS = {
         "use_relative_actions": True,
         "fast_scale": 30.0,
         "fast_vocab_size": 512,
+        "mirror_probability": 0.5,
         "turn_probability": 0.3,
         "max_shift": 3,
         "max_angle": 15.0,
@@ -118,6 +119,9 @@ class PolicyArguments:
     connector_learning_rate: float = 2e-4
     text_learning_rate: float = 2e-4
     min_lr_rate: float = field(default=0.05, metadata={"help": "floor of the cosine, as a share of the peak"})
+    mirror_probability: float = field(
+        default=0.0, metadata={"help": "share of samples that are mirrored about the target's axis"}
+    )
     turn_probability: float = field(default=0.0, metadata={"help": "share of samples that are turned or mirrored"})
     max_shift: int = field(default=0, metadata={"help": "largest shift of image, state and actions, in image pixels"})
     max_angle: float = field(default=0.0, metadata={"help": "half of the samples are rotated by up to this, degrees"})
@@ -131,7 +135,8 @@ class VariedDemonstrations(torch.utils.data.Dataset):
 
     def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
-        self.variation = {name: getattr(args, name) for name in ("turn_probability", "max_shift", "max_angle")}
+        options = ("mirror_probability", "turn_probability", "max_shift", "max_angle")
+        self.variation = {name: getattr(args, name) for name in options}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -144,9 +149,7 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         if not any(self.variation.values()):
             return sample
         if len(sample["images"]) != 1 or sample["images"][0].shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise ValueError(
-                "Only PushT's single 96x96 image can be varied: set turn_probability, max_shift and max_angle to 0."
-            )
+            raise ValueError(f"Only PushT's single 96x96 image can be varied: set {', '.join(self.variation)} to 0.")
         points = np.concatenate([sample["state"][None], sample["actions"]])
         rng = np.random.default_rng((self.seed, self.epoch, i))
         image, points = vary_scene(sample["images"][0], points, rng, **self.variation)
@@ -220,8 +223,9 @@ def fit_statistics_and_tokenizer(
     Rotated copies stay out of the statistics, whose limits are those of the actions that the robot is sent.
     """
     states, chunks = dataset.states, dataset.action_chunks()
-    if args.turn_probability > 0:
-        copies = [(turn_points(states[s::7], s), turn_points(chunks[s::7], s)) for s in range(1, 8)]
+    if args.turn_probability > 0 or args.mirror_probability > 0:
+        symmetries = range(1, 8) if args.turn_probability > 0 else [TARGET_SYMMETRY]
+        copies = [(turn_points(states[s::7], s), turn_points(chunks[s::7], s)) for s in symmetries]
         states = np.concatenate([states, *(copy[0] for copy in copies)])
         chunks = np.concatenate([chunks, *(copy[1] for copy in copies)])
     statistics = compute_statistics(states, chunks)

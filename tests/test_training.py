@@ -14,7 +14,7 @@ from conftest import TASK
 from muon import make_muon
 from pretrain_vision import main as pretrain_vision
 from pretrain_vision import make_labels
-from pusht_scenes import TellEpoch, render_scenes, turn_points, vary_scene
+from pusht_scenes import TARGET_SYMMETRY, TellEpoch, render_scenes, turn_image, turn_points, vary_scene
 from safetensors.torch import load_file
 from train_pusht import main as train
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, Trainer, TrainingArguments
@@ -127,8 +127,21 @@ def find_agent(image):
 def test_turning_points_follows_the_image():
     images, points = render_scenes(2, seed=0)
     for symmetry in range(8):
-        turned = np.rot90(images[0][:, ::-1] if symmetry >= 4 else images[0], symmetry % 4)
+        turned = turn_image(images[0], symmetry)
         assert np.linalg.norm(find_agent(turned) - turn_points(points[0, 0], symmetry)) < 6
+
+
+def test_a_mirrored_scene_has_the_target_where_it_was():
+    images, points = render_scenes(20, seed=2)
+    np.testing.assert_allclose(turn_points(points[:, 3:], TARGET_SYMMETRY), points[:, 3:], atol=0.01)
+    is_target = [np.abs(image.astype(int) - (144, 238, 144)).max(axis=2) < 8 for image in images]  # light green
+    mirrored = [turn_image(mask, TARGET_SYMMETRY) for mask in is_target]
+    seen = np.logical_or.reduce(is_target), np.logical_or.reduce(mirrored)  # in some scenes the T lies upon it
+    assert (seen[0] & seen[1]).sum() > 0.8 * (seen[0] | seen[1]).sum() > 100
+
+    image, moved = vary_scene(images[0], points[0], np.random.default_rng(0), 0.0, 0, mirror_probability=1.0)
+    assert np.linalg.norm(find_agent(image) - moved[0]) < 6 and not np.array_equal(image, images[0])
+    np.testing.assert_allclose(moved[3:], points[0, 3:], atol=0.01)
 
 
 def test_varied_points_follow_the_image():
