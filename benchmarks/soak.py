@@ -24,10 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from eval_pusht import make_predict, write_json  # noqa: E402
+from eval_pusht import load_policy, make_predict, write_json  # noqa: E402
 from pusht import rollout  # noqa: E402
-
-from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor  # noqa: E402
 
 
 def memory_mb() -> float:
@@ -38,8 +36,7 @@ def memory_mb() -> float:
 
 def play(checkpoint: Path, seeds: range, num_envs: int) -> list[tuple[float, float, int]]:
     """Greatest reward, sum of rewards and length of each episode."""
-    model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    processor = SmolAndFastProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    model, processor = load_policy(checkpoint, dtype=torch.float32)
     return play_round(make_predict(model, processor), model.config.n_action_steps, seeds, num_envs)
 
 
@@ -70,8 +67,7 @@ def main() -> None:
         print(json.dumps(play(args.checkpoint, range(args.alone, args.alone + 1), 1)[0]))
         return
 
-    model = SmolAndFastForActionPrediction.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
-    processor = SmolAndFastProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    model, processor = load_policy(args.checkpoint, dtype=torch.float32)
     predict, start = make_predict(model, processor), time.monotonic()
     scores, memory = [], []
     for first in range(0, args.episodes, args.round):

@@ -1,22 +1,27 @@
 """Teach the tiny vision tower to see: where agent, T and target are, in scenes rendered at random poses.
 
     python examples/pretrain_vision.py --output_dir outputs/vision
+    python examples/pretrain_vision.py --output_dir outputs/vision2 --near_target 0.6 --num_scenes 60000 \\
+        --learning_rate 7e-4 --seed 10 --vision_weights outputs/vision/vision.safetensors
 
 SmolVLM's vision tower comes pretrained; the tiny one does not, and inside the policy's loss it hardly learns to see.
 Scenes and labels come from the simulator alone; no demonstration and no action is used. Writes `vision.safetensors`
-with the weights of the vision tower and the connector, for `train_pusht.py --vision_weights`.
+with the weights of the vision tower and the connector, for `train_pusht.py --vision_weights`. The second command goes
+on from there, with more scenes in which the T lies near its target: a pixel decides there.
 """
 
 import argparse
 import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from muon import make_muon
 from pusht_scenes import NUM_POINTS, WORLD_SIZE, TellEpoch, render_scenes, vary_scene
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -86,6 +91,19 @@ class SaveVision(TrainerCallback):
         save_vision(model, args.output_dir)
 
 
+def load_vision(model: nn.Module, path: str) -> None:
+    """Start from the weights of an earlier run; the linear layer on top, which is not among them, stays random.
+
+    Raises:
+        ValueError: A file with other weights.
+    """
+    try:
+        tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+        model.load_state_dict(tensors | {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is no vision.safetensors of this script: {error}") from error
+
+
 def save_vision(model: nn.Module, folder: str) -> None:
     """Write all of `vision.safetensors` or none of it."""
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
@@ -113,15 +131,20 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=6_000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--near_target", type=float, default=0.3, help="share of scenes with the T near its target")
+    parser.add_argument("--vision_weights", help="vision.safetensors of an earlier run, to go on from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     with ProcessPoolExecutor(2) as pool:
-        parts = list(pool.map(render_scenes, [args.num_scenes // 2] * 2, [args.seed, args.seed + 1]))
+        render = partial(render_scenes, args.num_scenes // 2, near_target=args.near_target)
+        parts = list(pool.map(render, [args.seed, args.seed + 1]))
     images, points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     held_out = max(args.num_scenes // 60, 1)
     model = PoseRegressor(*make_tiny_vision())
+    if args.vision_weights:
+        load_vision(model, args.vision_weights)
     groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
     trainer = WholeCheckpointTrainer(
         model,

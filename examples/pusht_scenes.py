@@ -20,10 +20,13 @@ NUM_POINTS = 1 + 2 * len(T_POINTS)  # the agent, the T, the target
 TARGET_SYMMETRY = 7
 
 
-def render_scenes(num_scenes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def render_scenes(num_scenes: int, seed: int, near_target: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
     """Render PushT at random poses.
 
-    In three scenes of ten the T lies near its target, where precision counts; in half of all, the agent is near the T.
+    In half of the scenes the agent is near the T.
+
+    Args:
+        near_target: Share of scenes in which the T lies near its target, where precision counts.
 
     Returns:
         Images `(num_scenes, 96, 96, 3)` uint8 and points `(num_scenes, 5, 2)` float32: the agent, the T's bar and
@@ -39,7 +42,7 @@ def render_scenes(num_scenes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     points = np.empty((num_scenes, NUM_POINTS, 2), dtype=np.float32)
     target = env.get_goal_pose_body(env.goal_pose)
     for i in range(num_scenes):
-        if rng.random() < 0.3:
+        if rng.random() < near_target:
             position = env.goal_pose[:2] + rng.normal(0, 25, 2)
             angle = env.goal_pose[2] + rng.normal(0, 0.3)
         else:

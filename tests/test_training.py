@@ -15,7 +15,7 @@ from muon import make_muon
 from pretrain_vision import main as pretrain_vision
 from pretrain_vision import make_labels
 from pusht_scenes import TARGET_SYMMETRY, TellEpoch, render_scenes, turn_image, turn_points, vary_scene
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from train_pusht import main as train
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, Trainer, TrainingArguments
 
@@ -225,14 +225,32 @@ def test_the_256m_preset_starts_from_any_smolvlm_folder(pusht_root, smolvlm_asse
     assert any("eval_avg_max_reward" in entry for entry in history)
 
 
-def test_vision_pretraining_writes_weights_that_the_policy_takes(model, tmp_path, monkeypatch):
-    options = {"output_dir": tmp_path, "num_scenes": 24, "max_steps": 2, "batch_size": 4}
+def run_pretraining(monkeypatch, **options):
+    options = {"num_scenes": 24, "max_steps": 2, "batch_size": 4, **options}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["pretrain_vision.py", *arguments])
     pretrain_vision()
+
+
+def test_vision_pretraining_writes_weights_that_the_policy_takes(model, tmp_path, monkeypatch):
+    run_pretraining(monkeypatch, output_dir=tmp_path)
     result = model.load_state_dict(load_file(tmp_path / "vision.safetensors"), strict=False)
     assert not result.unexpected_keys
     assert all("text_model" in name or "lm_head" in name for name in result.missing_keys)
+
+
+def test_vision_pretraining_goes_on_from_its_own_weights_only(tmp_path, monkeypatch):
+    run_pretraining(monkeypatch, output_dir=tmp_path / "one")
+    first = tmp_path / "one/vision.safetensors"
+    run_pretraining(monkeypatch, output_dir=tmp_path / "two", vision_weights=first, learning_rate=1e-9)
+    second = load_file(tmp_path / "two/vision.safetensors")
+    for name, tensor in load_file(first).items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-6, rtol=0)
+
+    for content in (save({"model.vision_model.other": torch.zeros(1)}), first.read_bytes()[:1000]):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.safetensors is no vision.safetensors"):
+            run_pretraining(monkeypatch, output_dir=tmp_path / "three", vision_weights=tmp_path / "bad.safetensors")
 
 
 @pytest.mark.slow
