@@ -7,6 +7,7 @@ Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, sectio
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from numbers import Integral, Real
 
 import numpy as np
@@ -110,6 +111,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             self._token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
         else:
             self._token_bytes = [token.encode("utf-8") for token in tokens]
+        self._fill_tables()
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
@@ -261,19 +263,23 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"Asked for chunks of shape ({horizon}, {action_dim}), but this tokenizer was fitted for "
                 f"({self.horizon}, {self.action_dim}). Fit a tokenizer for the other shape."
             )
-        rows = [self._read_coefficients(row, index, relaxed) for index, row in enumerate(ids)]
-        if relaxed:
-            size = horizon * action_dim
-            rows = [np.pad(row[:size], (0, max(0, size - row.size))) for row in rows]
-        for index, row in enumerate(rows):
-            if row.size != horizon * action_dim:
+        ids = ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
+        size = horizon * action_dim
+        is_plain, plain = self._look_up(ids, size)
+        coefficients = np.zeros((len(ids), size))
+        coefficients[is_plain] = plain
+        for index in np.flatnonzero(~is_plain):
+            row = self._read_coefficients(ids[index], index, relaxed)
+            row = row[:size] if relaxed else row
+            if row.size != size and not relaxed:
                 raise ValueError(
                     f"ids[{index}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
-                    f"{action_dim} = {horizon * action_dim}. Constrained decoding (the model's own generate) writes "
+                    f"{action_dim} = {size}. Constrained decoding (the model's own generate) writes "
                     "only whole chunks."
                 )
-        coefficients = np.array(rows, dtype=np.float64).reshape(len(rows), horizon, action_dim)
-        return idct(coefficients / self.scale, axis=1, norm="ortho")
+            coefficients[index, : row.size] = row
+        coefficients /= self.scale
+        return idct(coefficients.reshape(-1, horizon, action_dim), axis=1, norm="ortho", overwrite_x=True)
 
     def count_saturated(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
         """Count, for each chunk, the coefficients that `encode_actions` has to saturate: `(batch,)` integers."""
@@ -335,7 +341,58 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             )
         return actions
 
+    def _fill_tables(self) -> None:
+        """The coefficients of every token that holds whole ones, all in range, one token after the other."""
+        rows = []
+        for token in self._token_bytes:
+            try:
+                row = self._to_coefficients(token.decode("utf-8"))
+            except UnicodeDecodeError:
+                row = np.empty(0, np.int64)
+            is_in_range = row.size and self.min_coefficient <= row.min() and row.max() <= self.max_coefficient
+            rows.append(row if is_in_range else row[:0])
+        self._token_coefficients = np.concatenate([*rows, np.empty(0)])
+        lengths = np.array([row.size for row in rows])
+        self._token_ends = np.cumsum(lengths)
+        # The last place is for ids outside the vocabulary. No chunk holds a token of so many coefficients.
+        self._token_lengths = np.append(np.where(lengths == 0, 2**31, lengths), 2**31)
+
+    def _look_up(self, ids: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read all strings that are nothing out of the ordinary at once, with tables.
+
+        Returns:
+            Which of the strings are lists of known tokens with whole coefficients in range, `size` of them,
+            `(batch,)`; and these coefficients, `(how many they are, size)`.
+        """
+        nothing = np.zeros(len(ids), bool), np.empty((0, size))
+        if not all(isinstance(row, list) for row in ids):
+            return nothing
+        try:
+            tokens = np.array(list(chain.from_iterable(ids)))
+        except ValueError:  # lists of unequal lengths
+            return nothing
+        if tokens.ndim != 1 or tokens.dtype.kind != "i":
+            return nothing
+        tokens[(tokens < 0) | (tokens >= len(self._token_ends))] = len(self._token_ends)
+        ends = np.cumsum([len(row) for row in ids])
+        coefficients_before = np.append(0, np.cumsum(self._token_lengths[tokens]))
+        is_plain = np.diff(coefficients_before[ends], prepend=0) == size
+        if not is_plain.all():
+            tokens = tokens[np.repeat(is_plain, np.diff(ends, prepend=0))]
+        # Token after token, where its coefficients stand in the table: they end at `_token_ends` there, and at
+        # `ends` here.
+        lengths = self._token_lengths[tokens]
+        ends = np.cumsum(lengths)
+        places = np.repeat(self._token_ends[tokens] - ends, lengths)
+        places += np.arange(len(places))
+        return is_plain, self._token_coefficients[places].reshape(-1, size)
+
+    def _to_coefficients(self, text: str) -> np.ndarray:
+        symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
+        return symbols - self._first_symbol + self.min_coefficient
+
     def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
+        """Read one string with care: it may hold parts of characters, or what has to be refused."""
         try:
             array = np.asarray(ids)
         except ValueError:  # lists of unequal lengths
@@ -357,8 +414,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"ids[{index}] is not a valid FAST string: its bytes are not UTF-8 ({error.reason} at byte "
                 f"{error.start}). Only strings from encode_actions or from constrained decoding can be decoded."
             ) from error
-        symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
-        coefficients = symbols - self._first_symbol + self.min_coefficient
+        coefficients = self._to_coefficients(text)
         if relaxed:
             return np.clip(coefficients, self.min_coefficient, self.max_coefficient)
         outside = coefficients[(coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)]
