@@ -45,6 +45,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # Transformers reads it off class names it knows
         self.model.connector.register_forward_hook(_in_the_weights_dtype)
+        self.model.vision_model.embeddings.register_forward_hook(_contiguous)
         self._freeze()
 
     def _freeze(self) -> None:
@@ -275,6 +276,11 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
 def _in_the_weights_dtype(connector: torch.nn.Module, args: tuple, visual_tokens: torch.Tensor) -> torch.Tensor:
     """Under autocast, Transformers 5.3 to 5.5 cannot put visual tokens among text tokens of another dtype."""
     return visual_tokens.to(connector.modality_projection.proj.weight.dtype)
+
+
+def _contiguous(embeddings: torch.nn.Module, args: tuple, patches: torch.Tensor) -> torch.Tensor:
+    """SmolVLM's patches come channel by channel, and every layer of the tower would copy its input anew."""
+    return patches.contiguous()
 
 
 SmolAndFastForActionPrediction.register_for_auto_class("AutoModel")
