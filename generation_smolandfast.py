@@ -30,6 +30,7 @@ class ActionGrammar:
         config: A configuration with its action side filled.
 
     Attributes:
+        band: The action tokens' place in the vocabulary, last token first.
         num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
         max_new_tokens: No string of the grammar is longer.
         started: `(num_action_tokens,)`, the coefficients that begin inside each token.
@@ -43,6 +44,7 @@ class ActionGrammar:
                 "SmolAndFastForActionPrediction.from_pretrained(folder, **processor.model_kwargs())."
             )
         self.base_id = config.action_token_base_id
+        self.band = slice(action_token_map(config.num_action_tokens - 1, self.base_id), self.base_id + 1)
         self.num_coefficients = config.chunk_size * config.action_dim
         if config.fast_token_lengths is not None:
             self.started = torch.tensor(config.fast_token_lengths)
@@ -144,8 +146,7 @@ class ActionLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         left, state = self.reader.read(input_ids)
         allowed = self.grammar.allowed(left, state) | self.relaxed
-        first_id = action_token_map(allowed.shape[1] - 1, self.grammar.base_id)
-        band = slice(first_id, self.grammar.base_id + 1)
+        band = self.grammar.band
         masked = torch.full_like(scores, -torch.inf)
         masked[:, band] = scores[:, band].masked_fill(~allowed.flip(1), -torch.inf)
         if self.relaxed:

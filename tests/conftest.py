@@ -18,6 +18,7 @@ PYTHON_FILES = {
     "generation_smolandfast.py",
     "modeling_smolandfast.py",
     "normalization_smolandfast.py",
+    "packing_smolandfast.py",
     "processing_smolandfast.py",
     "tokenization_fast_action.py",
     "weights_smolandfast.py",
