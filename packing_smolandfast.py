@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionMLP
 
-
 NUM_ROWS = 128  # the layout works for any number of rows; it suits this many the best
 
 

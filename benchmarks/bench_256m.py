@@ -9,6 +9,7 @@ ten minutes on two cores, and up to 20 GB. Writes `benchmarks/results/bench_256m
 """
 
 import argparse
+import copy
 import subprocess
 import sys
 import time
@@ -159,25 +160,43 @@ def bench_training(scale_factor: int, rounds: int) -> dict[str, float]:
     return figures | {f"matrix products, {name}, TFLOP/s": rate for name, rate in rates.items()}
 
 
+def make_stock(model: SmolAndFastForActionPrediction) -> SmolVLMForConditionalGeneration:
+    """The stock model on the same tensors, without anything that ours adds to its parts."""
+    stock = SmolVLMForConditionalGeneration(model.config)
+    stock.load_state_dict(model.state_dict(), assign=True)
+    return stock.eval()
+
+
 def bench_inference(scale_factor: int, rounds: int) -> dict[str, float]:
+    exact = make_model(scale_factor).eval()
+    half = copy.deepcopy(exact).to(torch.bfloat16)
+    models = {"stock fp32": make_stock(exact), "ours fp32": exact, "stock bf16": make_stock(half), "ours bf16": half}
+    models["ours bf16 packed"] = copy.deepcopy(half).pack()
+    one, many = make_batch(scale_factor, 1, False), make_batch(scale_factor, 16, False)
+    chunks = {name: stock_chunk if "stock" in name else our_chunk for name in models}
+    calls = [lambda name=name: chunks[name](models[name], one) for name in models]
+    prefills = [lambda name=name: prefill(models[name], one) for name in models if "ours" in name]
+    times = dict(zip(models, seconds(*calls, repeats=rounds), strict=True))
+    rates = {"fp32": matmul_tflops(torch.float32), "bf16": matmul_tflops(torch.bfloat16)}
+    prefill_times = seconds(*prefills, repeats=rounds)
     figures = {}
-    for precision, dtype in {"fp32": torch.float32, "bf16 weights": torch.bfloat16}.items():
-        model = make_model(scale_factor).to(dtype).eval()
-        inputs = make_batch(scale_factor, 1, False)
-        many = make_batch(scale_factor, 16, False) if scale_factor == 4 else None
-        cases = {
-            "stock": lambda m=model, i=inputs: stock_chunk(m, i),
-            "ours": lambda m=model, i=inputs: our_chunk(m, i),
-        }
-        if many is not None:
-            cases["16 at once"] = lambda m=model, i=many: our_chunk(m, i)
-        found = dict(zip(cases, seconds(*cases.values(), repeats=rounds), strict=True))
-        title = f"one chunk, scale {scale_factor}, {precision}"
-        figures[f"{title}, stock: ms"] = found["stock"] * 1e3
-        figures[f"{title}, ours: ms"] = found["ours"] * 1e3
-        if many is not None:
-            figures[f"{title}, 16 at once: times 16 calls"] = 16 * found["ours"] / found["16 at once"]
+    for name, found in times.items():
+        title = f"one chunk, scale {scale_factor}, {name}"
+        figures[f"{title}: ms"] = found * 1e3
+        figures[f"{title}: times stock fp32"] = times["stock fp32"] / found
+        if "ours" in name:
+            prefill_time = prefill_times.pop(0)
+            rate = PREFILL_GFLOP[scale_factor] / 1e3 / prefill_time
+            figures[f"{title}, prefill: ms"] = prefill_time * 1e3
+            figures[f"{title}, prefill: share of the matrix rate"] = rate / rates[name.split()[1]]
+            if scale_factor == 4:
+                figures[f"{title}, 16 at once: times 16 calls"] = 16 * found / timed(our_chunk, models[name], many)
     return figures
+
+
+@torch.no_grad()
+def prefill(model, inputs):
+    return model(**inputs, logits_to_keep=1)
 
 
 def bench_memory(scale_factor: int) -> dict[str, float]:
