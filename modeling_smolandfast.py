@@ -174,6 +174,8 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         Raises:
             ValueError: Weights in another type than bf16, or a processor that oneDNN has no bf16 products for.
         """
+        if getattr(self, "is_quantized", False):
+            raise ValueError("Quantized weights cannot be packed. Load the model without quantization_config.")
         if self.dtype != torch.bfloat16 or self.device.type != "cpu":
             raise ValueError(
                 f"The weights are {self.dtype} on {self.device}, expected bf16 on a CPU: elsewhere packing brings "

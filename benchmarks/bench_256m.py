@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench import RESULTS, describe_machine, seconds, write_table
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.utils import get_model_size_in_bytes
 from transformers import LogitsProcessor, LogitsProcessorList, SmolVLMForConditionalGeneration
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction
@@ -171,27 +173,45 @@ def bench_inference(scale_factor: int, rounds: int) -> dict[str, float]:
     exact = make_model(scale_factor).eval()
     half = copy.deepcopy(exact).to(torch.bfloat16)
     models = {"stock fp32": make_stock(exact), "ours fp32": exact, "stock bf16": make_stock(half), "ours bf16": half}
-    models["ours bf16 packed"] = copy.deepcopy(half).pack()
+    models |= {"ours bf16 packed": copy.deepcopy(half).pack(), "ours bf16, int8 weights": copy.deepcopy(half)}
+    quantize_(models["ours bf16, int8 weights"].model, Int8WeightOnlyConfig())
     one, many = make_batch(scale_factor, 1, False), make_batch(scale_factor, 16, False)
     chunks = {name: stock_chunk if "stock" in name else our_chunk for name in models}
-    calls = [lambda name=name: chunks[name](models[name], one) for name in models]
-    prefills = [lambda name=name: prefill(models[name], one) for name in models if "ours" in name]
-    times = dict(zip(models, seconds(*calls, repeats=rounds), strict=True))
+    times = seconds(*[lambda name=name: chunks[name](models[name], one) for name in models], repeats=rounds)
+    prefills = seconds(*[lambda name=name: prefill(models[name], one) for name in models], repeats=rounds)
     rates = {"fp32": matmul_tflops(torch.float32), "bf16": matmul_tflops(torch.bfloat16)}
-    prefill_times = seconds(*prefills, repeats=rounds)
-    figures = {}
-    for name, found in times.items():
+    scores = prefill(exact, one).logits
+    figures = {"bytes read from memory, GB/s": (bandwidth := memory_gb_per_s())}
+    for precision, model in {"fp32": exact, "bf16": half}.items():
+        layers = sum(weight.nbytes for weight in model.model.text_model.layers.parameters()) / 1e9
+        floor = PREFILL_GFLOP[scale_factor] / rates[precision] + (ACTION_TOKENS - 1) * layers / bandwidth * 1e3
+        title = f"floor of one chunk, scale {scale_factor}, {precision}"
+        figures[f"{title}: matrix products of the prefill, GFLOP"] = PREFILL_GFLOP[scale_factor]
+        figures[f"{title}: weights read by each of {ACTION_TOKENS - 1} further tokens, MB"] = layers * 1e3
+        figures[f"{title}: ms"] = floor
+    for (name, model), found, prefill_time in zip(models.items(), times, prefills, strict=True):
         title = f"one chunk, scale {scale_factor}, {name}"
+        rate = PREFILL_GFLOP[scale_factor] / 1e3 / prefill_time
         figures[f"{title}: ms"] = found * 1e3
-        figures[f"{title}: times stock fp32"] = times["stock fp32"] / found
-        if "ours" in name:
-            prefill_time = prefill_times.pop(0)
-            rate = PREFILL_GFLOP[scale_factor] / 1e3 / prefill_time
-            figures[f"{title}, prefill: ms"] = prefill_time * 1e3
-            figures[f"{title}, prefill: share of the matrix rate"] = rate / rates[name.split()[1]]
-            if scale_factor == 4:
-                figures[f"{title}, 16 at once: times 16 calls"] = 16 * found / timed(our_chunk, models[name], many)
+        figures[f"{title}: times stock fp32"] = times[0] / found
+        figures[f"{title}, prefill: ms"] = prefill_time * 1e3
+        figures[f"{title}, prefill: share of the matrix rate"] = rate / rates[name.split()[1].strip(",")]
+        if name not in ("stock fp32", "ours fp32"):
+            difference = (prefill(model, one).logits - scores).abs().mean() / scores.std()
+            figures[f"{title}: mean difference of the first scores from fp32, standard deviations"] = float(difference)
+        if name == "ours bf16, int8 weights":
+            for part in (half, model):
+                kind = "int8" if part is model else "bf16"
+                figures[f"weights of the layers, {kind}, MB"] = get_model_size_in_bytes(part.model) / 1e6
+        elif scale_factor == 4 and "ours" in name:
+            figures[f"{title}, 16 at once: times 16 calls"] = 16 * found / timed(our_chunk, model, many)
     return figures
+
+
+def memory_gb_per_s(repeats: int = 5) -> float:
+    """How fast this machine reads: the best of a few sums over half a gigabyte."""
+    numbers = torch.ones(2**27)
+    return numbers.nbytes / min(timed(numbers.sum) for _ in range(repeats)) / 1e9
 
 
 @torch.no_grad()
