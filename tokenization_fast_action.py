@@ -7,6 +7,7 @@ Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, sectio
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 from numbers import Integral, Real
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
 
+from .automaton_smolandfast import BpeAutomaton
 from .errors_smolandfast import naming
 
 # A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
@@ -29,6 +31,12 @@ MAX_SYMBOLS = 0xFFFE
 MAX_CODE_POINT = 0xD7FF
 
 MAX_COEFFICIENT = 2**31
+
+# An automaton takes over where a batch holds so many coefficients that building it (half a second for 1,024 tokens,
+# memory with their square) soon pays. It reads so many strings at once.
+AUTOMATON_FROM = 2**19
+AUTOMATON_TOKENS = 2048
+AUTOMATON_ROWS = 4096
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -217,9 +225,32 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             ValueError: wrong shape, or a value that is not finite; the message names the first offending index.
         """
         coefficients = _dct_coefficients(self._check_shape(_as_chunks(actions)), self.scale)
-        coefficients = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
-        texts = _write_symbols(coefficients - self.min_coefficient + self._first_symbol)
+        symbols = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
+        symbols -= self.min_coefficient
+        if symbols.size >= AUTOMATON_FROM and self._automaton is not None:
+            blocks = (symbols[start : start + AUTOMATON_ROWS] for start in range(0, len(symbols), AUTOMATON_ROWS))
+            return [ids for block in blocks for ids in self._automaton.encode(block)]
+        texts = _write_symbols(symbols + self._first_symbol)
         return [encoding.ids for encoding in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _automaton(self) -> BpeAutomaton | None:
+        """Encodes large batches; `None` where this is no tokenizer as [`FastActionTokenizer.fit`] makes it."""
+        content = json.loads(self.backend_tokenizer.to_str())
+        model = content["model"]
+        merges, tokens = model.get("merges", ()), self.convert_ids_to_tokens(list(range(len(self))))
+        num_symbols = len(tokens) - len(merges)
+        spelled = [chr(FIRST_SYMBOL + k) for k in range(num_symbols)] + ["".join(pair) for pair in merges]
+        others = [value for name, value in model.items() if name not in ("type", "vocab", "merges")]
+        others += [content[name] for name in ("normalizer", "pre_tokenizer", "added_tokens", "truncation", "padding")]
+        has_all_symbols = num_symbols > self.max_coefficient - self.min_coefficient
+        if len(tokens) > AUTOMATON_TOKENS or tokens != spelled or any(others) or not has_all_symbols:
+            return None
+        ids = {token: i for i, token in enumerate(tokens)}
+        try:
+            return BpeAutomaton(num_symbols, [(ids[left], ids[right]) for left, right in merges])
+        except ValueError:
+            return None
 
     def decode_actions(
         self,

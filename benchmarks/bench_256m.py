@@ -50,7 +50,7 @@ class MaskedBand(LogitsProcessor):
         return masked
 
 
-def make_model(scale_factor: int) -> SmolAndFastForActionPrediction:
+def make_model(scale_factor: int, chunk_size: int = CHUNK_SIZE) -> SmolAndFastForActionPrediction:
     torch.manual_seed(0)
     return SmolAndFastForActionPrediction(
         SmolAndFastConfig(
@@ -58,8 +58,8 @@ def make_model(scale_factor: int) -> SmolAndFastForActionPrediction:
             text_config=TEXT,
             image_token_id=IMAGE_TOKEN_ID,
             scale_factor=scale_factor,
-            chunk_size=CHUNK_SIZE,
-            n_action_steps=CHUNK_SIZE,
+            chunk_size=chunk_size,
+            n_action_steps=chunk_size,
             action_dim=ACTION_DIM,
             action_token_base_id=BASE_ID,
             fast_token_lengths=[1] * NUM_ACTION_TOKENS,
@@ -67,16 +67,18 @@ def make_model(scale_factor: int) -> SmolAndFastForActionPrediction:
     )
 
 
-def make_batch(scale_factor: int, batch_size: int, with_actions: bool) -> dict[str, torch.Tensor]:
+def make_batch(
+    scale_factor: int, batch_size: int, with_actions: bool, image_size: int = VISION["image_size"]
+) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    visual = 1024 // scale_factor**2
+    visual = (image_size // VISION["patch_size"] // scale_factor) ** 2
     length = visual + PROMPT_TOKENS + (ACTION_TOKENS + 1 if with_actions else 0)
     ids = torch.randint(100, 40_000, (batch_size, length), generator=rng)
     ids[:, 5 : 5 + visual] = IMAGE_TOKEN_ID
     batch = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(batch_size, 1, 3, 512, 512, generator=rng),
+        "pixel_values": torch.randn(batch_size, 1, 3, image_size, image_size, generator=rng),
     }
     if with_actions:
         labels = torch.full_like(ids, -100)
