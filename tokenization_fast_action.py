@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
 from numbers import Integral, Real
+from operator import index
 
 import numpy as np
 import torch
@@ -297,19 +298,20 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         ids = ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
         size = horizon * action_dim
         is_plain, plain = self._look_up(ids, size)
-        coefficients = np.zeros((len(ids), size))
-        coefficients[is_plain] = plain
-        for index in np.flatnonzero(~is_plain):
-            row = self._read_coefficients(ids[index], index, relaxed)
+        coefficients = plain
+        if not is_plain.all():
+            coefficients = np.zeros((len(ids), size))
+            coefficients[is_plain] = plain
+        for i in np.flatnonzero(~is_plain):
+            row = self._read_coefficients(ids[i], i, relaxed)
             row = row[:size] if relaxed else row
             if row.size != size and not relaxed:
                 raise ValueError(
-                    f"ids[{index}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
+                    f"ids[{i}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
                     f"{action_dim} = {size}. Constrained decoding (the model's own generate) writes "
                     "only whole chunks."
                 )
-            coefficients[index, : row.size] = row
-        coefficients /= self.scale
+            coefficients[i, : row.size] = row / self.scale
         return idct(coefficients.reshape(-1, horizon, action_dim), axis=1, norm="ortho", overwrite_x=True)
 
     def count_saturated(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
@@ -373,7 +375,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         return actions
 
     def _fill_tables(self) -> None:
-        """The coefficients of every token that holds whole ones, all in range, one token after the other."""
+        """The coefficients, by the scale, of every token of whole ones in range, one token after the other."""
         rows = []
         for token in self._token_bytes:
             try:
@@ -382,7 +384,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 row = np.empty(0, np.int64)
             is_in_range = row.size and self.min_coefficient <= row.min() and row.max() <= self.max_coefficient
             rows.append(row if is_in_range else row[:0])
-        self._token_coefficients = np.concatenate([*rows, np.empty(0)])
+        self._token_coefficients = np.concatenate([*rows, np.empty(0)]) / self.scale
         lengths = np.array([row.size for row in rows])
         self._token_ends = np.cumsum(lengths)
         # The last place is for ids outside the vocabulary. No chunk holds a token of so many coefficients.
@@ -393,30 +395,27 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
 
         Returns:
             Which of the strings are lists of known tokens with whole coefficients in range, `size` of them,
-            `(batch,)`; and these coefficients, `(how many they are, size)`.
+            `(batch,)`; and these coefficients by the scale, `(how many they are, size)`.
         """
         nothing = np.zeros(len(ids), bool), np.empty((0, size))
         if not all(isinstance(row, list) for row in ids):
             return nothing
         try:
-            tokens = np.array(list(chain.from_iterable(ids)))
-        except ValueError:  # lists of unequal lengths
-            return nothing
-        if tokens.ndim != 1 or tokens.dtype.kind != "i":
+            tokens = np.fromiter(map(index, chain.from_iterable(ids)), np.int64)
+        except (TypeError, OverflowError):  # what is no whole number, or a very large one
             return nothing
         tokens[(tokens < 0) | (tokens >= len(self._token_ends))] = len(self._token_ends)
-        ends = np.cumsum([len(row) for row in ids])
-        coefficients_before = np.append(0, np.cumsum(self._token_lengths[tokens]))
-        is_plain = np.diff(coefficients_before[ends], prepend=0) == size
-        if not is_plain.all():
-            tokens = tokens[np.repeat(is_plain, np.diff(ends, prepend=0))]
-        # Token after token, where its coefficients stand in the table: they end at `_token_ends` there, and at
-        # `ends` here.
-        lengths = self._token_lengths[tokens]
+        row_lengths, lengths = [len(row) for row in ids], self._token_lengths[tokens]
         ends = np.cumsum(lengths)
+        is_plain = np.diff(np.append(0, ends)[np.cumsum(row_lengths)], prepend=0) == size
+        if not is_plain.all():
+            is_kept = np.repeat(is_plain, row_lengths)
+            tokens, lengths = tokens[is_kept], lengths[is_kept]
+            ends = np.cumsum(lengths)
+        # Where each token's coefficients stand in the table: they end at `_token_ends` there, and at `ends` here.
         places = np.repeat(self._token_ends[tokens] - ends, lengths)
         places += np.arange(len(places))
-        return is_plain, self._token_coefficients[places].reshape(-1, size)
+        return is_plain, self._token_coefficients.take(places).reshape(-1, size)
 
     def _to_coefficients(self, text: str) -> np.ndarray:
         symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)

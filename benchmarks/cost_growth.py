@@ -75,7 +75,7 @@ def plot(found: dict[str, list[dict]], path: Path) -> None:
                 if points:
                     x, y = ([case[key] for case in points] for key in (name, value))
                     panel.plot(x, y, marker="o", label=f"scale_factor {scale_factor}")
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.1 * max(case[value] for case in cases))
             panel.grid(alpha=0.3)
             if column == 0:
                 panel.set_ylabel(label)
