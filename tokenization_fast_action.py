@@ -407,7 +407,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         tokens[(tokens < 0) | (tokens >= len(self._token_ends))] = len(self._token_ends)
         row_lengths, lengths = [len(row) for row in ids], self._token_lengths[tokens]
         ends = np.cumsum(lengths)
-        is_plain = np.diff(np.append(0, ends)[np.cumsum(row_lengths)], prepend=0) == size
+        is_plain = np.diff(np.append(0, ends)[np.cumsum(row_lengths, dtype=int)], prepend=0) == size
         if not is_plain.all():
             is_kept = np.repeat(is_plain, row_lengths)
             tokens, lengths = tokens[is_kept], lengths[is_kept]

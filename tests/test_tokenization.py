@@ -228,6 +228,10 @@ def test_ids_that_do_not_hold_one_chunk_each_are_refused(fitted, ids, message):
         fitted.decode_actions(ids)
 
 
+def test_no_strings_are_no_chunks(fitted):
+    assert fitted.decode_actions([]).shape == (0, 10, 2)
+
+
 def test_relaxed_decoding_cuts_and_fills_what_holds_no_whole_chunk(fitted, fast_plus):
     actions = np.zeros((1, fitted.horizon, fitted.action_dim))
     (ids,) = fitted.encode_actions(actions + 0.3)
