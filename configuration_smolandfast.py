@@ -69,6 +69,10 @@ class SmolAndFastConfig(SmolVLMConfig):
         scale_factor (`int`, defaults to 1):
             Side of the pixel shuffle: an image of P x P patches becomes (P / scale_factor)^2 visual tokens. SmolVLM's
             own checkpoints have 4; another value re-creates the connector's projection.
+        image_size (`int`, *optional*):
+            Side of the square that the processor makes of an image, in pixels, at most the vision tower's
+            `vision_config.image_size`, which stands in for `None`. Smaller is cheaper: visual tokens go with its
+            square. SmolVLM takes for each patch the position embedding at its place in the whole image.
         do_image_splitting (`bool`, defaults to `False`):
             Whether the processor cuts large images into sub-images beside the whole one.
         chunk_size (`int`, defaults to 10): Actions predicted at once, the horizon of the FAST tokenizer.
@@ -98,6 +102,7 @@ class SmolAndFastConfig(SmolVLMConfig):
     model_type = "smolandfast"
 
     scale_factor: int = 1
+    image_size: int | None = None
     do_image_splitting: bool = False
     chunk_size: int = 10
     n_action_steps: int = 5
@@ -185,10 +190,19 @@ class SmolAndFastConfig(SmolVLMConfig):
             value = getattr(vision, name)
             if not _is_whole(value) or not 1 <= value <= MAX_SIZE:
                 raise ValueError(f"vision_config.{name} is {value!r}, expected one number of pixels: squares only.")
-        if vision.image_size % (vision.patch_size * self.scale_factor):
+        if self.image_size is not None and not (
+            _is_whole(self.image_size) and 1 <= self.image_size <= vision.image_size
+        ):
             raise ValueError(
-                f"An image of {vision.image_size} pixels does not divide into patches of {vision.patch_size}, these "
-                f"into squares of scale_factor {self.scale_factor}. Make vision_config.image_size a multiple of "
+                f"image_size is {self.image_size!r}, expected a whole number of pixels, at most the vision tower's "
+                f"{vision.image_size}. Leave it out for {vision.image_size}."
+            )
+        side = self.image_size or vision.image_size
+        if side % (vision.patch_size * self.scale_factor):
+            name = "vision_config.image_size" if self.image_size is None else "image_size"
+            raise ValueError(
+                f"An image of {side} pixels does not divide into patches of {vision.patch_size}, these into squares "
+                f"of scale_factor {self.scale_factor}. Make {name} a multiple of "
                 f"{vision.patch_size * self.scale_factor}, or change scale_factor."
             )
         if self.fast_token_lengths is not None and self.fast_token_bytes is not None:
@@ -259,7 +273,8 @@ class SmolAndFastConfig(SmolVLMConfig):
     @property
     def image_seq_len(self) -> int:
         """Visual tokens of one image (or sub-image)."""
-        return (self.vision_config.image_size // self.vision_config.patch_size // self.scale_factor) ** 2
+        side = self.image_size or self.vision_config.image_size
+        return (side // self.vision_config.patch_size // self.scale_factor) ** 2
 
 
 def _is_whole(value: object) -> bool:

@@ -30,6 +30,7 @@ class ActionGrammar:
         config: A configuration with its action side filled.
 
     Attributes:
+        band: The action tokens' place in the vocabulary, last token first.
         num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
         max_new_tokens: No string of the grammar is longer.
         started: `(num_action_tokens,)`, the coefficients that begin inside each token.
@@ -43,6 +44,7 @@ class ActionGrammar:
                 "SmolAndFastForActionPrediction.from_pretrained(folder, **processor.model_kwargs())."
             )
         self.base_id = config.action_token_base_id
+        self.band = slice(action_token_map(config.num_action_tokens - 1, self.base_id), self.base_id + 1)
         self.num_coefficients = config.chunk_size * config.action_dim
         if config.fast_token_lengths is not None:
             self.started = torch.tensor(config.fast_token_lengths)
@@ -73,19 +75,25 @@ class ActionGrammar:
             The coefficients left to begin and the state, each `(batch,)`. Once a string is whole, the padding that
             follows does not count; a string outside the grammar has state -1.
         """
-        started, next_state = self.started.to(action_ids.device), self.next_state.to(action_ids.device)
         left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
         state = torch.zeros_like(left)
         for ids in action_ids.T:
-            tokens = action_token_map(ids, self.base_id)
-            known = (tokens >= 0) & (tokens < len(started))
-            tokens = tokens.clamp(0, len(started) - 1)
-            whole = _is_whole(left, state)
-            after = torch.where(known & (state != INVALID), next_state[state.clamp(min=0), tokens], INVALID)
-            after = torch.where(started[tokens] > left, INVALID, after)
-            left = torch.where(whole | (after == INVALID), left, left - started[tokens])
-            state = torch.where(whole, state, after)
+            left, state = self.step(left, state, ids)
         return left, state
+
+    def step(
+        self, left: torch.LongTensor, state: torch.LongTensor, ids: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """What [`read`] returns, one id of each string later; all `(batch,)`."""
+        started, next_state = self.started.to(ids.device), self.next_state.to(ids.device)
+        tokens = action_token_map(ids, self.base_id)
+        known = (tokens >= 0) & (tokens < len(started))
+        tokens = tokens.clamp(0, len(started) - 1)
+        whole = _is_whole(left, state)
+        after = torch.where(known & (state != INVALID), next_state[state.clamp(min=0), tokens], INVALID)
+        after = torch.where(started[tokens] > left, INVALID, after)
+        left = torch.where(whole | (after == INVALID), left, left - started[tokens])
+        return left, torch.where(whole, state, after)
 
     def is_whole(self, action_ids: torch.LongTensor) -> torch.BoolTensor:
         """Whether each string holds exactly one chunk: `(batch, length) -> (batch,)`."""
@@ -101,6 +109,28 @@ class ActionGrammar:
         return (next_state != INVALID) & fits & (state != INVALID)[:, None]
 
 
+class ActionReader:
+    """Reads strings that grow by an id at a time, each id once.
+
+    Strings that did not grow out of those of the call before (beams change places) are read from their start.
+    """
+
+    def __init__(self, grammar: ActionGrammar, prompt_length: int):
+        self.grammar = grammar
+        self.prompt_length = prompt_length
+        self._action_ids: torch.LongTensor | None = None
+
+    def read(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """[`ActionGrammar.read`] of what stands behind the prompt: `(batch, length)` ids -> two of `(batch,)`."""
+        action_ids = input_ids[:, self.prompt_length :]
+        if self._action_ids is not None and torch.equal(self._action_ids, action_ids[:, :-1]):
+            self._found = self.grammar.step(*self._found, action_ids[:, -1])
+        else:
+            self._found = self.grammar.read(action_ids)
+        self._action_ids = action_ids
+        return self._found
+
+
 class ActionLogitsProcessor(LogitsProcessor):
     """Leaves only the tokens that the grammar allows after what stands behind the prompt, then only EOS.
 
@@ -109,15 +139,14 @@ class ActionLogitsProcessor(LogitsProcessor):
 
     def __init__(self, grammar: ActionGrammar, prompt_length: int, eos_token_id: int, relaxed: bool = False):
         self.grammar = grammar
-        self.prompt_length = prompt_length
+        self.reader = ActionReader(grammar, prompt_length)
         self.eos_token_id = eos_token_id
         self.relaxed = relaxed
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        left, state = self.grammar.read(input_ids[:, self.prompt_length :])
+        left, state = self.reader.read(input_ids)
         allowed = self.grammar.allowed(left, state) | self.relaxed
-        first_id = action_token_map(allowed.shape[1] - 1, self.grammar.base_id)
-        band = slice(first_id, self.grammar.base_id + 1)
+        band = self.grammar.band
         masked = torch.full_like(scores, -torch.inf)
         masked[:, band] = scores[:, band].masked_fill(~allowed.flip(1), -torch.inf)
         if self.relaxed:
@@ -137,11 +166,10 @@ class ChunkIsWhole(StoppingCriteria):
     """Ends each string at its last coefficient, without a forward pass for EOS."""
 
     def __init__(self, grammar: ActionGrammar, prompt_length: int):
-        self.grammar = grammar
-        self.prompt_length = prompt_length
+        self.reader = ActionReader(grammar, prompt_length)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return self.grammar.is_whole(input_ids[:, self.prompt_length :])
+        return _is_whole(*self.reader.read(input_ids))
 
 
 def _is_whole(left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:

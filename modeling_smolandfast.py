@@ -18,11 +18,13 @@ from transformers import (
     SmolVLMForConditionalGeneration,
     StoppingCriteriaList,
 )
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMCausalLMOutputWithPast
 from transformers.utils import cached_file, logging
 
 from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
+from .packing_smolandfast import pack_linears
 from .tokenization_fast_action import HUB_KWARGS
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
 
@@ -45,6 +47,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # Transformers reads it off class names it knows
         self.model.connector.register_forward_hook(_in_the_weights_dtype)
+        self.model.vision_model.embeddings.register_forward_hook(_contiguous)
         self._freeze()
 
     def _freeze(self) -> None:
@@ -160,9 +163,34 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         folder = Path(folder)
         write_checksums(folder, compute_checksums(folder, [path.name for path in folder.glob("model*.safetensors")]))
 
+    def pack(self) -> "SmolAndFastForActionPrediction":
+        """Make bf16 inference on a CPU faster, in place: see [`PackedLinear`].
+
+        The model can then neither be trained nor saved. Results differ from those before by bf16's rounding.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: Weights in another type than bf16, or a processor that oneDNN has no bf16 products for.
+        """
+        if getattr(self, "is_quantized", False):
+            raise ValueError("Quantized weights cannot be packed. Load the model without quantization_config.")
+        if self.dtype != torch.bfloat16 or self.device.type != "cpu":
+            raise ValueError(
+                f"The weights are {self.dtype} on {self.device}, expected bf16 on a CPU: elsewhere packing brings "
+                "nothing. Load the model with dtype=torch.bfloat16."
+            )
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise ValueError("This processor has no bf16 products (AVX-512 at least). Leave the model as it is.")
+        pack_linears(self.model)
+        return self
+
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
     @wraps(SmolVLMForConditionalGeneration.forward)
     def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
+        if kwargs.pop("action_logits_only", False):
+            return self._forward_to_action_logits(*args, **kwargs)
         if labels is None:
             return super().forward(*args, return_dict=return_dict, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
@@ -182,6 +210,41 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             num_items_in_batch=num_items_in_batch,
         )
         return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _forward_to_action_logits(self, *args, logits_to_keep: "int | torch.Tensor" = 0, **kwargs):
+        """The forward pass of `generate()`, which masks all but the action tokens and EOS: so do these logits.
+
+        The head has 49,280 rows at the real size, a fifth of the weights that each further token has to read.
+        """
+        outputs = self.model(*args, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = outputs.last_hidden_state[:, kept]  # (batch, positions, hidden_size)
+        logits = hidden.new_full((*hidden.shape[:2], self.config.text_config.vocab_size), -torch.inf)
+        for rows in (self.action_grammar.band, [self._eos_token_id()]):
+            logits[..., rows] = torch.nn.functional.linear(hidden, self.lm_head.weight[rows])
+        return SmolVLMCausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, action_logits_only: bool = False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return {**inputs, "action_logits_only": action_logits_only}
+
+    def _needs_action_logits_only(self, **kwargs) -> bool:
+        config = kwargs.get("generation_config") or self.generation_config
+        options = {name: kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "output_logits")}
+        # Beams are compared by probabilities among all tokens. A head that an adapter or quantisation has wrapped is
+        # more than its weight.
+        is_plain = type(self.lm_head) is torch.nn.Linear and type(self.lm_head.weight) is torch.nn.Parameter
+        return is_plain and options["num_beams"] in (None, 1) and not options["output_logits"]
+
+    def _eos_token_id(self) -> int | None:
+        eos_token_id = self.generation_config.eos_token_id
+        return next(iter(eos_token_id), None) if isinstance(eos_token_id, list) else eos_token_id
 
     def _check_generation_config(self) -> None:
         """Refuse what `generation_config.json` may hold and Transformers does not check."""
@@ -241,9 +304,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 "actions: its prompts end where the policy has to write."
             )
         self._check_generation_config()
-        eos_token_id = self.generation_config.eos_token_id
-        if isinstance(eos_token_id, list):
-            eos_token_id = eos_token_id[0] if eos_token_id else None
+        eos_token_id = self._eos_token_id()
         vocab_size = self.config.text_config.vocab_size
         if eos_token_id is None or not 0 <= eos_token_id < vocab_size or grammar.is_action(eos_token_id):
             raise ValueError(
@@ -261,6 +322,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             logits_processor=LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), constraint]),
             stopping_criteria=StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), *ends]),
             max_new_tokens=grammar.max_new_tokens,
+            action_logits_only=self._needs_action_logits_only(**kwargs),
             **kwargs,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -275,6 +337,11 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
 def _in_the_weights_dtype(connector: torch.nn.Module, args: tuple, visual_tokens: torch.Tensor) -> torch.Tensor:
     """Under autocast, Transformers 5.3 to 5.5 cannot put visual tokens among text tokens of another dtype."""
     return visual_tokens.to(connector.modality_projection.proj.weight.dtype)
+
+
+def _contiguous(embeddings: torch.nn.Module, args: tuple, patches: torch.Tensor) -> torch.Tensor:
+    """SmolVLM's patches come channel by channel, and every layer of the tower would copy its input anew."""
+    return patches.contiguous()
 
 
 SmolAndFastForActionPrediction.register_for_auto_class("AutoModel")

@@ -116,7 +116,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         if side % (patch_size * scale_factor):
             raise ValueError(
                 f"The images' longest_edge of {side} pixels is no multiple of patch_size * scale_factor, {patch_size} "
-                f"* {scale_factor}. Take the three from one checkpoint."
+                f"* {scale_factor}. Change image_size or scale_factor, or take the three from one checkpoint."
             )
         self.action_token_base_id = tokenizer.vocab_size - 1 - fast_skip_tokens
         if self.action_token_base_id + 1 < len(action_tokenizer):
@@ -144,17 +144,26 @@ class SmolAndFastProcessor(ProcessorMixin):
         statistics: dict,
         scale_factor: int = 1,
         do_image_splitting: bool = False,
+        image_size: int | None = None,
         **kwargs,
     ) -> "SmolAndFastProcessor":
         """Make a processor for a SmolVLM or SmolVLM2 checkpoint folder or hub id.
 
         Args:
             do_image_splitting: Whether large images are also cut into sub-images, as SmolVLM itself does. Otherwise an
-                image is one square of the vision tower's size.
+                image is one square.
+            image_size: Side of that square (or of a sub-image) in pixels, a multiple of `patch_size * scale_factor`
+                and at most the vision tower's 512, the default. An image becomes `(image_size / patch_size /
+                scale_factor)^2` visual tokens: 256 pixels are four times cheaper than 512.
             kwargs: The class's other arguments, and those of `from_pretrained` that find files on the hub.
+
+        Raises:
+            ValueError: An image size that patches and scale factor do not divide, or larger than the tower's.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        vision_config = SmolAndFastConfig.from_pretrained(pretrained_model_name_or_path, **hub_kwargs).vision_config
+        config = SmolAndFastConfig.from_pretrained(
+            pretrained_model_name_or_path, scale_factor=scale_factor, image_size=image_size, **hub_kwargs
+        )
         # Its own files name GPT2Tokenizer, which forgets that digits are split.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         image_processor = SmolVLMImageProcessorPil.from_pretrained(
@@ -162,7 +171,7 @@ class SmolAndFastProcessor(ProcessorMixin):
             do_image_splitting=do_image_splitting,
             # Without splitting, stock SmolVLM enlarges the image first, only to shrink it to the square below.
             do_resize=do_image_splitting,
-            max_image_size={"longest_edge": vision_config.image_size},
+            max_image_size={"longest_edge": image_size or config.vision_config.image_size},
             **hub_kwargs,
         )
         chat_template = tokenizer.chat_template
@@ -177,7 +186,7 @@ class SmolAndFastProcessor(ProcessorMixin):
             action_tokenizer,
             statistics,
             scale_factor=scale_factor,
-            patch_size=vision_config.patch_size,
+            patch_size=config.vision_config.patch_size,
             chat_template=chat_template,
             **kwargs,
         )
@@ -199,6 +208,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         """The fields of [`SmolAndFastConfig`] that must agree with this processor."""
         return {
             "scale_factor": self.scale_factor,
+            "image_size": self.image_processor.max_image_size["longest_edge"],
             "do_image_splitting": bool(self.image_processor.do_image_splitting),
             "chunk_size": self.chunk_size,
             "action_dim": self.normalizer.action_dim,
@@ -218,6 +228,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         """
         expected = self.model_kwargs()
         differs = [name for name in SHARED_FIELDS if getattr(model.config, name, None) != expected.get(name)]
+        if model.config.image_seq_len != self.image_seq_len:  # rather than image_size, which may be left out
+            differs.append("image_size")
         if getattr(model.config, "normalization_fingerprint", None) is None:  # saved before there was one
             differs = [name for name in differs if name != "normalization_fingerprint"]
         if differs:

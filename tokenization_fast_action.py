@@ -7,7 +7,10 @@ Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, sectio
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
 from numbers import Integral, Real
+from operator import index
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import cached_file
 
+from .automaton_smolandfast import BpeAutomaton
 from .errors_smolandfast import naming
 
 # A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
@@ -28,6 +32,12 @@ MAX_SYMBOLS = 0xFFFE
 MAX_CODE_POINT = 0xD7FF
 
 MAX_COEFFICIENT = 2**31
+
+# An automaton takes over where a batch holds so many coefficients that building it (half a second for 1,024 tokens,
+# memory with their square) soon pays. It reads so many strings at once.
+AUTOMATON_FROM = 2**19
+AUTOMATON_TOKENS = 2048
+AUTOMATON_ROWS = 4096
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -110,6 +120,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             self._token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
         else:
             self._token_bytes = [token.encode("utf-8") for token in tokens]
+        self._fill_tables()
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
@@ -215,9 +226,32 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             ValueError: wrong shape, or a value that is not finite; the message names the first offending index.
         """
         coefficients = _dct_coefficients(self._check_shape(_as_chunks(actions)), self.scale)
-        coefficients = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
-        texts = _write_symbols(coefficients - self.min_coefficient + self._first_symbol)
+        symbols = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
+        symbols -= self.min_coefficient
+        if symbols.size >= AUTOMATON_FROM and self._automaton is not None:
+            blocks = (symbols[start : start + AUTOMATON_ROWS] for start in range(0, len(symbols), AUTOMATON_ROWS))
+            return [ids for block in blocks for ids in self._automaton.encode(block)]
+        texts = _write_symbols(symbols + self._first_symbol)
         return [encoding.ids for encoding in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _automaton(self) -> BpeAutomaton | None:
+        """Encodes large batches; `None` where this is no tokenizer as [`FastActionTokenizer.fit`] makes it."""
+        content = json.loads(self.backend_tokenizer.to_str())
+        model = content["model"]
+        merges, tokens = model.get("merges", ()), self.convert_ids_to_tokens(list(range(len(self))))
+        num_symbols = len(tokens) - len(merges)
+        spelled = [chr(FIRST_SYMBOL + k) for k in range(num_symbols)] + ["".join(pair) for pair in merges]
+        others = [value for name, value in model.items() if name not in ("type", "vocab", "merges")]
+        others += [content[name] for name in ("normalizer", "pre_tokenizer", "added_tokens", "truncation", "padding")]
+        has_all_symbols = num_symbols > self.max_coefficient - self.min_coefficient
+        if len(tokens) > AUTOMATON_TOKENS or tokens != spelled or any(others) or not has_all_symbols:
+            return None
+        ids = {token: i for i, token in enumerate(tokens)}
+        try:
+            return BpeAutomaton(num_symbols, [(ids[left], ids[right]) for left, right in merges])
+        except ValueError:
+            return None
 
     def decode_actions(
         self,
@@ -261,19 +295,24 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"Asked for chunks of shape ({horizon}, {action_dim}), but this tokenizer was fitted for "
                 f"({self.horizon}, {self.action_dim}). Fit a tokenizer for the other shape."
             )
-        rows = [self._read_coefficients(row, index, relaxed) for index, row in enumerate(ids)]
-        if relaxed:
-            size = horizon * action_dim
-            rows = [np.pad(row[:size], (0, max(0, size - row.size))) for row in rows]
-        for index, row in enumerate(rows):
-            if row.size != horizon * action_dim:
+        ids = ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
+        size = horizon * action_dim
+        is_plain, plain = self._look_up(ids, size)
+        coefficients = plain
+        if not is_plain.all():
+            coefficients = np.zeros((len(ids), size))
+            coefficients[is_plain] = plain
+        for i in np.flatnonzero(~is_plain):
+            row = self._read_coefficients(ids[i], i, relaxed)
+            row = row[:size] if relaxed else row
+            if row.size != size and not relaxed:
                 raise ValueError(
-                    f"ids[{index}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
-                    f"{action_dim} = {horizon * action_dim}. Constrained decoding (the model's own generate) writes "
+                    f"ids[{i}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
+                    f"{action_dim} = {size}. Constrained decoding (the model's own generate) writes "
                     "only whole chunks."
                 )
-        coefficients = np.array(rows, dtype=np.float64).reshape(len(rows), horizon, action_dim)
-        return idct(coefficients / self.scale, axis=1, norm="ortho")
+            coefficients[i, : row.size] = row / self.scale
+        return idct(coefficients.reshape(-1, horizon, action_dim), axis=1, norm="ortho", overwrite_x=True)
 
     def count_saturated(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
         """Count, for each chunk, the coefficients that `encode_actions` has to saturate: `(batch,)` integers."""
@@ -335,7 +374,55 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             )
         return actions
 
+    def _fill_tables(self) -> None:
+        """The coefficients, by the scale, of every token of whole ones in range, one token after the other."""
+        rows = []
+        for token in self._token_bytes:
+            try:
+                row = self._to_coefficients(token.decode("utf-8"))
+            except UnicodeDecodeError:
+                row = np.empty(0, np.int64)
+            is_in_range = row.size and self.min_coefficient <= row.min() and row.max() <= self.max_coefficient
+            rows.append(row if is_in_range else row[:0])
+        self._token_coefficients = np.concatenate([*rows, np.empty(0)]) / self.scale
+        lengths = np.array([row.size for row in rows])
+        self._token_ends = np.cumsum(lengths)
+        # The last place is for ids outside the vocabulary. No chunk holds a token of so many coefficients.
+        self._token_lengths = np.append(np.where(lengths == 0, 2**31, lengths), 2**31)
+
+    def _look_up(self, ids: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read all strings that are nothing out of the ordinary at once, with tables.
+
+        Returns:
+            Which of the strings are lists of known tokens with whole coefficients in range, `size` of them,
+            `(batch,)`; and these coefficients by the scale, `(how many they are, size)`.
+        """
+        nothing = np.zeros(len(ids), bool), np.empty((0, size))
+        if not all(isinstance(row, list) for row in ids):
+            return nothing
+        try:
+            tokens = np.fromiter(map(index, chain.from_iterable(ids)), np.int64)
+        except (TypeError, OverflowError):  # what is no whole number, or a very large one
+            return nothing
+        tokens[(tokens < 0) | (tokens >= len(self._token_ends))] = len(self._token_ends)
+        row_lengths, lengths = [len(row) for row in ids], self._token_lengths[tokens]
+        ends = np.cumsum(lengths)
+        is_plain = np.diff(np.append(0, ends)[np.cumsum(row_lengths, dtype=int)], prepend=0) == size
+        if not is_plain.all():
+            is_kept = np.repeat(is_plain, row_lengths)
+            tokens, lengths = tokens[is_kept], lengths[is_kept]
+            ends = np.cumsum(lengths)
+        # Where each token's coefficients stand in the table: they end at `_token_ends` there, and at `ends` here.
+        places = np.repeat(self._token_ends[tokens] - ends, lengths)
+        places += np.arange(len(places))
+        return is_plain, self._token_coefficients.take(places).reshape(-1, size)
+
+    def _to_coefficients(self, text: str) -> np.ndarray:
+        symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
+        return symbols - self._first_symbol + self.min_coefficient
+
     def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
+        """Read one string with care: it may hold parts of characters, or what has to be refused."""
         try:
             array = np.asarray(ids)
         except ValueError:  # lists of unequal lengths
@@ -357,8 +444,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"ids[{index}] is not a valid FAST string: its bytes are not UTF-8 ({error.reason} at byte "
                 f"{error.start}). Only strings from encode_actions or from constrained decoding can be decoded."
             ) from error
-        symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
-        coefficients = symbols - self._first_symbol + self.min_coefficient
+        coefficients = self._to_coefficients(text)
         if relaxed:
             return np.clip(coefficients, self.min_coefficient, self.max_coefficient)
         outside = coefficients[(coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)]

@@ -9,6 +9,7 @@ ten minutes on two cores, and up to 20 GB. Writes `benchmarks/results/bench_256m
 """
 
 import argparse
+import copy
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench import RESULTS, describe_machine, seconds, write_table
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.utils import get_model_size_in_bytes
 from transformers import LogitsProcessor, LogitsProcessorList, SmolVLMForConditionalGeneration
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction
@@ -47,7 +50,7 @@ class MaskedBand(LogitsProcessor):
         return masked
 
 
-def make_model(scale_factor: int) -> SmolAndFastForActionPrediction:
+def make_model(scale_factor: int, chunk_size: int = CHUNK_SIZE) -> SmolAndFastForActionPrediction:
     torch.manual_seed(0)
     return SmolAndFastForActionPrediction(
         SmolAndFastConfig(
@@ -55,8 +58,8 @@ def make_model(scale_factor: int) -> SmolAndFastForActionPrediction:
             text_config=TEXT,
             image_token_id=IMAGE_TOKEN_ID,
             scale_factor=scale_factor,
-            chunk_size=CHUNK_SIZE,
-            n_action_steps=CHUNK_SIZE,
+            chunk_size=chunk_size,
+            n_action_steps=chunk_size,
             action_dim=ACTION_DIM,
             action_token_base_id=BASE_ID,
             fast_token_lengths=[1] * NUM_ACTION_TOKENS,
@@ -64,16 +67,18 @@ def make_model(scale_factor: int) -> SmolAndFastForActionPrediction:
     )
 
 
-def make_batch(scale_factor: int, batch_size: int, with_actions: bool) -> dict[str, torch.Tensor]:
+def make_batch(
+    scale_factor: int, batch_size: int, with_actions: bool, image_size: int = VISION["image_size"]
+) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
-    visual = 1024 // scale_factor**2
+    visual = (image_size // VISION["patch_size"] // scale_factor) ** 2
     length = visual + PROMPT_TOKENS + (ACTION_TOKENS + 1 if with_actions else 0)
     ids = torch.randint(100, 40_000, (batch_size, length), generator=rng)
     ids[:, 5 : 5 + visual] = IMAGE_TOKEN_ID
     batch = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(batch_size, 1, 3, 512, 512, generator=rng),
+        "pixel_values": torch.randn(batch_size, 1, 3, image_size, image_size, generator=rng),
     }
     if with_actions:
         labels = torch.full_like(ids, -100)
@@ -159,25 +164,61 @@ def bench_training(scale_factor: int, rounds: int) -> dict[str, float]:
     return figures | {f"matrix products, {name}, TFLOP/s": rate for name, rate in rates.items()}
 
 
+def make_stock(model: SmolAndFastForActionPrediction) -> SmolVLMForConditionalGeneration:
+    """The stock model on the same tensors, without anything that ours adds to its parts."""
+    stock = SmolVLMForConditionalGeneration(model.config)
+    stock.load_state_dict(model.state_dict(), assign=True)
+    return stock.eval()
+
+
 def bench_inference(scale_factor: int, rounds: int) -> dict[str, float]:
-    figures = {}
-    for precision, dtype in {"fp32": torch.float32, "bf16 weights": torch.bfloat16}.items():
-        model = make_model(scale_factor).to(dtype).eval()
-        inputs = make_batch(scale_factor, 1, False)
-        many = make_batch(scale_factor, 16, False) if scale_factor == 4 else None
-        cases = {
-            "stock": lambda m=model, i=inputs: stock_chunk(m, i),
-            "ours": lambda m=model, i=inputs: our_chunk(m, i),
-        }
-        if many is not None:
-            cases["16 at once"] = lambda m=model, i=many: our_chunk(m, i)
-        found = dict(zip(cases, seconds(*cases.values(), repeats=rounds), strict=True))
-        title = f"one chunk, scale {scale_factor}, {precision}"
-        figures[f"{title}, stock: ms"] = found["stock"] * 1e3
-        figures[f"{title}, ours: ms"] = found["ours"] * 1e3
-        if many is not None:
-            figures[f"{title}, 16 at once: times 16 calls"] = 16 * found["ours"] / found["16 at once"]
+    exact = make_model(scale_factor).eval()
+    half = copy.deepcopy(exact).to(torch.bfloat16)
+    models = {"stock fp32": make_stock(exact), "ours fp32": exact, "stock bf16": make_stock(half), "ours bf16": half}
+    models |= {"ours bf16 packed": copy.deepcopy(half).pack(), "ours bf16, int8 weights": copy.deepcopy(half)}
+    quantize_(models["ours bf16, int8 weights"].model, Int8WeightOnlyConfig())
+    one, many = make_batch(scale_factor, 1, False), make_batch(scale_factor, 16, False)
+    chunks = {name: stock_chunk if "stock" in name else our_chunk for name in models}
+    times = seconds(*[lambda name=name: chunks[name](models[name], one) for name in models], repeats=rounds)
+    prefills = seconds(*[lambda name=name: prefill(models[name], one) for name in models], repeats=rounds)
+    rates = {"fp32": matmul_tflops(torch.float32), "bf16": matmul_tflops(torch.bfloat16)}
+    scores = prefill(exact, one).logits
+    figures = {"bytes read from memory, GB/s": (bandwidth := memory_gb_per_s())}
+    for precision, model in {"fp32": exact, "bf16": half}.items():
+        layers = sum(weight.nbytes for weight in model.model.text_model.layers.parameters()) / 1e9
+        floor = PREFILL_GFLOP[scale_factor] / rates[precision] + (ACTION_TOKENS - 1) * layers / bandwidth * 1e3
+        title = f"floor of one chunk, scale {scale_factor}, {precision}"
+        figures[f"{title}: matrix products of the prefill, GFLOP"] = PREFILL_GFLOP[scale_factor]
+        figures[f"{title}: weights read by each of {ACTION_TOKENS - 1} further tokens, MB"] = layers * 1e3
+        figures[f"{title}: ms"] = floor
+    for (name, model), found, prefill_time in zip(models.items(), times, prefills, strict=True):
+        title = f"one chunk, scale {scale_factor}, {name}"
+        rate = PREFILL_GFLOP[scale_factor] / 1e3 / prefill_time
+        figures[f"{title}: ms"] = found * 1e3
+        figures[f"{title}: times stock fp32"] = times[0] / found
+        figures[f"{title}, prefill: ms"] = prefill_time * 1e3
+        figures[f"{title}, prefill: share of the matrix rate"] = rate / rates[name.split()[1].strip(",")]
+        if name not in ("stock fp32", "ours fp32"):
+            difference = (prefill(model, one).logits - scores).abs().mean() / scores.std()
+            figures[f"{title}: mean difference of the first scores from fp32, standard deviations"] = float(difference)
+        if name == "ours bf16, int8 weights":
+            for part in (half, model):
+                kind = "int8" if part is model else "bf16"
+                figures[f"weights of the layers, {kind}, MB"] = get_model_size_in_bytes(part.model) / 1e6
+        elif scale_factor == 4 and "ours" in name:
+            figures[f"{title}, 16 at once: times 16 calls"] = 16 * found / timed(our_chunk, model, many)
     return figures
+
+
+def memory_gb_per_s(repeats: int = 5) -> float:
+    """How fast this machine reads: the best of a few sums over half a gigabyte."""
+    numbers = torch.ones(2**27)
+    return numbers.nbytes / min(timed(numbers.sum) for _ in range(repeats)) / 1e9
+
+
+@torch.no_grad()
+def prefill(model, inputs):
+    return model(**inputs, logits_to_keep=1)
 
 
 def bench_memory(scale_factor: int) -> dict[str, float]:

@@ -137,7 +137,7 @@ def write_card(
         repo_id=repo_id,
         # `card_data` and the fields of `data` are there by themselves.
         num_parameters=_short(sum(parameter.numel() for parameter in model.parameters())),
-        image_size=config.vision_config.image_size,
+        image_size=config.image_size or config.vision_config.image_size,
         num_visual_tokens=processor.image_seq_len,
         chunk_size=config.chunk_size,
         n_action_steps=config.n_action_steps if metrics is None else metrics["n_action_steps"],

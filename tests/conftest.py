@@ -13,11 +13,13 @@ SHARED = Path(__file__).parents[2] / "shared"
 TASK = "Push the T-shaped block onto the T-shaped target."
 # The code that every checkpoint carries.
 PYTHON_FILES = {
+    "automaton_smolandfast.py",
     "configuration_smolandfast.py",
     "errors_smolandfast.py",
     "generation_smolandfast.py",
     "modeling_smolandfast.py",
     "normalization_smolandfast.py",
+    "packing_smolandfast.py",
     "processing_smolandfast.py",
     "tokenization_fast_action.py",
     "weights_smolandfast.py",

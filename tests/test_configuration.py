@@ -96,6 +96,18 @@ def test_an_image_that_patches_and_scale_factor_do_not_divide_is_refused(
         SmolAndFastConfig(vision_config=vision_config, scale_factor=scale_factor)
 
 
+def test_the_images_may_be_smaller_than_the_towers_but_not_larger():
+    tower = {"vision_config": {"image_size": 512, "patch_size": 16}}
+    assert SmolAndFastConfig(**tower, image_size=384, scale_factor=3).image_seq_len == 64  # 512 would not divide
+    for image_size in (576, 0, "512", 256.0, True):
+        with pytest.raises(
+            ValueError, match=f"image_size is {image_size!r}, expected .* at most the vision tower's 512"
+        ):
+            SmolAndFastConfig(**tower, image_size=image_size)
+    with pytest.raises(ValueError, match="Make image_size a multiple of 64"):
+        SmolAndFastConfig(**tower, image_size=272, scale_factor=4)
+
+
 @pytest.mark.parametrize("missing", ["action_dim", "action_token_base_id", "fast_token_lengths"])
 def test_an_action_side_that_is_half_filled_is_refused(missing):
     with pytest.raises(ValueError, match=rf"half filled: {missing}"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LogitsProcessorList, SmolVLMForConditionalGeneration, StoppingCriteriaList
 
 from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastForActionPrediction
 from smolandfast.generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
@@ -240,6 +241,68 @@ def test_the_model_runs_once_for_each_token_of_the_longest_string(policy, do_sam
     ids = model.generate(input_ids=PROMPTS, attention_mask=MASK, do_sample=do_sample)
     lengths = (ids[:, 7:] >= policy.band.start).sum(1)
     assert len(runs) == lengths.max() == ids.shape[1] - 7
+
+
+def test_greedy_and_sampled_strings_are_those_of_stock_generate(policy):
+    """Ours computes the scores of the action tokens alone; stock those of the whole vocabulary, and masks them."""
+    model = policy.make_model()
+    for options in ({}, {"do_sample": True, "temperature": 2.0}, {"do_sample": True, "top_k": 3}, {"num_beams": 3}):
+        torch.manual_seed(0)
+        ours = model.generate(input_ids=PROMPTS, attention_mask=MASK, **options)
+        constraint = ActionLogitsProcessor(policy.grammar, PROMPTS.shape[1], EOS)
+        torch.manual_seed(0)
+        stock = SmolVLMForConditionalGeneration.generate(
+            model,
+            input_ids=PROMPTS,
+            attention_mask=MASK,
+            logits_processor=LogitsProcessorList([constraint]),
+            stopping_criteria=StoppingCriteriaList([ChunkIsWhole(policy.grammar, PROMPTS.shape[1])]),
+            max_new_tokens=policy.grammar.max_new_tokens,
+            pad_token_id=PAD,
+            **options,
+        )
+        assert torch.equal(ours, stock), options
+
+
+def test_scores_are_those_of_the_whole_head_among_what_may_follow(policy):
+    model = policy.make_model()
+    options = {"return_dict_in_generate": True, "output_scores": True}
+    ours = model.generate(input_ids=PROMPTS, attention_mask=MASK, **options)
+    whole = model.generate(input_ids=PROMPTS, attention_mask=MASK, output_logits=True, **options)
+    assert torch.equal(ours.sequences, whole.sequences)
+    for found, expected, logits in zip(ours.scores, whole.scores, whole.logits, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert torch.isfinite(logits).all()  # who asks for logits gets all of them
+
+
+def test_a_head_that_was_wrapped_is_used_as_a_whole():
+    """An adapter around the head adds to what its weight gives."""
+
+    class Shifted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + shift
+
+    policy = Policy(10, 2, 300)
+    model = policy.make_model()
+    favourite = policy.band.stop - 1 - policy.config.fast_token_lengths.index(1)
+    shift = torch.nn.functional.one_hot(torch.tensor(favourite), model.lm_head.out_features) * 1e6
+    model.lm_head.__class__ = Shifted
+    ids = model.generate(input_ids=PROMPTS, attention_mask=MASK)
+    assert (ids[:, PROMPTS.shape[1] :] == favourite).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"do_sample": True}])
+def test_each_written_id_is_read_once_unless_beams_change_places(policy, options, monkeypatch):
+    model, lengths, steps = policy.make_model(), [], []
+    read, step = ActionGrammar.read, ActionGrammar.step
+    monkeypatch.setattr(ActionGrammar, "read", lambda self, ids: lengths.append(ids.shape[1]) or read(self, ids))
+    monkeypatch.setattr(ActionGrammar, "step", lambda *args: steps.append(1) or step(*args))
+    ids = model.generate(input_ids=PROMPTS, attention_mask=MASK, **options)
+    policy.assert_one_chunk_each(ids[:, 7:])
+    if "num_beams" not in options:
+        new = ids.shape[1] - 7
+        # The processor reads before each token, the criterion after it, the check at the end all of them.
+        assert lengths == [0, 1, new] and len(steps) == (new - 1) + new + new
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_length", "min_new_tokens", "min_length", "stop_strings"])

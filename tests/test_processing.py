@@ -1,5 +1,6 @@
 """The processor: what goes into the model, and what comes back to the robot."""
 
+import copy
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from transformers import Idefics3Processor, PreTrainedTokenizerFast
 
 from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastProcessor, compute_statistics
+from smolandfast.tiny_smolandfast import make_tiny_model
 
 
 def without_actions(batch):
@@ -171,6 +173,54 @@ def test_model_kwargs_make_a_configuration_that_fits(processor):
     )
     assert config.image_seq_len == processor.image_seq_len == 4
     assert config.num_action_tokens == len(processor.action_tokenizer)
+
+
+def test_a_smaller_square_makes_fewer_visual_tokens(real_processor, smolvlm_assets, demonstrations, tmp_path):
+    parts = smolvlm_assets, real_processor.action_tokenizer, real_processor.statistics
+    processor = SmolAndFastProcessor.from_vlm(*parts, scale_factor=4, image_size=256)
+    processor.save_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8))
+    for made in (processor, SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)):
+        inputs = made(images=image, text="Push.", state=demonstrations[0][0])
+        assert inputs["pixel_values"].shape == (1, 1, 3, 256, 256)
+        assert (inputs["input_ids"] == 49190).sum() == made.image_seq_len == 16
+    config = SmolAndFastConfig.from_pretrained(smolvlm_assets, **processor.model_kwargs())
+    assert config.image_seq_len == 16 and config.vision_config.image_size == 512
+    for wrong, message in {
+        500: "500 pixels does not divide into patches of 16.*Make image_size a multiple of 64",
+        576: "image_size is 576, expected a whole number of pixels, at most the vision tower's 512",
+        0: "image_size is 0",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            SmolAndFastProcessor.from_vlm(*parts, scale_factor=4, image_size=wrong)
+
+
+def test_a_smaller_square_is_seen_with_the_position_embeddings_of_its_places(processor, batch):
+    """6 x 6 patches in the tower, 3 x 3 in the image: every second row and column of the embeddings."""
+    image_processor = copy.deepcopy(processor.image_processor)
+    image_processor.max_image_size = {"longest_edge": 48}
+    small = SmolAndFastProcessor(
+        image_processor,
+        processor.tokenizer,
+        processor.action_tokenizer,
+        processor.statistics,
+        use_relative_actions=processor.use_relative_actions,
+        fast_skip_tokens=0,
+        scale_factor=3,
+        chat_template=processor.chat_template,
+    )
+    model = make_tiny_model(small, n_action_steps=4).eval()
+    embeddings = model.model.vision_model.embeddings
+    positions = []
+    inputs = small(images=batch["images"], text=batch["text"], state=batch["state"])
+    patches = embeddings.patch_embedding(inputs["pixel_values"].flatten(0, 1)).flatten(2).mT  # (4, 9, width)
+    embeddings.register_forward_hook(lambda module, args, output: positions.append(output - patches))
+    assert small.post_process_actions(model.generate(**inputs)).shape == (4, 8, 2)
+    grid = embeddings.position_embedding.weight.view(6, 6, -1)
+    torch.testing.assert_close(positions[0][0], grid[::2, ::2].flatten(0, 1), rtol=0, atol=1e-5)
+    small.check_model(model)
+    with pytest.raises(ValueError, match="belongs to another model: image_size differ"):
+        processor.check_model(model)
 
 
 def test_text_ids_equal_smolvlms_conformance_cases(real_processor, smolvlm_assets):

@@ -47,7 +47,7 @@ def to_lerobot(checkpoint: Path, output_dir: Path, image_keys: Sequence[str] = (
     """
     model = SmolAndFastForActionPrediction.from_pretrained(checkpoint)
     processor = load_processor(checkpoint)
-    side = model.config.vision_config.image_size
+    side = model.config.image_size or model.config.vision_config.image_size
     state_dim, action_dim = processor.normalizer.state_dim, processor.normalizer.action_dim
     config = SMOLANDFASTConfig(
         input_features={

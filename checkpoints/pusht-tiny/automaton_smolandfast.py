@@ -1,0 +1,1 @@
+../../automaton_smolandfast.py
