@@ -42,7 +42,8 @@ def parameter_groups(
 ) -> list[dict]:
     """An optimizer's parameter groups, with a learning rate for each part of the model. The head counts as text.
 
-    Biases, norms and everything frozen are as `Trainer` has them: without decay, left out.
+    Biases, norms and everything frozen are as `Trainer` has them: without decay, left out. With `peft`, these are the
+    adapters' parameters alone.
     """
     learning_rates = {
         "model.vision_model.": vision_learning_rate,
@@ -52,7 +53,7 @@ def parameter_groups(
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = next(prefix for prefix in learning_rates if name.startswith(prefix))
+            part = next(prefix for prefix in learning_rates if prefix in name)
             groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
     return [
         {"params": parameters, "lr": learning_rates[part], "weight_decay": weight_decay if has_decay else 0.0}

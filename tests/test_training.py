@@ -79,7 +79,12 @@ def muon(model):
     return make_muon(model, parameter_groups(model))
 
 
-@pytest.mark.parametrize("make", [adamw, muon])
+def adamw_with_master_weights(model):
+    model.to(torch.bfloat16).set_attn_implementation("bf16_training")
+    return make_optimizer(model)
+
+
+@pytest.mark.parametrize("make", [adamw, muon, adamw_with_master_weights])
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(make, processor, model, demonstrations, tmp_path):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = make_trainer(processor, model, demonstrations, tmp_path, make(model))
@@ -90,6 +95,18 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(make, processor, m
     assert set(losses(whole)) == {1, 2, 3, 4, 5}
     assert losses(resumed) == losses(whole)
     assert SmolAndFastProcessor.from_pretrained(tmp_path / "checkpoint-4", trust_remote_code=True)
+
+
+def test_gradient_checkpointing_in_trainer_has_the_same_losses(processor, model, demonstrations, tmp_path):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for checkpointing in (False, True):
+        model.load_state_dict(weights)
+        options = {"gradient_checkpointing": checkpointing}
+        trainer = make_trainer(processor, model, demonstrations, tmp_path / str(checkpointing), **options)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_each_part_has_its_learning_rate_and_frozen_parts_have_none(model):
