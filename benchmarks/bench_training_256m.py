@@ -19,15 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench import RESULTS, describe_machine, write_table
-from bench_256m import make_batch, make_model, matmul_tflops
+from bench_256m import PREFILL_GFLOP, make_batch, make_model, matmul_tflops
 from peft import LoraConfig, get_peft_model
 from transformers import SmolVLMForConditionalGeneration
 
 from smolandfast.training_smolandfast import make_optimizer
 
 BATCH = {1: 4, 4: 8}  # by scale factor
-# Forward pass of one sample, matrix products alone, in GFLOP (DESIGN: 539 and 251 for scale 1 and 4).
-PREFILL_GFLOP = {1: 539, 4: 251}
 
 
 @dataclass(frozen=True)
