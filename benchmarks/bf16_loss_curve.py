@@ -3,8 +3,8 @@
     python benchmarks/bf16_loss_curve.py --dataset_root path/to/pusht
 
 The tiny policy from random weights on PushT demonstrations: fp32, bf16 with `make_optimizer`'s fp32 master weights and
-the `bf16_training` attention, and for comparison bf16 with PyTorch's AdamW, whose updates are lost in the rounding.
-Ten minutes on one core. Writes `benchmarks/results/bf16_loss_curve.json` and `.png`.
+the `bf16_training` attention, and for comparison bf16 with PyTorch's AdamW, which rounds every update.
+Some fifteen minutes on one core. Writes `benchmarks/results/bf16_loss_curve.json` and `.png`.
 """
 
 import argparse
