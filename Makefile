@@ -38,6 +38,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/bench.py
 	$(VENV)/bin/python benchmarks/bench_256m.py
+	$(VENV)/bin/python benchmarks/bench_training_256m.py
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -201,6 +201,11 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             raise ValueError(
                 "labels has no action token to learn: every entry is -100. Pass actions to the processor."
             )
+        kwargs.setdefault("use_cache", False)  # nothing reads keys and values again
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and (mask[:, :-1] >= mask[:, 1:]).all():
+            # No token sees what is padded to the right of it: without a mask, attention takes its fast kernels.
+            kwargs["attention_mask"] = None
         outputs = super().forward(*args, logits_to_keep=kept, return_dict=True, **kwargs)
         outputs.loss = self.loss_function(
             logits=outputs.logits,

@@ -1,12 +1,21 @@
-"""What `Trainer` needs to train a SmolAndFast policy: the data collator, the optimizer's groups, the precision."""
+"""What `Trainer` needs to train a SmolAndFast policy: the data collator, the optimizer, the precision.
+
+Importing this file also registers the attention of `attention_smolandfast.py` with Transformers.
+"""
 
 import time
 
 import torch
-from transformers import BatchFeature
+from torch.optim.adamw import adamw
+from transformers import AttentionInterface, AttentionMaskInterface, BatchFeature
+from transformers.masking_utils import sdpa_mask
 
+from .attention_smolandfast import bf16_training_attention
 from .modeling_smolandfast import SmolAndFastForActionPrediction
 from .processing_smolandfast import SmolAndFastProcessor
+
+AttentionInterface.register("bf16_training", bf16_training_attention)
+AttentionMaskInterface.register("bf16_training", sdpa_mask)
 
 
 class ActionDataCollator:
@@ -33,7 +42,8 @@ def parameter_groups(
 ) -> list[dict]:
     """An optimizer's parameter groups, with a learning rate for each part of the model. The head counts as text.
 
-    Biases, norms and everything frozen are as `Trainer` has them: without decay, left out.
+    Biases, norms and everything frozen are as `Trainer` has them: without decay, left out. With `peft`, these are the
+    adapters' parameters alone.
     """
     learning_rates = {
         "model.vision_model.": vision_learning_rate,
@@ -43,7 +53,7 @@ def parameter_groups(
     groups: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = next(prefix for prefix in learning_rates if name.startswith(prefix))
+            part = next(prefix for prefix in learning_rates if prefix in name)
             groups.setdefault((part, parameter.ndim >= 2), []).append(parameter)
     return [
         {"params": parameters, "lr": learning_rates[part], "weight_decay": weight_decay if has_decay else 0.0}
@@ -51,19 +61,79 @@ def parameter_groups(
     ]
 
 
+class MasterWeightsAdamW(torch.optim.Optimizer):
+    """AdamW for a model in bf16, whose updates are too small for bf16: it adds them up in fp32.
+
+    The state of each parameter holds its fp32 value (`master`) and AdamW's two moments in fp32; the model gets the
+    rounded value. As in mixed-precision training (Micikevicius et al. 2018), 14 bytes a parameter and 2 for gradients.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: torch.nn.Parameter, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            master = parameter.detach().to(torch.float32, copy=True)
+            state |= {"master": master, "step": torch.zeros((), device=master.device)}
+            state |= {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+        adamw(
+            [state["master"]],
+            [parameter.grad.float()],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        parameter.copy_(state["master"])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)  # rounds the state to the parameters' bf16: put back what was saved
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for i, parameter in zip(ids, parameters, strict=True):
+            saved = state_dict["state"].get(i, {})
+            self.state[parameter].update(
+                {name: value.to(parameter.device, copy=True) for name, value in saved.items()}
+            )
+
+
 def make_optimizer(
     model: SmolAndFastForActionPrediction,
     *learning_rates: float,
     betas: tuple[float, float] = (0.9, 0.95),
     **kwargs: float,
-) -> torch.optim.AdamW:
-    """AdamW for `Trainer(optimizers=(optimizer, None))`.
+) -> torch.optim.AdamW | MasterWeightsAdamW:
+    """AdamW for `Trainer(optimizers=(optimizer, None))`; for a model in bf16, with fp32 master weights.
 
     Args:
         learning_rates, kwargs: Those of [`parameter_groups`].
         betas: AdamW's decay rates of the two moments.
     """
-    return torch.optim.AdamW(parameter_groups(model, *learning_rates, **kwargs), betas=betas, fused=True)
+    groups = parameter_groups(model, *learning_rates, **kwargs)
+    if any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
+        return MasterWeightsAdamW(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def bf16_is_faster(size: int = 512, repeats: int = 10) -> bool:

@@ -1,21 +1,16 @@
-"""The real size against stock Transformers, on random weights of SmolVLM2-256M's shapes: part of `make bench`.
+"""An action chunk of the real size against stock Transformers, on random weights of SmolVLM2-256M's shapes.
 
     python benchmarks/bench_256m.py
 
-Stock is what a user would write without this repository: `SmolVLMForConditionalGeneration`'s own forward pass and loss
-over the whole sequence; `generate()` with a logits processor that masks all but the action tokens and EOS. It runs on
-the same weights as ours, alternating with it in one process, but for the peak memory, which takes a process each. Some
-ten minutes on two cores, and up to 20 GB. Writes `benchmarks/results/bench_256m.json` and `.md`.
+Part of `make bench`; `bench_training_256m.py` is the other half. Stock is what a user would write without this
+repository: `generate()` with a logits processor that masks all but the action tokens and EOS. It runs on the same
+weights as ours, alternating with it in one process. Writes `benchmarks/results/bench_256m.json` and `.md`.
 """
 
 import argparse
 import copy
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import torch
 from bench import RESULTS, describe_machine, seconds, write_table
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -23,7 +18,6 @@ from torchao.utils import get_model_size_in_bytes
 from transformers import LogitsProcessor, LogitsProcessorList, SmolVLMForConditionalGeneration
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction
-from smolandfast.training_smolandfast import make_optimizer
 
 # config.json of HuggingFaceTB/SmolVLM2-256M-Video-Instruct.
 VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -37,7 +31,6 @@ CHUNK_SIZE, ACTION_DIM, ACTION_TOKENS = 4, 2, 8  # one coefficient a token, so e
 PROMPT_TOKENS = 60  # besides the image
 # Forward pass of one sample, matrix products alone, in GFLOP (DESIGN: 539, 298, 251 for scale 1, 2, 4).
 PREFILL_GFLOP = {1: 539, 4: 251}
-BATCH = {1: 4, 4: 8}
 
 
 class MaskedBand(LogitsProcessor):
@@ -87,30 +80,6 @@ def make_batch(
     return batch
 
 
-def stock_loss(model, batch):
-    return SmolVLMForConditionalGeneration.forward(model, **batch).loss
-
-
-def our_loss(model, batch):
-    return model(**batch).loss
-
-
-def our_bf16_loss(model, batch):
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(**batch).loss
-
-
-LOSSES = {"stock fp32": stock_loss, "ours fp32": our_loss, "ours bf16 autocast": our_bf16_loss}
-
-
-def train_step(model, optimizer, batch, loss_function) -> float:
-    loss = loss_function(model, batch)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
 def stock_chunk(model, inputs):
     return SmolVLMForConditionalGeneration.generate(
         model,
@@ -141,27 +110,6 @@ def timed(function, *args) -> float:
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start
-
-
-def bench_training(scale_factor: int, rounds: int) -> dict[str, float]:
-    batch_size = BATCH[scale_factor]
-    model, figures = make_model(scale_factor).train(), {}
-    optimizer = make_optimizer(model)
-    for loss in LOSSES.values():
-        train_step(model, optimizer, make_batch(scale_factor, 1, True), loss)
-    batch, times = make_batch(scale_factor, batch_size, True), {name: [] for name in LOSSES}
-    for _ in range(rounds):
-        for name, loss in LOSSES.items():
-            times[name].append(timed(train_step, model, optimizer, batch, loss))
-    rates = {"fp32": matmul_tflops(torch.float32), "bf16": matmul_tflops(torch.bfloat16)}
-    work = 3 * batch_size * PREFILL_GFLOP[scale_factor] / 1e3
-    for name, found in times.items():
-        median = float(np.median(found))
-        title = f"training, scale {scale_factor}, batch {batch_size}, {name}"
-        figures[f"{title}: samples a second"] = batch_size / median
-        figures[f"{title}: times stock"] = float(np.median(times["stock fp32"])) / median
-        figures[f"{title}: share of the matrix rate"] = work / median / rates[name.split()[1]]
-    return figures | {f"matrix products, {name}, TFLOP/s": rate for name, rate in rates.items()}
 
 
 def make_stock(model: SmolAndFastForActionPrediction) -> SmolVLMForConditionalGeneration:
@@ -221,36 +169,13 @@ def prefill(model, inputs):
     return model(**inputs, logits_to_keep=1)
 
 
-def bench_memory(scale_factor: int) -> dict[str, float]:
-    figures = {}
-    for name in LOSSES:
-        command = [sys.executable, __file__, "--memory_of", name, "--scale_factor", str(scale_factor)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        figures[f"training, scale {scale_factor}, batch {BATCH[scale_factor]}, {name}: peak GB"] = float(output)
-    return figures
-
-
-def measure_memory(name: str, scale_factor: int) -> None:
-    model = make_model(scale_factor).train()
-    train_step(model, make_optimizer(model), make_batch(scale_factor, BATCH[scale_factor], True), LOSSES[name])
-    # Not `ru_maxrss`, which starts at what the parent process held.
-    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-    print(int(peak) * 1024 / 1e9)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--memory_of", choices=LOSSES, help=argparse.SUPPRESS)
-    parser.add_argument("--scale_factor", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    if args.memory_of:
-        measure_memory(args.memory_of, args.scale_factor)
-        return
     figures = {}
-    for scale_factor in BATCH:
-        figures |= bench_training(scale_factor, args.rounds) | bench_inference(scale_factor, args.rounds + 1)
-    figures |= bench_memory(1)
+    for scale_factor in (1, 4):
+        figures |= bench_inference(scale_factor, args.rounds)
     write_table(RESULTS / "bench_256m", describe_machine() | {"rounds": args.rounds}, figures)
 
 

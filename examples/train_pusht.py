@@ -110,6 +110,10 @@ class PolicyArguments:
     n_action_steps: int = 5
     scale_factor: int = field(default=1, metadata={"help": "pixel shuffle of the 256M preset"})
     use_relative_actions: bool = False
+    bf16_weights: bool = field(
+        default=False,
+        metadata={"help": "256M preset: the model in bf16, fp32 master weights in the optimizer, no autocast"},
+    )
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
     vision_weights: str | None = field(
@@ -256,7 +260,8 @@ def make_policy(
             args.vlm,
             **processor.model_kwargs(),
             n_action_steps=args.n_action_steps,
-            dtype=torch.float32,
+            dtype=torch.bfloat16 if args.bf16_weights else torch.float32,
+            attn_implementation="bf16_training",
             **frozen,
             **kwargs,
         )
@@ -281,6 +286,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, Training
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(**PRESETS.get(preset, {}), bf16=bf16_is_faster())
     args, training = parser.parse_args_into_dataclasses(argv)
+    if args.bf16_weights:
+        if args.preset == "tiny":
+            raise ValueError(
+                "bf16_weights is set, but the tiny preset's Muon needs fp32 weights. Drop --bf16_weights."
+            )
+        training.bf16 = False
     training.lr_scheduler_kwargs = {"min_lr_rate": args.min_lr_rate}
     return args, training
 
@@ -292,7 +303,8 @@ def main(argv: list[str] | None = None) -> None:
     held_out = LeRobotChunkDataset(root, args.chunk_size, [0]).info["total_episodes"] - args.held_out_episodes
     train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))
     model, processor = make_policy(train_set, args)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, bf16 autocast: {training.bf16}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.1f} M parameters, {model.dtype}, bf16 autocast: {training.bf16}")
     base_model = args.vlm if args.preset == "256M" and not os.path.isdir(args.vlm) else None
     parts = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
     rates = {name: getattr(args, name) for name in parts} | {"weight_decay": training.weight_decay}

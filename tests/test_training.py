@@ -17,6 +17,7 @@ from pretrain_vision import make_labels
 from pusht_scenes import TARGET_SYMMETRY, TellEpoch, render_scenes, turn_image, turn_points, vary_scene
 from safetensors.torch import load_file, save
 from train_pusht import main as train
+from train_pusht import parse_args
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
@@ -79,7 +80,12 @@ def muon(model):
     return make_muon(model, parameter_groups(model))
 
 
-@pytest.mark.parametrize("make", [adamw, muon])
+def adamw_with_master_weights(model):
+    model.to(torch.bfloat16).set_attn_implementation("bf16_training")
+    return make_optimizer(model)
+
+
+@pytest.mark.parametrize("make", [adamw, muon, adamw_with_master_weights])
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(make, processor, model, demonstrations, tmp_path):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     whole = make_trainer(processor, model, demonstrations, tmp_path, make(model))
@@ -90,6 +96,18 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(make, processor, m
     assert set(losses(whole)) == {1, 2, 3, 4, 5}
     assert losses(resumed) == losses(whole)
     assert SmolAndFastProcessor.from_pretrained(tmp_path / "checkpoint-4", trust_remote_code=True)
+
+
+def test_gradient_checkpointing_in_trainer_has_the_same_losses(processor, model, demonstrations, tmp_path):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for checkpointing in (False, True):
+        model.load_state_dict(weights)
+        options = {"gradient_checkpointing": checkpointing}
+        trainer = make_trainer(processor, model, demonstrations, tmp_path / str(checkpointing), **options)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_each_part_has_its_learning_rate_and_frozen_parts_have_none(model):
@@ -208,8 +226,14 @@ def test_the_script_trains_evaluates_and_keeps_the_best(pusht_root, tmp_path):
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "processor_config.json").is_file()
 
 
+def test_bf16_weights_are_refused_where_muon_trains(tmp_path):
+    with pytest.raises(ValueError, match="Drop --bf16_weights"):
+        parse_args(["--preset", "tiny", "--bf16_weights", "True", "--output_dir", str(tmp_path)])
+
+
 @pytest.mark.slow
-def test_the_256m_preset_starts_from_any_smolvlm_folder(pusht_root, smolvlm_assets, tmp_path):
+@pytest.mark.parametrize("bf16_weights", [False, True])
+def test_the_256m_preset_starts_from_any_smolvlm_folder(pusht_root, smolvlm_assets, tmp_path, bf16_weights):
     """The real configuration and vocabulary at a small depth, with random weights."""
     config = SmolVLMConfig.from_pretrained(smolvlm_assets)
     config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
@@ -219,7 +243,10 @@ def test_the_256m_preset_starts_from_any_smolvlm_folder(pusht_root, smolvlm_asse
             (tmp_path / "vlm" / path.name).write_bytes(path.read_bytes())
     options = {"preset": "256M", "vlm": tmp_path / "vlm", "scale_factor": 2, "gradient_accumulation_steps": 1}
     batch = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 8, "max_steps": 2, "save_steps": 2}
+    options |= {"bf16_weights": bf16_weights}
     train(common_arguments(pusht_root, tmp_path / "run", **options, **batch, eval_steps=2, warmup_steps=1))
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "run/model.safetensors").values()}
+    assert dtypes == {torch.bfloat16 if bf16_weights else torch.float32}
     found, history = read_losses(tmp_path / "run")
     assert len(found) == 2 and all(map(math.isfinite, found))
     assert any("eval_avg_max_reward" in entry for entry in history)
