@@ -70,6 +70,7 @@ PRESETS = {
         "use_relative_actions": True,
         "fast_scale": 30.0,
         "fast_vocab_size": 512,
+        "drop_n_last_frames": 8,
         "mirror_probability": 0.5,
         "turn_probability": 0.3,
         "max_shift": 3,
@@ -117,12 +118,19 @@ class PolicyArguments:
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
     vision_weights: str | None = field(
-        default=None, metadata={"help": "vision.safetensors from pretrain_vision.py, for the tiny preset"}
+        default=None,
+        metadata={
+            "help": "weights that the tiny preset starts from: vision.safetensors of pretrain_vision.py, or all of an "
+            "earlier policy's, model.safetensors"
+        },
     )
     vision_learning_rate: float = 2e-5
     connector_learning_rate: float = 2e-4
     text_learning_rate: float = 2e-4
     min_lr_rate: float = field(default=0.05, metadata={"help": "floor of the cosine, as a share of the peak"})
+    drop_n_last_frames: int = field(
+        default=0, metadata={"help": "frames at each episode's end that no sample starts from: they teach to stop"}
+    )
     mirror_probability: float = field(
         default=0.0, metadata={"help": "share of samples that are mirrored about the target's axis"}
     )
@@ -135,10 +143,15 @@ class PolicyArguments:
 
 
 class VariedDemonstrations(torch.utils.data.Dataset):
-    """Demonstrations that are turned and shifted as a whole, another way in every epoch."""
+    """Demonstrations that are turned and shifted as a whole, another way in every epoch; without their last frames."""
 
     def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
+        lasts = np.flatnonzero(np.diff(dataset.episode_index, append=-1))
+        frames_to_come = np.repeat(lasts, np.diff(lasts, prepend=-1)) - np.arange(len(dataset))
+        self.indices = np.flatnonzero(frames_to_come >= args.drop_n_last_frames)
+        if len(self.indices) == 0:
+            raise ValueError(f"drop_n_last_frames is {args.drop_n_last_frames}, and no episode is longer. Lower it.")
         options = ("mirror_probability", "turn_probability", "max_shift", "max_angle")
         self.variation = {name: getattr(args, name) for name in options}
 
@@ -146,9 +159,10 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.indices)
 
     def __getitem__(self, i: int) -> dict:
+        i = int(self.indices[i])
         sample = self.dataset[i]
         if not any(self.variation.values()):
             return sample

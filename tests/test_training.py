@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK
+from lerobot_dataset import LeRobotChunkDataset
 from muon import make_muon
 from pretrain_vision import main as pretrain_vision
 from pretrain_vision import make_labels
 from pusht_scenes import TARGET_SYMMETRY, TellEpoch, render_scenes, turn_image, turn_points, vary_scene
 from safetensors.torch import load_file, save
+from train_pusht import PolicyArguments, VariedDemonstrations, parse_args
 from train_pusht import main as train
-from train_pusht import parse_args
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
@@ -169,6 +170,18 @@ def test_varied_points_follow_the_image():
         assert np.linalg.norm(find_agent(image) - moved[0]) < 6
         # The T and its target stay as large as they are.
         np.testing.assert_allclose(np.linalg.norm(moved[2::2] - moved[1::2], axis=1), 105, atol=0.01)
+
+
+def test_no_sample_starts_in_the_last_frames_of_an_episode(pusht_root):
+    dataset = LeRobotChunkDataset(pusht_root, 16, range(3))
+    lengths = np.bincount(dataset.episode_index)
+    whole, cut = (VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=n), seed=0) for n in (0, 8))
+    assert len(whole) == len(dataset) and len(cut) == len(dataset) - 3 * 8
+    first_of_second = lengths[0] - 8
+    for i, frame in ((first_of_second - 1, lengths[0] - 9), (first_of_second, lengths[0])):
+        np.testing.assert_array_equal(cut[i]["actions"], dataset[frame]["actions"])
+    with pytest.raises(ValueError, match="drop_n_last_frames is 9999"):
+        VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=9999), seed=0)
 
 
 def test_labels_hold_the_points_and_the_harmonics_of_the_angle():
