@@ -224,9 +224,11 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         outputs = self.model(*args, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]  # (batch, positions, hidden_size)
-        logits = hidden.new_full((*hidden.shape[:2], self.config.text_config.vocab_size), -torch.inf)
-        for rows in (self.action_grammar.band, [self._eos_token_id()]):
-            logits[..., rows] = torch.nn.functional.linear(hidden, self.lm_head.weight[rows])
+        band, eos = self.action_grammar.band, slice(self._eos_token_id(), self._eos_token_id() + 1)
+        found = [torch.nn.functional.linear(hidden, self.lm_head.weight[rows]) for rows in (band, eos)]
+        # Under autocast the scores are of another type than the hidden states.
+        logits = found[0].new_full((*hidden.shape[:2], self.config.text_config.vocab_size), -torch.inf)
+        logits[..., band], logits[..., eos] = found
         return SmolVLMCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,

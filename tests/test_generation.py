@@ -321,3 +321,10 @@ def test_options_that_would_cut_or_stretch_a_chunk_are_refused(name):
 def test_a_vocabulary_that_cannot_write_every_chunk_is_refused(grammar, message):
     with pytest.raises(ValueError, match=message):
         ActionGrammar(make_config(4, 1, **grammar))
+
+
+def test_strings_are_written_under_autocast_too(model, processor, batch):
+    inputs = processor(images=batch["images"], text=batch["text"], state=batch["state"])
+    with torch.autocast("cpu", torch.bfloat16):
+        actions = processor.post_process_actions(model.generate(**inputs))
+    assert actions.shape == (4, 8, 2)
