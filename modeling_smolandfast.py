@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMCausalLMOutputWithPast
 from transformers.utils import cached_file, logging
 
+from .automaton_smolandfast import BpeAutomaton  # noqa: F401  Transformers 5.3 copies direct imports only
 from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole

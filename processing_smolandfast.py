@@ -17,6 +17,7 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 from transformers.utils import cached_file
 
+from .automaton_smolandfast import BpeAutomaton  # noqa: F401  Transformers 5.3 copies direct imports only
 from .configuration_smolandfast import SHARED_FIELDS, SmolAndFastConfig, action_token_map
 from .errors_smolandfast import naming
 from .normalization_smolandfast import Normalizer, as_numbers
