@@ -92,7 +92,6 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         if found is not None:  # Transformers goes on without one that is damaged
             with naming(found):
                 GenerationConfig.from_dict(json.loads(Path(found).read_bytes()))
-        files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
         is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
         kwargs |= {"ignore_mismatched_sizes": is_recreated, "force_download": False}  # everything has come by now
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

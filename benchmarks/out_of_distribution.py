@@ -16,10 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from eval_pusht import write_json  # noqa: E402
+from eval_pusht import load_policy, write_json  # noqa: E402
 from lerobot_dataset import LeRobotChunkDataset  # noqa: E402
-
-from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor  # noqa: E402
 
 FRAMES = 96
 
@@ -29,8 +27,7 @@ def main() -> None:
     parser.add_argument("--dataset_root", required=True)
     parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
     args = parser.parse_args()
-    model = SmolAndFastForActionPrediction.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
-    processor = SmolAndFastProcessor.from_pretrained(args.checkpoint, trust_remote_code=True)
+    model, processor = load_policy(args.checkpoint, dtype=torch.float32)
     episodes = LeRobotChunkDataset(args.dataset_root, 1, [0]).info["total_episodes"]
     dataset = LeRobotChunkDataset(args.dataset_root, processor.chunk_size, range(episodes - 6, episodes))
     samples = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, FRAMES)]

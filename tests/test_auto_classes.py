@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PYTHON_FILES
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,13 @@ def folder(processor, model, tmp_path):
     model.save_pretrained(tmp_path / "policy")
     processor.save_pretrained(tmp_path / "policy")
     return tmp_path / "policy"
+
+
+@pytest.mark.parametrize("kind", ["configuration_smolandfast", "modeling_smolandfast", "processing_smolandfast"])
+def test_a_file_that_transformers_loads_names_all_that_its_imports_import(kind):
+    """Transformers 5.3 copies only what such a file imports itself."""
+    path = ROOT / f"{kind}.py"
+    assert set(get_relative_imports(path)) == {Path(found).stem for found in get_relative_import_files(path)}
 
 
 def test_the_folder_holds_weights_processor_tokenizers_and_code(folder):
