@@ -25,7 +25,7 @@ from .automaton_smolandfast import BpeAutomaton  # noqa: F401  Transformers 5.3 
 from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
-from .packing_smolandfast import pack_linears
+from .packing_smolandfast import pack_layers
 from .tokenization_fast_action import HUB_KWARGS
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
 
@@ -183,7 +183,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             )
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError("This processor has no bf16 products (AVX-512 at least). Leave the model as it is.")
-        pack_linears(self.model)
+        pack_layers(self.model)
         return self
 
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.

@@ -6,11 +6,10 @@ Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, sectio
 """
 
 import json
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from numbers import Integral, Real
-from operator import index
 
 import numpy as np
 import torch
@@ -400,10 +399,13 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         nothing = np.zeros(len(ids), bool), np.empty((0, size))
         if not all(isinstance(row, list) for row in ids):
             return nothing
+        whole = array("q")
         try:
-            tokens = np.fromiter(map(index, chain.from_iterable(ids)), np.int64)
+            for row in ids:
+                whole.fromlist(row)
         except (TypeError, OverflowError):  # what is no whole number, or a very large one
             return nothing
+        tokens = np.asarray(whole)
         tokens[(tokens < 0) | (tokens >= len(self._token_ends))] = len(self._token_ends)
         row_lengths, lengths = [len(row) for row in ids], self._token_lengths[tokens]
         ends = np.cumsum(lengths)
