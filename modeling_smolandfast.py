@@ -164,9 +164,10 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         write_checksums(folder, compute_checksums(folder, [path.name for path in folder.glob("model*.safetensors")]))
 
     def pack(self) -> "SmolAndFastForActionPrediction":
-        """Make bf16 inference on a CPU faster, in place: see [`PackedLinear`].
+        """Make bf16 inference on a CPU faster, in place: see `packing_smolandfast.py`.
 
-        The model can then neither be trained nor saved. Results differ from those before by bf16's rounding.
+        The model can then neither be trained nor saved, and its attention is PyTorch's fused one. Results differ from
+        those before by bf16's rounding.
 
         Returns:
             The model itself.

@@ -102,13 +102,13 @@ class PackedEncoder(nn.Module):
         return BaseModelOutput(last_hidden_state=torch.cat(groups))
 
 
-class PackedDecoderLayer(nn.Module):
+class PackedDecoderLayer(LlamaDecoderLayer):  # of this class, so that Transformers can record hidden states
     """A layer of the text model."""
 
     is_causal = True
 
     def __init__(self, layer: LlamaDecoderLayer):
-        super().__init__()
+        nn.Module.__init__(self)
         attention, mlp = layer.self_attn, layer.mlp
         self.layer_idx, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
         self.num_key_value_groups = attention.num_key_value_groups
@@ -161,7 +161,7 @@ def pack_layers(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, SmolVLMEncoder):
                 setattr(parent, name, PackedEncoder(child))
-            elif isinstance(child, LlamaDecoderLayer):
+            elif type(child) is LlamaDecoderLayer:
                 setattr(parent, name, PackedDecoderLayer(child))
             elif type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child))

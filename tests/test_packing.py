@@ -19,8 +19,10 @@ def inputs(processor, batch):
 def test_packed_weights_are_as_near_to_float32_as_bf16_is(model, inputs):
     exact = model(**inputs).logits
     plain = model.to(torch.bfloat16)(**inputs).logits
-    packed = model.pack()(**inputs).logits
+    output = model.pack()(**inputs, output_hidden_states=True)
+    packed = output.logits
     assert packed.dtype == torch.bfloat16
+    assert len(output.hidden_states) == model.config.text_config.num_hidden_layers + 1
     assert (packed - exact).abs().mean() <= 1.2 * (plain - exact).abs().mean()
 
 
