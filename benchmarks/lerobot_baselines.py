@@ -85,6 +85,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict:
         "lerobot-eval",
         f"--policy.path={checkpoint}",
         "--policy.device=cpu",
+        "--policy.use_amp=false",  # with it ACT's actions are bf16, which lerobot-eval cannot hand to the simulator
         "--env.type=pusht",
         f"--eval.n_episodes={args.episodes}",
         "--eval.batch_size=10",

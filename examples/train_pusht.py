@@ -225,6 +225,14 @@ class PolicyTrainer(WholeCheckpointTrainer):
             ) from error
 
 
+class EvaluateLastStep(TrainerCallback):
+    """Evaluates after the last step too, which otherwise could not be the best where `eval_steps` does not meet it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
+
 class PushCodeFiles(TrainerCallback):
     """Makes what `push_to_hub` uploads while training goes on loadable: `Trainer` adds the code at the end only."""
 
@@ -334,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=LeRobotChunkDataset(root, args.chunk_size, range(held_out, held_out + args.held_out_episodes)),
         processing_class=processor,
         optimizers=(optimizer, None),
-        callbacks=[TellEpoch(), PushCodeFiles()],
+        callbacks=[TellEpoch(), EvaluateLastStep(), PushCodeFiles()],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
         card_options={"datasets": [args.dataset_repo_id], "base_model": base_model},
     )

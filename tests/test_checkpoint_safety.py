@@ -19,6 +19,7 @@ from conftest import TASK, make_processor
 from PIL import Image
 from pusht_scenes import render_scenes
 from test_lerobot_dataset import write_table
+from train_pusht import EvaluateLastStep
 from transformers import AutoModel, SmolVLMForConditionalGeneration, TrainingArguments
 
 from smolandfast import SmolAndFastForActionPrediction
@@ -217,12 +218,11 @@ def make_trainer(processor, policy, batch):
             str(folder),
             per_device_train_batch_size=2,
             logging_steps=1,
-            save_steps=1,
             remove_unused_columns=False,
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
-            **{"max_steps": 2} | options,
+            **{"max_steps": 2, "save_steps": 1} | options,
         )
         return WholeCheckpointTrainer(
             policy,
@@ -255,6 +255,17 @@ def test_checkpoints_are_whole_and_hold_checksums_of_every_file(trained):
     assert listed == {str(p.relative_to(checkpoint)) for p in contents(checkpoint)} - {SUMS}
     assert listed > {"model.safetensors", "optimizer.pt", "trainer_state.json", "action_tokenizer/tokenizer.json"}
     load(checkpoint)
+
+
+def test_the_last_step_is_evaluated_and_can_be_the_best(make_trainer, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    trainer = make_trainer(tmp_path, max_steps=3, learning_rate=1e-3, **options)
+    trainer.add_callback(EvaluateLastStep())
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert list(losses) == [2, 3]
+    assert trainer.state.best_global_step == min(losses, key=losses.get) == 3
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
 
 
 def test_the_best_checkpoint_is_remembered_by_its_final_name(make_trainer, tmp_path):
