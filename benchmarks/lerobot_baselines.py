@@ -1,7 +1,7 @@
 """Diffusion Policy and ACT, as LeRobot has them, on our demonstrations and with our CPU time.
 
     make .venv-lerobot-0.6.1/installed && .venv-lerobot-0.6.1/bin/pip install diffusers
-    .venv-lerobot-0.6.1/bin/python benchmarks/lerobot_baselines.py --dataset_root path/to/pusht --cpu_hours 1.83
+    .venv-lerobot-0.6.1/bin/python benchmarks/lerobot_baselines.py --dataset_root path/to/pusht --cpu_hours 1.0
 
 `lerobot-train` with image observations, LeRobot's own settings for each policy, backbones from random weights, bf16
 where the CPU has it. A few steps are timed first; then as many are trained as fit into the CPU hours, so that a
@@ -114,11 +114,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_root", type=Path, required=True)
     parser.add_argument("--policies", nargs="+", choices=OPTIONS, default=list(OPTIONS))
-    parser.add_argument("--cpu_hours", type=float, default=1.83, help="training time of each, in hours of one core")
+    parser.add_argument("--cpu_hours", type=float, default=1.0, help="training time of each, in hours of one core")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--bf16", choices=("true", "false"), default="true", help="autocast while training")
     parser.add_argument("--episodes", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=2000, help="of the first episode")
+    parser.add_argument("--seed", type=int, default=4000, help="of the first episode")
     parser.add_argument("--output_dir", type=Path, help="keep the checkpoints in this folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
