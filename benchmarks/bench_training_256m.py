@@ -4,7 +4,7 @@
 
 Part of `make bench`. Stock is what a user would write without this repository: `SmolVLMForConditionalGeneration`'s own
 forward pass and loss over the whole sequence, in fp32. Each way to train has a process of its own, so that its peak
-memory is its own; in each round all of them take their turn. Some eight minutes on two cores for one round, and up to
+memory is its own; in each round all of them take their turn. Some ten minutes on two cores for one round, and up to
 16 GB. Writes `benchmarks/results/bench_training_256m.json` and `.md`.
 """
 
