@@ -6,7 +6,9 @@ VENV ?= .venv
 INSTALLED := $(VENV)/installed
 
 # The plugin is tested with these releases of LeRobot, which need Python 3.12 or newer and PyTorch up to 2.10.
+# Each takes some 8 GB; DISCARD_LEROBOT=1 removes an environment after its tests, before the next is made.
 PYTHON_LEROBOT ?= python3.12
+DISCARD_LEROBOT ?=
 TORCH_LEROBOT ?= torch==2.10.0
 LEROBOT_VERSIONS ?= 0.5.1 0.6.1
 
@@ -30,6 +32,7 @@ test-lerobot: $(LEROBOT_VERSIONS:%=test-lerobot-%)
 
 test-lerobot-%: .venv-lerobot-%/installed
 	.venv-lerobot-$*/bin/python -m pytest --config-file lerobot_policy_smolandfast/pyproject.toml lerobot_policy_smolandfast
+	$(if $(DISCARD_LEROBOT),rm -rf .venv-lerobot-$*)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

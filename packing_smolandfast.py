@@ -157,11 +157,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def pack_layers(model: nn.Module) -> None:
     """Replace the layers of both towers below `model`, and every other linear layer."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, SmolVLMEncoder):
-                setattr(parent, name, PackedEncoder(child))
-            elif type(child) is LlamaDecoderLayer:
-                setattr(parent, name, PackedDecoderLayer(child))
-            elif type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child))
+    for name, child in list(model.named_children()):
+        if isinstance(child, SmolVLMEncoder):
+            setattr(model, name, PackedEncoder(child))
+        elif type(child) is LlamaDecoderLayer:
+            setattr(model, name, PackedDecoderLayer(child))
+        elif type(child) is nn.Linear:
+            setattr(model, name, PackedLinear(child))
+        else:
+            pack_layers(child)
