@@ -1,8 +1,8 @@
 """Attention for training in bf16 on a CPU with matrix instructions: PyTorch's forward pass, a faster backward pass.
 
 PyTorch's fused CPU kernel spends most of the backward pass outside of its matrix products. Here the probabilities are
-computed anew from the forward pass's log-sum-exp, as in FlashAttention (Dao et al. 2022), but one head at a time, with
-five large bf16 products and two passes over the scores: `exp` and a multiplication. What would be further passes
+computed anew from the forward pass's log-sum-exp, as in FlashAttention (Dao et al. 2022), but a few heads at a time,
+with five large bf16 products and two passes over the scores: `exp` and a multiplication. What would be further passes
 (subtracting the log-sum-exp, subtracting each row's mean gradient) rides along in the products as two more columns.
 
 `training_smolandfast.py` registers it with Transformers as `attn_implementation="bf16_training"`.
@@ -15,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Query rows handled at once where attention is causal: keys after the last of them are left out.
 CAUSAL_ROWS = 256
+# Scores handled at once, of as many heads as they suffice for. More do not fit the processor's fast memory.
+NUM_SCORES = 4 * 1024 * 1024
 # Probabilities are kept times 32. bf16 has 8 bits, so an exponent near 0 is exact to more digits than one near -7.
 LOG_SHIFT = 5 * math.log(2)
 
@@ -34,35 +36,47 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, output, log_sum_exp = ctx.saved_tensors
-        batch, heads, num_queries, dim = query.shape
-        key_heads, num_keys = key.shape[1:3]
-        shared = heads // key_heads  # query heads on one key head: they are handled as so many more rows
-        mean_grad = (output * grad_output).sum(-1, dtype=torch.float32) / 32
+        batch, key_heads, num_keys, dim = key.shape
+        num_queries = query.shape[2]
+        shared = query.shape[1] // key_heads  # query heads on one key head: they are handled as so many more rows
+
+        def rows(x):  # (batch, heads, queries, ...) -> (batch * key_heads, queries * shared, ...)
+            return x.unflatten(1, (key_heads, shared)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
+
+        mean_grad = (output * grad_output).float().sum(-1)
         # P = exp(scores - log_sum_exp); 32 P comes out of exp, so everything that P is multiplied by is divided by 32.
-        rows = (batch, key_heads, shared, num_queries, -1)
-        query = _with_bias(query * ctx.scaling, LOG_SHIFT - log_sum_exp).view(rows)
-        grad = _with_bias(grad_output / 32, -mean_grad).view(rows)
-        key, value = _with_ones(key), _with_ones(value)
-        grad_query = query.new_empty(batch, key_heads, shared, num_queries, dim)
-        grad_key, grad_value = query.new_zeros(2, batch, key_heads, num_keys, dim)
-        step = CAUSAL_ROWS if ctx.is_causal else num_queries
-        scratch = query.new_empty(2, num_keys * shared * min(step, num_queries))
-        for i in range(batch):
-            for j in range(key_heads):
-                for start in range(0, num_queries, step):
-                    end = min(start + step, num_queries)
-                    seen = end if ctx.is_causal else num_keys
-                    q, g = query[i, j, :, start:end].flatten(0, 1), grad[i, j, :, start:end].flatten(0, 1)
-                    k, v = key[i, j, :seen], value[i, j, :seen]
-                    p, ds = scratch[:, : seen * len(q)].view(2, seen, len(q))  # transposed: keys, queries
-                    torch.mm(k, q.T, out=p).exp_()
-                    if ctx.is_causal:
-                        p[start:].view(end - start, shared, end - start).transpose(0, 1).triu_()
-                    torch.mm(v, g.T, out=ds).mul_(p)
-                    grad_key[i, j, :seen].addmm_(ds, q[:, :dim])
-                    grad_value[i, j, :seen].addmm_(p, g[:, :dim])
-                    grad_query[i, j, :, start:end] = (ds.T @ k[:, :dim]).view(shared, -1, dim)
-        return grad_query.view(batch, heads, num_queries, dim).mul_(ctx.scaling), grad_key, grad_value, None, None
+        query = _with_bias(rows(query * ctx.scaling), rows(LOG_SHIFT - log_sum_exp))
+        grad = _with_bias(rows(grad_output / 32), rows(mean_grad / -32))
+        key = key.flatten(0, 1).contiguous()
+        wide_key, wide_value = _with_ones(key), _with_ones(value.flatten(0, 1))
+        grad_query = query.new_empty(*query.shape[:2], dim)
+        grad_key, grad_value = key.new_empty(2, *key.shape)
+        step = min(CAUSAL_ROWS, num_queries) if ctx.is_causal else num_queries
+        hidden = torch.full((step, step), -torch.inf, dtype=key.dtype).tril(-1).repeat_interleave(shared, dim=1)
+        count = max(NUM_SCORES // (num_keys * step * shared), 1)
+        scratch = key.new_empty(2, count * num_keys * step * shared)
+        for i in range(0, len(key), count):
+            heads = slice(i, i + count)
+            k, dk, dv = key[heads], grad_key[heads], grad_value[heads]
+            for start in reversed(range(0, num_queries, step)):  # all keys take part in the first: it needs no zeros
+                end = min(start + step, num_queries)
+                seen = end if ctx.is_causal else num_keys
+                part = slice(start * shared, end * shared)
+                q, g = query[heads, part], grad[heads, part]
+                size = (len(k), seen, q.shape[1])  # transposed: keys, queries
+                p, ds = (x[: math.prod(size)].view(size) for x in scratch)
+                torch.bmm(wide_key[heads, :seen], q.mT, out=p)
+                if ctx.is_causal:
+                    p[:, start:] += hidden[: end - start, : size[2]]
+                p.exp_()
+                torch.bmm(wide_value[heads, :seen], g.mT, out=ds).mul_(p)
+                beta = 0 if seen == num_keys else 1
+                dk[:, :seen].baddbmm_(ds, q[..., :dim], beta=beta)
+                dv[:, :seen].baddbmm_(p, g[..., :dim], beta=beta)
+                grad_query[heads, part] = ds.mT @ k[:, :seen]
+        grad_query = grad_query.mul_(ctx.scaling).view(batch, key_heads, num_queries, shared, dim)
+        grads = (x.view(batch, key_heads, num_keys, dim) for x in (grad_key, grad_value))
+        return grad_query.transpose(2, 3).flatten(1, 2), *grads, None, None
 
 
 # Eight columns, not two: rows then begin at multiples of 16 bytes.

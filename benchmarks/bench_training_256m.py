@@ -1,19 +1,19 @@
 """A training step of the real size against stock Transformers, on random weights of SmolVLM2-256M's shapes.
 
-    python benchmarks/bench_training_256m.py
+    python benchmarks/bench_training_256m.py          # part of `make bench`
+    python benchmarks/bench_training_256m.py --more   # LoRA, and layers compiled or not
 
-Part of `make bench`. Stock is what a user would write without this repository: `SmolVLMForConditionalGeneration`'s own
-forward pass and loss over the whole sequence, in fp32. Each way to train has a process of its own, so that its peak
-memory is its own; in each round all of them take their turn. Some ten minutes on two cores for one round, and up to
-16 GB. Writes `benchmarks/results/bench_training_256m.json` and `.md`.
+Stock is what a user would write without this repository: `SmolVLMForConditionalGeneration`'s own forward pass and loss
+over the whole sequence, in fp32. Each way to train has a process of its own, so that its peak memory is its own; in
+each round all of them take their turn. Some seven minutes on two cores for one round, and up to 17 GB. Writes
+`benchmarks/results/bench_training_256m.json` and `.md`, or `bench_training_256m_more`.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,45 +22,43 @@ from bench import RESULTS, describe_machine, write_table
 from bench_256m import PREFILL_GFLOP, make_batch, make_model, make_stock, matmul_tflops
 from peft import LoraConfig, get_peft_model
 
-from smolandfast.training_smolandfast import make_optimizer
+from smolandfast.training_smolandfast import keep_freed_memory, make_optimizer
 
 BATCH = {1: 4, 4: 8}  # by scale factor
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: each field is something a user turns on."""
+    """One way to train: each field is something a user turns on. All but stock keep the memory they free."""
 
     is_stock: bool = False
     dtype: torch.dtype = torch.float32
-    autocast: bool = False
     attention: str = "sdpa"
     is_compiled: bool = False
     is_checkpointed: bool = False
     has_lora: bool = False
 
 
-BF16 = {"dtype": torch.bfloat16, "attention": "bf16_training"}
-WAYS = {
-    "stock fp32": Way(is_stock=True),
-    "fp32": Way(),
-    "bf16 autocast": Way(autocast=True, attention="bf16_training"),
-    "bf16": Way(**BF16),
-    "bf16, compiled layers": Way(**BF16, is_compiled=True),
-    "bf16, gradient checkpointing": Way(**BF16, is_checkpointed=True),
-    "bf16, LoRA": Way(**BF16, has_lora=True),
-}
-WAYS_BY_SCALE = {
-    1: ["stock fp32", "fp32", "bf16", "bf16, gradient checkpointing"],
-    4: [name for name in WAYS if name != "bf16, gradient checkpointing"],
-}
+STOCK = {"stock fp32": Way(is_stock=True)}
+FP32 = {"fp32": Way()}
+COMPILED_FP32 = {"fp32, compiled layers": Way(is_compiled=True)}
+options = {"dtype": torch.bfloat16, "attention": "bf16_training"}
+BF16 = {"bf16": Way(**options)}
+COMPILED_BF16 = {"bf16, compiled layers": Way(**options, is_compiled=True)}
+CHECKPOINTED_BF16 = {"bf16, gradient checkpointing": Way(**options, is_checkpointed=True)}
+LORA = {"bf16, LoRA": Way(**options, has_lora=True)}
+WAYS = {1: STOCK | COMPILED_FP32 | COMPILED_BF16 | CHECKPOINTED_BF16, 4: STOCK | FP32 | BF16}
+MORE_WAYS = {1: STOCK | FP32 | BF16, 4: STOCK | COMPILED_FP32 | COMPILED_BF16 | LORA}
 
 
 def measure(way: Way, scale_factor: int) -> dict[str, float]:
-    """Seconds of a step, peak memory in GB with the optimizer's state, the loss of one sample before any step."""
+    """Seconds of a step, peak memory in GB, the loss of the first step."""
+    torch.manual_seed(0)
     model = make_model(scale_factor).to(way.dtype)
     model = (make_stock(model) if way.is_stock else model).train()
     model.set_attn_implementation(way.attention)
+    if not way.is_stock:
+        keep_freed_memory()
     if way.is_checkpointed:
         model.gradient_checkpointing_enable()
     if way.is_compiled:
@@ -69,37 +67,42 @@ def measure(way: Way, scale_factor: int) -> dict[str, float]:
     if way.has_lora:
         lora = LoraConfig(r=16, target_modules="all-linear", exclude_modules="lm_head")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    optimizer = make_optimizer(model)
+    optimizer, batch = make_optimizer(model), make_batch(scale_factor, BATCH[scale_factor], True)
 
-    def step(batch):
-        with torch.autocast("cpu", torch.bfloat16, enabled=way.autocast):
-            loss = model(**batch).loss
+    def step():
+        loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
 
-    batch = make_batch(scale_factor, BATCH[scale_factor], True)
-    loss = step(make_batch(scale_factor, 1, True))  # makes the optimizer's state
-    step(batch)  # compiles, and touches memory for the first time: on a virtual machine up to a second a GB
+    # The optimizer makes its state before the first step, and the first step is not timed: memory that is touched for
+    # the first time costs up to a second a GB on a virtual machine. What compiles takes other memory in its first.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad()
+    losses = [step() for _ in range(1 + way.is_compiled)]
     start = time.perf_counter()
-    step(batch)
+    step()
     seconds = time.perf_counter() - start
     # Not `ru_maxrss`, which starts at what the parent process held.
     peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-    return {"seconds": seconds, "peak GB": int(peak) * 1024 / 1e9, "loss": loss}
+    return {"seconds": seconds, "peak GB": int(peak) * 1024 / 1e9, "loss": losses[0]}
 
 
-def measure_apart(name: str, scale_factor: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--way", name, "--scale_factor", str(scale_factor)]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+def measure_apart(function, *args):
+    context = get_context("forkserver")  # with this file's imports, and without threads
+    context.set_forkserver_preload(["bench_training_256m"])
+    with ProcessPoolExecutor(1, context) as executor:
+        return executor.submit(function, *args).result()
 
 
-def bench(scale_factor: int, rounds: int, rates: dict[str, float]) -> dict[str, float]:
-    found = {name: [] for name in WAYS_BY_SCALE[scale_factor]}
+def bench(ways: dict[str, Way], scale_factor: int, rounds: int, rates: dict[str, float]) -> dict[str, float]:
+    found = {name: [] for name in ways}
     for _ in range(rounds):
         for name, results in found.items():
-            results.append(measure_apart(name, scale_factor))
+            results.append(measure_apart(measure, ways[name], scale_factor))
     medians = {
         name: {key: float(np.median([result[key] for result in results])) for key in results[0]}
         for name, results in found.items()
@@ -121,17 +124,15 @@ def bench(scale_factor: int, rounds: int, rates: dict[str, float]) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--scale_factor", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--more", action="store_true", help="the ways that `make bench` leaves out")
     args = parser.parse_args()
-    if args.way:
-        print(json.dumps(measure(WAYS[args.way], args.scale_factor)))
-        return
-    rates = {"fp32": matmul_tflops(torch.float32), "bf16": matmul_tflops(torch.bfloat16)}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    rates = {name: measure_apart(matmul_tflops, dtype) for name, dtype in dtypes.items()}
     figures = {f"matrix products, {name}, TFLOP/s": rate for name, rate in rates.items()}
-    for scale_factor in BATCH:
-        figures |= bench(scale_factor, args.rounds, rates)
-    write_table(RESULTS / "bench_training_256m", describe_machine() | {"rounds": args.rounds}, figures)
+    for scale_factor, ways in (MORE_WAYS if args.more else WAYS).items():
+        figures |= bench(ways, scale_factor, args.rounds, rates)
+    path = RESULTS / ("bench_training_256m_more" if args.more else "bench_training_256m")
+    write_table(path, describe_machine() | {"rounds": args.rounds}, figures)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from smolandfast.tiny_smolandfast import make_tiny_vision
 from smolandfast.trainer_smolandfast import WholeCheckpointTrainer
-from smolandfast.training_smolandfast import bf16_is_faster
+from smolandfast.training_smolandfast import bf16_is_faster, keep_freed_memory
 
 HARMONICS = 4  # of the T's angle, in the labels
 
@@ -137,6 +137,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
+    keep_freed_memory()
     with ProcessPoolExecutor(2) as pool:
         render = partial(render_scenes, args.num_scenes // 2, near_target=args.near_target)
         parts = list(pool.map(render, [args.seed, args.seed + 1]))

@@ -36,7 +36,13 @@ from smolandfast import (
 )
 from smolandfast.tiny_smolandfast import make_tiny_model, make_tiny_processor
 from smolandfast.trainer_smolandfast import WholeCheckpointTrainer
-from smolandfast.training_smolandfast import ActionDataCollator, bf16_is_faster, make_optimizer, parameter_groups
+from smolandfast.training_smolandfast import (
+    ActionDataCollator,
+    bf16_is_faster,
+    keep_freed_memory,
+    make_optimizer,
+    parameter_groups,
+)
 
 COMMON = {
     "eval_strategy": "steps",
@@ -321,6 +327,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, Training
 def main(argv: list[str] | None = None) -> None:
     args, training = parse_args(argv)
     set_seed(training.seed)
+    keep_freed_memory()
     root = args.dataset_root or download_dataset(args.dataset_repo_id)
     held_out = LeRobotChunkDataset(root, args.chunk_size, [0]).info["total_episodes"] - args.held_out_episodes
     train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))

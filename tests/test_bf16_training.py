@@ -1,9 +1,14 @@
 """Training in bf16: the attention's backward pass, AdamW with fp32 master weights, and both in a whole model."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from smolandfast import training_smolandfast
 from smolandfast.attention_smolandfast import bf16_training_attention
 from smolandfast.training_smolandfast import MasterWeightsAdamW, make_optimizer
 
@@ -22,11 +27,18 @@ def gradients(attend, inputs, grad_output):
     return [leaf.grad.float() for leaf in leaves]
 
 
-# The vision tower's shape, the text model's; lengths on both sides of a block of 256 rows.
+# The vision tower's shape, in one group of heads and in several; the text model's, with and without a short block.
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize(
     ("is_causal", "heads", "key_heads", "length"),
-    [(False, 12, 12, 100), (True, 9, 3, 255), (True, 9, 3, 256), (True, 9, 3, 257), (True, 2, 1, 600)],
+    [
+        (False, 12, 12, 100),
+        (False, 12, 12, 700),
+        (True, 9, 3, 255),
+        (True, 9, 3, 256),
+        (True, 9, 3, 257),
+        (True, 2, 1, 600),
+    ],
 )
 def test_the_backward_pass_is_fp32s_within_what_bf16_resolves(is_causal, heads, key_heads, length, scale):
     torch.manual_seed(0)
@@ -91,13 +103,15 @@ def test_a_model_in_bf16_has_fp32s_gradients_roughly(processor, model, batch, au
     assert torch.cosine_similarity(expected, found, dim=0) > 0.99
 
 
-def test_master_weights_are_those_of_adamw_in_fp32():
+@pytest.mark.parametrize("elements", [2**18, 90, 1], ids=["at once", "a few rows at once", "row by row"])
+def test_master_weights_are_those_of_adamw_in_fp32(elements, monkeypatch):
+    monkeypatch.setattr(training_smolandfast, "NUM_ELEMENTS", elements)
     torch.manual_seed(0)
     start = torch.randn(40, 30).bfloat16()
     rounded, exact = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
     options = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
     ours, reference = MasterWeightsAdamW([rounded], **options), torch.optim.AdamW([exact], fused=True, **options)
-    for _ in range(50):  # each step far below bf16's resolution
+    for _ in range(20):  # each step far below bf16's resolution
         rounded.grad = torch.randn(40, 30).bfloat16()
         exact.grad = rounded.grad.float()
         ours.step()
@@ -124,3 +138,27 @@ def test_a_saved_optimizer_goes_on_with_its_fp32_values():
 def test_make_optimizer_keeps_master_weights_for_a_model_in_bf16_only(model):
     assert isinstance(make_optimizer(model), torch.optim.AdamW)
     assert isinstance(make_optimizer(model.to(torch.bfloat16)), MasterWeightsAdamW)
+
+
+FAULTS = """
+import resource, sys, torch
+from smolandfast.training_smolandfast import keep_freed_memory
+if sys.argv[1] == "keep":
+    print(keep_freed_memory(), end=" ")
+for _ in range(3):
+    torch.zeros(2**24)  # 64 MB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone can be told")
+def test_freed_memory_is_kept_for_the_next_tensors():
+    default, kept = (
+        subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout.split()
+        for way in ("default", "keep")
+    )
+    assert int(default[0]) > 3 * 2**26 / 2**12 / 2  # pages; fewer where they are large
+    assert kept[0] == "True" and int(kept[1]) < 100
