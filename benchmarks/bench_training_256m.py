@@ -92,8 +92,8 @@ def measure(way: Way, scale_factor: int) -> dict[str, float]:
 
 
 def measure_apart(function, *args):
-    context = get_context("forkserver")  # with this file's imports, and without threads
-    context.set_forkserver_preload(["bench_training_256m"])
+    context = get_context("forkserver")  # its processes start with these imports, and without threads
+    context.set_forkserver_preload(["peft", "scipy.fft", "torchao.quantization", "smolandfast.training_smolandfast"])
     with ProcessPoolExecutor(1, context) as executor:
         return executor.submit(function, *args).result()
 

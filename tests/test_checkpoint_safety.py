@@ -412,7 +412,7 @@ def losses_and_weights(folder):
 @pytest.mark.slow
 def test_training_survives_twenty_kills_with_the_losses_of_an_uninterrupted_run(tmp_path):
     """Half of the kills fall anywhere, the others into the writing of a checkpoint."""
-    dataset, max_steps = write_demonstrations(tmp_path / "demonstrations"), 120
+    dataset, max_steps = write_demonstrations(tmp_path / "demonstrations"), 300
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     start = time.monotonic()
     subprocess.run(training_command(dataset, tmp_path / "whole", 2), env=environment, check=True, capture_output=True)
