@@ -52,7 +52,8 @@ class _Attention(torch.autograd.Function):
         grad_query = query.new_empty(*query.shape[:2], dim)
         grad_key, grad_value = key.new_empty(2, *key.shape)
         step = min(CAUSAL_ROWS, num_queries) if ctx.is_causal else num_queries
-        hidden = torch.full((step, step), -torch.inf, dtype=key.dtype).tril(-1).repeat_interleave(shared, dim=1)
+        if ctx.is_causal:  # what is added to the scores of each key for the queries before it
+            hidden = torch.full((step, step), -torch.inf, dtype=key.dtype).tril(-1).repeat_interleave(shared, dim=1)
         count = max(NUM_SCORES // (num_keys * step * shared), 1)
         scratch = key.new_empty(2, count * num_keys * step * shared)
         for i in range(0, len(key), count):
