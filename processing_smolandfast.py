@@ -402,7 +402,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         """Normalised chunks `(batch, chunk_size, action_dim)`, the prompts, and where each string starts and ends."""
         with naming("generated_ids", "Pass what generate() returned."):
             ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
-        if ids.ndim != 2 or ids.dtype.kind != "i":
+        if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind != "i":
             raise ValueError(
                 f"generated_ids has shape {ids.shape} and dtype {ids.dtype}, expected (batch, length) integers as "
                 "generate() returns them."

@@ -297,20 +297,20 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         ids = ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
         size = horizon * action_dim
         is_plain, plain = self._look_up(ids, size)
-        coefficients = plain
-        if not is_plain.all():
-            coefficients = np.zeros((len(ids), size))
-            coefficients[is_plain] = plain
-        for i in np.flatnonzero(~is_plain):
-            row = self._read_coefficients(ids[i], i, relaxed)
-            row = row[:size] if relaxed else row
+        others = {i: self._read_coefficients(ids[i], i, relaxed) for i in np.flatnonzero(~is_plain)}
+        for i, row in others.items():
             if row.size != size and not relaxed:
                 raise ValueError(
                     f"ids[{i}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
                     f"{action_dim} = {size}. Constrained decoding (the model's own generate) writes "
                     "only whole chunks."
                 )
-            coefficients[i, : row.size] = row / self.scale
+        coefficients = plain
+        if others:  # room is made only now, when the sizes are known to be true
+            coefficients = np.zeros((len(ids), size))
+            coefficients[is_plain] = plain
+            for i, row in others.items():
+                coefficients[i, : row.size] = row[:size] / self.scale
         return idct(coefficients.reshape(-1, horizon, action_dim), axis=1, norm="ortho", overwrite_x=True)
 
     def count_saturated(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:

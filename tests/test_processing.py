@@ -130,6 +130,11 @@ def test_bad_input_is_an_error_that_names_it(processor, batch, change, message):
         processor(**batch | change)
 
 
+def test_generated_ids_without_any_are_refused(processor):
+    with pytest.raises(ValueError, match=r"generated_ids has shape \(1, 0\)"):
+        processor.post_process_actions(torch.zeros((1, 0), dtype=torch.int64))
+
+
 def test_generated_ids_that_are_no_whole_chunk_are_refused(processor, batch):
     prompt = processor(**without_actions(batch))["input_ids"]
     with pytest.raises(ValueError, match="holds 0 coefficients"):

@@ -67,6 +67,12 @@ def test_fast_plus_gives_the_official_ids_and_actions(fast_plus):
 
 
 @needs_fast_plus
+def test_a_shape_that_no_memory_holds_is_refused_before_any_is_taken(fast_plus):
+    with pytest.raises(ValueError, match="holds 8 coefficients, expected horizon"):
+        fast_plus.decode_actions(fast_plus.encode_actions(np.zeros((1, 4, 2))), 2**20, 2**20)
+
+
+@needs_fast_plus
 def test_fast_plus_writes_every_symbol_that_utf8_can_hold_and_saturates_beyond(fast_plus):
     low, high = fast_plus.min_coefficient, fast_plus.max_coefficient
     assert (low, high) == (-354, -354 + 0xD7FF)
