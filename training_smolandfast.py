@@ -71,8 +71,8 @@ def keep_freed_memory() -> bool:
     """Have this process keep the memory it frees, for its next tensors: a training step on a CPU is then faster.
 
     By default glibc takes every tensor of 32 MB or more from the system and gives it back when it is freed, so each
-    step pays anew for pages filled with zeros. Peak memory stays what it was; what is freed is no longer there for
-    other processes.
+    step pays anew for pages filled with zeros. Peak memory may grow, since what is freed does not always fit what
+    comes next; and what is freed is no longer there for other processes.
 
     Returns:
         Whether it is so from now on: elsewhere than on Linux with glibc nothing is changed.
