@@ -39,16 +39,12 @@ class _Attention(torch.autograd.Function):
         batch, key_heads, num_keys, dim = key.shape
         num_queries = query.shape[2]
         shared = query.shape[1] // key_heads  # query heads on one key head: they are handled as so many more rows
-
-        def rows(x):  # (batch, heads, queries, ...) -> (batch * key_heads, queries * shared, ...)
-            return x.unflatten(1, (key_heads, shared)).transpose(2, 3).flatten(2, 3).flatten(0, 1)
-
         mean_grad = (output * grad_output).float().sum(-1)
         # P = exp(scores - log_sum_exp); 32 P comes out of exp, so everything that P is multiplied by is divided by 32.
-        query = _with_bias(rows(query * ctx.scaling), rows(LOG_SHIFT - log_sum_exp))
-        grad = _with_bias(rows(grad_output / 32), rows(mean_grad / -32))
-        key = key.flatten(0, 1).contiguous()
-        wide_key, wide_value = _with_ones(key), _with_ones(value.flatten(0, 1))
+        query = _with_bias(query, ctx.scaling, LOG_SHIFT - log_sum_exp, key_heads)
+        grad = _with_bias(grad_output, 1 / 32, mean_grad / -32, key_heads)
+        wide_key, wide_value = _with_ones(key), _with_ones(value)
+        key = wide_key[..., :dim].contiguous()
         grad_query = query.new_empty(*query.shape[:2], dim)
         grad_key, grad_value = key.new_empty(2, *key.shape)
         step = min(CAUSAL_ROWS, num_queries) if ctx.is_causal else num_queries
@@ -74,23 +70,38 @@ class _Attention(torch.autograd.Function):
                 beta = 0 if seen == num_keys else 1
                 dk[:, :seen].baddbmm_(ds, q[..., :dim], beta=beta)
                 dv[:, :seen].baddbmm_(p, g[..., :dim], beta=beta)
-                grad_query[heads, part] = ds.mT @ k[:, :seen]
-        grad_query = grad_query.mul_(ctx.scaling).view(batch, key_heads, num_queries, shared, dim)
+                grad_query[heads, part].baddbmm_(ds.mT, k[:, :seen], beta=0, alpha=ctx.scaling)
+        grad_query = grad_query.view(batch, key_heads, num_queries, shared, dim)
         grads = (x.view(batch, key_heads, num_keys, dim) for x in (grad_key, grad_value))
         return grad_query.transpose(2, 3).flatten(1, 2), *grads, None, None
 
 
 # Eight columns, not two: rows then begin at multiples of 16 bytes.
-def _with_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Append columns whose sum is `bias`, in two parts since one bf16 number is too coarse."""
-    wide = torch.nn.functional.pad(x, (0, 8))
-    wide[..., -8] = bias
-    wide[..., -7] = bias - wide[..., -8]
-    return wide
+def _with_bias(x: torch.Tensor, factor: float, bias: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """`factor * x` with columns whose sum is `bias`, in two parts since one bf16 number is too coarse.
+
+    Args:
+        x, bias: `(batch, heads, queries, dim)` and `(batch, heads, queries)`.
+
+    Returns:
+        `(batch * key_heads, queries * heads / key_heads, dim + 8)`.
+    """
+    x, bias = x.unflatten(1, (key_heads, -1)), bias.unflatten(1, (key_heads, -1))
+    batch, _, shared, num_queries, dim = x.shape
+    rows = x.new_empty(batch, key_heads, num_queries, shared, dim + 8)
+    wide = rows.transpose(2, 3)
+    torch.mul(x, factor, out=wide[..., :dim])
+    wide[..., dim:] = 0
+    wide[..., dim] = bias
+    wide[..., dim + 1] = bias - wide[..., dim]
+    return rows.view(batch * key_heads, num_queries * shared, dim + 8)
 
 
 def _with_ones(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (0, 8), value=1.0)
+    wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 8)
+    wide[..., : x.shape[-1]] = x
+    wide[..., x.shape[-1] :] = 1
+    return wide.flatten(0, 1)
 
 
 @torch.compiler.disable

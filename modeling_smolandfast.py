@@ -25,7 +25,7 @@ from .automaton_smolandfast import BpeAutomaton  # noqa: F401  Transformers 5.3 
 from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
-from .packing_smolandfast import pack_layers
+from .packing_smolandfast import compile_layers, pack_layers
 from .tokenization_fast_action import HUB_KWARGS
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
 
@@ -50,6 +50,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         self.model.connector.register_forward_hook(_in_the_weights_dtype)
         self.model.vision_model.embeddings.register_forward_hook(_contiguous)
         self._freeze()
+        self.is_packed, self.records_hidden_states = False, True
 
     def _freeze(self) -> None:
         self.model.vision_model.requires_grad_(not self.config.freeze_vision_tower)
@@ -163,33 +164,50 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         folder = Path(folder)
         write_checksums(folder, compute_checksums(folder, [path.name for path in folder.glob("model*.safetensors")]))
 
-    def pack(self) -> "SmolAndFastForActionPrediction":
-        """Make bf16 inference on a CPU faster, in place: see `packing_smolandfast.py`.
+    def pack(self, compiled: bool = False) -> "SmolAndFastForActionPrediction":
+        """Make inference on a CPU faster, in place: see `packing_smolandfast.py`.
 
         The model can then neither be trained nor saved, and its attention is PyTorch's fused one. Results differ from
-        those before by bf16's rounding.
+        those before by the rounding of its type.
+
+        Args:
+            compiled: Have PyTorch compile the layers, in fp32 too. The first chunk of each kind (one prompt, several,
+                several of different lengths, another image size) then takes minutes; further ones are faster than
+                without. Hidden states are no longer recorded.
 
         Returns:
             The model itself.
 
         Raises:
-            ValueError: Weights in another type than bf16, or a processor that oneDNN has no bf16 products for.
+            ValueError: Weights in another type than bf16 or, compiled, fp32; a processor that oneDNN has no bf16
+                products for; no C++ compiler to compile with.
         """
         if getattr(self, "is_quantized", False):
             raise ValueError("Quantized weights cannot be packed. Load the model without quantization_config.")
-        if self.dtype != torch.bfloat16 or self.device.type != "cpu":
+        if self.is_packed:
+            raise ValueError("The model is packed already. Load it again to pack it otherwise.")
+        expected = {torch.bfloat16: "bf16"} | ({torch.float32: "fp32"} if compiled else {})
+        if self.dtype not in expected or self.device.type != "cpu":
             raise ValueError(
-                f"The weights are {self.dtype} on {self.device}, expected bf16 on a CPU: elsewhere packing brings "
-                "nothing. Load the model with dtype=torch.bfloat16."
+                f"The weights are {self.dtype} on {self.device}, expected {' or '.join(expected.values())} on a CPU: "
+                "elsewhere packing brings nothing. Load the model with dtype=torch.bfloat16."
             )
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if self.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError("This processor has no bf16 products (AVX-512 at least). Leave the model as it is.")
-        pack_layers(self.model)
+        if compiled:
+            compile_layers(self.model)
+        if self.dtype == torch.bfloat16:
+            pack_layers(self.model)
+        self.is_packed, self.records_hidden_states = True, not compiled
         return self
 
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
     @wraps(SmolVLMForConditionalGeneration.forward)
     def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
+        if self.is_packed and self.training:
+            raise ValueError("A packed model cannot be trained. Load it again, or call eval().")
+        if not self.records_hidden_states and kwargs.get("output_hidden_states"):
+            raise ValueError("Compiled layers record no hidden states. Drop output_hidden_states, or compiled=True.")
         if kwargs.pop("action_logits_only", False):
             return self._forward_to_action_logits(*args, **kwargs)
         if labels is None:

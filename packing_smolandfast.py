@@ -1,21 +1,28 @@
-"""bf16 weights laid out for inference on a CPU, once and for all.
+"""Weights laid out for inference on a CPU, once and for all.
 
 oneDNN multiplies in a layout of its own. PyTorch keeps weights row by row and has them rearranged at every call, which
 costs as much as the product itself where few rows are multiplied: in each decoding step. Packed, they are rearranged
 once; what follows a product element by element becomes part of it; and a layer is a handful of calls, since in a
 decoding step of a small model most of the time passes between them.
+
+PyTorch's compiler does the same, and better: it writes products of its own where oneDNN's are slower, and each tower
+becomes one call. But that takes minutes in every process, and a C++ compiler.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoder, SmolVLMEncoderLayer
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoder, SmolVLMEncoderLayer, SmolVLMModel
 
 NUM_ROWS = 128  # the layout works for any number of rows; it suits this many the best
 UNARY = {"none": ("none", [], ""), "gelu_pytorch_tanh": ("gelu", [], "tanh"), "silu": ("swish", [], "")}
@@ -23,6 +30,16 @@ UNARY = {"none": ("none", [], ""), "gelu_pytorch_tanh": ("gelu", [], "tanh"), "s
 # long, but not in pieces of so many rows (2 threads, 1024 x 3072 by 3072 x 768: 4.5 ms in one, 2.6 in four pieces).
 PIECE_ROWS = 256
 GROUP_ROWS = 2048  # patches of as many images as pass through the vision tower together
+NOT_SAVED = "A packed model cannot be saved. Save it before pack(), or load it again."
+COMPILER = {
+    "freezing": True,  # weights are constants: they are packed while compiling
+    "max_autotune": True,  # products by oneDNN or by the compiler's own code, whichever is faster here
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "cpp.enable_concat_linear": True,
+    "cpp_wrapper": True,
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
+}
 
 
 class PackedLinear(nn.Module):
@@ -58,23 +75,46 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, self.then)
 
     def _save_to_state_dict(self, *args, **kwargs):
-        raise ValueError("A packed model cannot be saved. Save it before pack(), or load it again.")
+        raise ValueError(NOT_SAVED)
+
+
+class MergedLinear(nn.Module):
+    """A `PackedLinear` for the compiler, which packs and fuses by itself."""
+
+    def __init__(self, *linears: nn.Linear, then: str = "none"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]))
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.bias = nn.Parameter(torch.cat(biases)) if biases else None
+        functions = {"none": nn.Identity(), "add": torch.add, "mul": torch.mul, "gelu_pytorch_tanh": gelu}
+        self.then = functions.get(then) or ACT2FN[then]
+
+    def forward(self, x: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
+        return self.then(nn.functional.linear(x, self.weight, self.bias), *other)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        raise ValueError(NOT_SAVED)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """The tanh form of GELU, as 0.5 (1 + tanh(u)) = sigmoid(2 u): compiled, an exponential costs less than tanh."""
+    return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
 
 
 class PackedEncoderLayer(nn.Module):
-    """A layer of the vision tower."""
+    """A layer of the vision tower, of linear layers of the given class."""
 
     is_causal = False
 
-    def __init__(self, layer: SmolVLMEncoderLayer):
+    def __init__(self, layer: SmolVLMEncoderLayer, linear: type[nn.Module]):
         super().__init__()
         attention = layer.self_attn
         self.head_dim, self.scaling = attention.head_dim, attention.scale
         self.layer_norm1, self.layer_norm2 = layer.layer_norm1, layer.layer_norm2
-        self.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out_proj = PackedLinear(attention.out_proj, then="add")
-        self.fc1 = PackedLinear(layer.mlp.fc1, then=layer.mlp.config.hidden_act)
-        self.fc2 = PackedLinear(layer.mlp.fc2, then="add")
+        self.qkv_proj = linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out_proj = linear(attention.out_proj, then="add")
+        self.fc1 = linear(layer.mlp.fc1, then=layer.mlp.config.hidden_act)
+        self.fc2 = linear(layer.mlp.fc2, then="add")
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
         qkv = self.qkv_proj(self.layer_norm1(hidden_states)).unflatten(-1, (3, -1, self.head_dim))
@@ -89,7 +129,7 @@ class PackedEncoder(nn.Module):
 
     def __init__(self, encoder: SmolVLMEncoder):
         super().__init__()
-        self.layers = nn.ModuleList(PackedEncoderLayer(layer) for layer in encoder.layers)
+        self.layers = nn.ModuleList(PackedEncoderLayer(layer, PackedLinear) for layer in encoder.layers)
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> BaseModelOutput:
         count = max(GROUP_ROWS // inputs_embeds.shape[1], 1)
@@ -103,22 +143,22 @@ class PackedEncoder(nn.Module):
 
 
 class PackedDecoderLayer(LlamaDecoderLayer):  # of this class, so that Transformers can record hidden states
-    """A layer of the text model."""
+    """A layer of the text model, of linear layers of the given class."""
 
     is_causal = True
 
-    def __init__(self, layer: LlamaDecoderLayer):
+    def __init__(self, layer: LlamaDecoderLayer, linear: type[nn.Module]):
         nn.Module.__init__(self)
         attention, mlp = layer.self_attn, layer.mlp
         self.layer_idx, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
         self.num_key_value_groups = attention.num_key_value_groups
         self.num_key_value_heads = attention.config.num_key_value_heads
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv_proj = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o_proj = PackedLinear(attention.o_proj, then="add")
-        self.gate_proj = PackedLinear(mlp.gate_proj, then=mlp.config.hidden_act)
-        self.up_proj = PackedLinear(mlp.up_proj, then="mul")
-        self.down_proj = PackedLinear(mlp.down_proj, then="add")
+        self.qkv_proj = linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = linear(attention.o_proj, then="add")
+        self.gate_proj = linear(mlp.gate_proj, then=mlp.config.hidden_act)
+        self.up_proj = linear(mlp.up_proj, then="mul")
+        self.down_proj = linear(mlp.down_proj, then="add")
 
     def forward(
         self,
@@ -155,14 +195,85 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return rotated
 
 
+class CompiledEncoder(nn.Module):
+    """The vision tower's layers, compiled for one image at a time."""
+
+    def __init__(self, encoder: SmolVLMEncoder):
+        super().__init__()
+        self.layers = nn.ModuleList(PackedEncoderLayer(layer, MergedLinear) for layer in encoder.layers)
+        self.run = torch.compile(self._run, dynamic=False)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> BaseModelOutput:
+        masks = repeat(None) if attention_mask is None else attention_mask.split(1)
+        with _compiler_settings():
+            images = [self.run(*image) for image in zip(inputs_embeds.split(1), masks, strict=False)]
+        return BaseModelOutput(last_hidden_state=torch.cat(images))
+
+    def _run(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask)
+        return hidden_states
+
+
+class CompiledDecoder(nn.Module):
+    """All layers of the text model, compiled for prompts of any length and for further tokens after any number."""
+
+    def __init__(self, layers: nn.ModuleList):
+        super().__init__()
+        self.layers = nn.ModuleList(PackedDecoderLayer(layer, MergedLinear) for layer in layers)
+        self.run = torch.compile(self._run, dynamic=True)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        # A prompt's keys and values lie in another order than those with a further token: one more to compile for.
+        for layer in past_key_values.layers if past_key_values is not None else ():
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
+        with _compiler_settings():
+            return self.run(hidden_states, attention_mask, past_key_values, position_embeddings)
+
+    def _run(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, *args)
+        return hidden_states
+
+
+@contextmanager
+def _compiler_settings() -> Iterator[None]:
+    # Not options of torch.compile: weights become constants only where the setting is known while tracing.
+    tracing = torch._dynamo.config.patch(specialize_float=True, recompile_limit=64)  # of all models in the process
+    with torch.no_grad(), torch._inductor.config.patch(COMPILER), tracing:
+        yield
+
+
 def pack_layers(model: nn.Module) -> None:
     """Replace the layers of both towers below `model`, and every other linear layer."""
     for name, child in list(model.named_children()):
         if isinstance(child, SmolVLMEncoder):
             setattr(model, name, PackedEncoder(child))
         elif type(child) is LlamaDecoderLayer:
-            setattr(model, name, PackedDecoderLayer(child))
+            setattr(model, name, PackedDecoderLayer(child, PackedLinear))
         elif type(child) is nn.Linear:
             setattr(model, name, PackedLinear(child))
         else:
             pack_layers(child)
+
+
+def compile_layers(model: SmolVLMModel) -> None:
+    """Replace the layers of both towers by compiled ones.
+
+    Raises:
+        ValueError: No C++ compiler.
+    """
+    try:
+        torch._inductor.cpp_builder.get_cpp_compiler()
+    except torch._inductor.exc.InvalidCxxCompiler as error:
+        raise ValueError("pack(compiled=True) found no C++ compiler. Install g++, or name one in CXX.") from error
+    model.vision_model.encoder = CompiledEncoder(model.vision_model.encoder)
+    model.text_model.layers = nn.ModuleList([CompiledDecoder(model.text_model.layers)])

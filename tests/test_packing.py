@@ -1,4 +1,6 @@
-"""Packed bf16 weights: the same policy, faster."""
+"""Packed weights: the same policy, faster."""
+
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,10 +58,49 @@ def test_long_inputs_in_pieces_and_many_images_in_groups_give_the_same(model, in
     torch.testing.assert_close(packed(**inputs).logits, together)
 
 
-def test_what_packing_cannot_serve_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="torch.float32 on cpu, expected bf16.*dtype=torch.bfloat16"):
-        model.pack()
-    packed = model.to(torch.bfloat16).pack()
+@pytest.mark.slow  # the compiler takes two minutes
+@pytest.mark.parametrize("processor", [False], indirect=True, ids=["absolute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_layers_write_the_same(dtype, processor, model, inputs):
+    one = {name: tensor[:1] for name, tensor in inputs.items()}
+    exact = [model(**one).logits, model(**inputs).logits]
+    plain = [model.to(dtype)(**one).logits, model(**inputs).logits]
+    written = [model.generate(**one), model.generate(**inputs)]
+    packed = model.pack(compiled=True)
+    for i, given in enumerate((one, inputs)):
+        with torch.no_grad():
+            compiled = packed(**given).logits
+        chunks = packed.generate(**given)
+        if dtype == torch.float32:
+            torch.testing.assert_close(compiled, exact[i], rtol=1e-3, atol=1e-4)
+            assert torch.equal(chunks, written[i])
+        else:
+            assert (compiled - exact[i]).abs().mean() <= 1.2 * (plain[i] - exact[i]).abs().mean()
+            assert processor.post_process_actions(chunks).shape == (len(chunks), 8, 2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_packed_model_is_neither_saved_nor_trained_nor_packed_again(compiled, model, inputs, tmp_path):
+    packed = model.to(torch.bfloat16).pack(compiled=compiled)
     with pytest.raises(ValueError, match="cannot be saved"):
         packed.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(ValueError, match="packed already"):
+        packed.pack()
+    with pytest.raises(ValueError, match="cannot be trained"):
+        packed.train()(**inputs)
+
+
+def test_what_packing_cannot_serve_is_refused(model, inputs, monkeypatch):
+    with pytest.raises(ValueError, match="torch.float32 on cpu, expected bf16.*dtype=torch.bfloat16"):
+        model.pack()
+    with pytest.raises(ValueError, match="torch.float16 on cpu, expected bf16 or fp32"):
+        model.to(torch.float16).pack(compiled=True)
+    model.to(torch.bfloat16)
+    with monkeypatch.context() as patch:
+        missing = Mock(side_effect=torch._inductor.exc.InvalidCxxCompiler)
+        patch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", missing)
+        with pytest.raises(ValueError, match="no C\\+\\+ compiler.*Install g"):
+            model.pack(compiled=True)
+    with pytest.raises(ValueError, match="record no hidden states"):
+        model.pack(compiled=True)(**inputs, output_hidden_states=True)
