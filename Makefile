@@ -12,7 +12,7 @@ DISCARD_LEROBOT ?=
 TORCH_LEROBOT ?= torch==2.10.0
 LEROBOT_VERSIONS ?= 0.5.1 0.6.1
 
-.PHONY: demo test test-all test-lerobot fuzz lint bench clean
+.PHONY: demo test test-all test-lerobot fuzz lint bench bench-more clean
 .PRECIOUS: .venv-lerobot-%/installed
 
 demo: $(INSTALLED)
@@ -42,6 +42,11 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/bench.py
 	$(VENV)/bin/python benchmarks/bench_256m.py
 	$(VENV)/bin/python benchmarks/bench_training_256m.py
+
+# Half an hour: what takes minutes to compile, and more ways to train.
+bench-more: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/bench_256m.py --compiled --rounds 5
+	$(VENV)/bin/python benchmarks/bench_training_256m.py --more
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
