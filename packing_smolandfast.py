@@ -127,19 +127,22 @@ class PackedEncoderLayer(nn.Module):
 class PackedEncoder(nn.Module):
     """The vision tower's layers, a few images at a time: what passes between them then stays in fast memory."""
 
-    def __init__(self, encoder: SmolVLMEncoder):
+    group_size: int | None = None  # images at a time; None: as many as have GROUP_ROWS patches
+
+    def __init__(self, encoder: SmolVLMEncoder, linear: type[nn.Module]):
         super().__init__()
-        self.layers = nn.ModuleList(PackedEncoderLayer(layer, PackedLinear) for layer in encoder.layers)
+        self.layers = nn.ModuleList(PackedEncoderLayer(layer, linear) for layer in encoder.layers)
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> BaseModelOutput:
-        count = max(GROUP_ROWS // inputs_embeds.shape[1], 1)
+        count = self.group_size or max(GROUP_ROWS // inputs_embeds.shape[1], 1)
         masks = repeat(None) if attention_mask is None else attention_mask.split(count)
-        groups = []
-        for hidden_states, mask in zip(inputs_embeds.split(count), masks, strict=False):
-            for layer in self.layers:
-                hidden_states = layer(hidden_states, mask)
-            groups.append(hidden_states)
+        groups = [self.run(*group) for group in zip(inputs_embeds.split(count), masks, strict=False)]
         return BaseModelOutput(last_hidden_state=torch.cat(groups))
+
+    def run(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask)
+        return hidden_states
 
 
 class PackedDecoderLayer(LlamaDecoderLayer):  # of this class, so that Transformers can record hidden states
@@ -195,24 +198,18 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return rotated
 
 
-class CompiledEncoder(nn.Module):
+class CompiledEncoder(PackedEncoder):
     """The vision tower's layers, compiled for one image at a time."""
 
+    group_size = 1
+
     def __init__(self, encoder: SmolVLMEncoder):
-        super().__init__()
-        self.layers = nn.ModuleList(PackedEncoderLayer(layer, MergedLinear) for layer in encoder.layers)
-        self.run = torch.compile(self._run, dynamic=False)
+        super().__init__(encoder, MergedLinear)
+        self.run = torch.compile(self.run, dynamic=False)
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> BaseModelOutput:
-        masks = repeat(None) if attention_mask is None else attention_mask.split(1)
         with _compiler_settings():
-            images = [self.run(*image) for image in zip(inputs_embeds.split(1), masks, strict=False)]
-        return BaseModelOutput(last_hidden_state=torch.cat(images))
-
-    def _run(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask)
-        return hidden_states
+            return super().forward(inputs_embeds, attention_mask)
 
 
 class CompiledDecoder(nn.Module):
@@ -256,7 +253,7 @@ def pack_layers(model: nn.Module) -> None:
     """Replace the layers of both towers below `model`, and every other linear layer."""
     for name, child in list(model.named_children()):
         if isinstance(child, SmolVLMEncoder):
-            setattr(model, name, PackedEncoder(child))
+            setattr(model, name, PackedEncoder(child, PackedLinear))
         elif type(child) is LlamaDecoderLayer:
             setattr(model, name, PackedDecoderLayer(child, PackedLinear))
         elif type(child) is nn.Linear:
