@@ -22,6 +22,7 @@ from bench import RESULTS, describe_machine, write_table
 from bench_256m import PREFILL_GFLOP, make_batch, make_model, make_stock, matmul_tflops
 from peft import LoraConfig, get_peft_model
 
+from smolandfast.compiling_smolandfast import compile_layers
 from smolandfast.training_smolandfast import keep_freed_memory, make_optimizer
 
 BATCH = {1: 4, 4: 8}  # by scale factor
@@ -66,8 +67,7 @@ def measure(way: Way, scale_factor: int) -> dict[str, float]:
     if way.is_checkpointed:
         model.gradient_checkpointing_enable()
     if way.is_compiled:
-        for layer in [*model.model.vision_model.encoder.layers, *model.model.text_model.layers]:
-            layer.compile()
+        compile_layers(model)
     if way.has_lora:
         lora = LoraConfig(r=16, target_modules="all-linear", exclude_modules="lm_head")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)

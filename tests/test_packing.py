@@ -1,5 +1,6 @@
 """Packed weights: the same policy, faster."""
 
+import copy
 from unittest.mock import Mock
 
 import pytest
@@ -61,8 +62,9 @@ def test_long_inputs_in_pieces_and_many_images_in_groups_give_the_same(model, in
 @pytest.mark.slow  # the compiler takes two minutes
 @pytest.mark.parametrize("processor", [False], indirect=True, ids=["absolute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_layers_write_the_same(dtype, processor, model, inputs):
-    one = {name: tensor[:1] for name, tensor in inputs.items()}
+def test_compiled_layers_write_the_same(dtype, processor, model, batch, inputs):
+    one = processor(images=batch["images"][:1], text=batch["text"][:1], state=batch["state"][:1])
+    assert one["attention_mask"].all()  # then attention needs no mask, and takes another way
     exact = [model(**one).logits, model(**inputs).logits]
     plain = [model.to(dtype)(**one).logits, model(**inputs).logits]
     written = [model.generate(**one), model.generate(**inputs)]
@@ -77,6 +79,20 @@ def test_compiled_layers_write_the_same(dtype, processor, model, inputs):
         else:
             assert (compiled - exact[i]).abs().mean() <= 1.2 * (plain[i] - exact[i]).abs().mean()
             assert processor.post_process_actions(chunks).shape == (len(chunks), 8, 2)
+
+
+@pytest.mark.slow
+def test_compiled_models_in_one_process_have_weights_of_their_own(model, inputs, monkeypatch):
+    monkeypatch.setitem(packing_smolandfast.COMPILER, "max_autotune", False)  # which makes compiling slow
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+        exact = [model(**inputs).logits, other(**inputs).logits]
+        models = [model.pack(compiled=True), other.pack(compiled=True)]
+        for _ in range(2):
+            for i in range(2):
+                torch.testing.assert_close(models[i](**inputs).logits, exact[i], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -4,7 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_training import losses, make_trainer
+from torch._inductor.inductor_prims import force_stride_order
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from smolandfast.compiling_smolandfast import _TransposedGradients, compile_layers
 from smolandfast.training_smolandfast import make_optimizer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "exclude_modules": "lm_head"}
@@ -56,8 +59,7 @@ def test_compiled_layers_have_the_same_loss_and_gradients(dtype, processor, mode
     found = []
     for is_compiled in (False, True):
         if is_compiled:
-            for layer in [*model.model.vision_model.encoder.layers, *model.model.text_model.layers]:
-                layer.compile()
+            compile_layers(model)
         model.zero_grad()
         loss = model(**inputs).loss
         loss.backward()
@@ -70,6 +72,23 @@ def test_compiled_layers_have_the_same_loss_and_gradients(dtype, processor, mode
     torch.testing.assert_close(same_loss, loss, rtol=1e-4 if dtype == torch.float32 else 0.02, atol=0)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     assert (same_gradients - gradients).norm() < tolerance * gradients.norm()
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 1), (torch.float32, 0)])
+def test_the_compiler_transposes_what_gradients_of_weights_are_products_of(dtype, count):
+    narrow, wide = torch.randn(40, 8).to(dtype), torch.randn(40, 32).to(dtype)
+
+    def gradients(x, y):
+        return [left.permute(1, 0).mm(right) for left, right in ((x, y), (y, x), (x, x))] + [x.permute(1, 0).mm(y + 1)]
+
+    traced = make_fx(gradients)(narrow, wide)
+    expected = traced(narrow, wide)
+    _TransposedGradients()(traced.graph)
+    traced.recompile()
+    nodes = [node.target for node in traced.graph.nodes]
+    assert nodes.count(force_stride_order) == count  # `narrow`, once for three products
+    for found, exact in zip(traced(narrow, wide), expected, strict=True):
+        torch.testing.assert_close(found, exact)
 
 
 @pytest.mark.slow
