@@ -130,8 +130,8 @@ def bench_inference(scale_factor: int, rounds: int, compiled: bool) -> dict[str,
         models |= {"ours fp32, compiled": copy.deepcopy(exact).pack(compiled=True)}
         models |= {"ours bf16, compiled": copy.deepcopy(half).pack(compiled=True)}
     else:
-        models |= {"ours fp32": exact, "ours bf16": half}
-        models |= {"ours bf16 packed": copy.deepcopy(half).pack(), "ours bf16, int8 weights": copy.deepcopy(half)}
+        models |= {"ours fp32": exact, "ours bf16 packed": copy.deepcopy(half).pack()}
+        models |= {"ours bf16, int8 weights": copy.deepcopy(half)}
         quantize_(models["ours bf16, int8 weights"].model, Int8WeightOnlyConfig())
     one, many = make_batch(scale_factor, 1, False), make_batch(scale_factor, 16, False)
     chunks = {name: stock_chunk if "stock" in name else our_chunk for name in models}
