@@ -43,12 +43,10 @@ class _TransposedGradients(CustomGraphPass):
             if not is_bf16_on_cpu or not isinstance(length, int) or max(rows, columns) < 2 * min(rows, columns):
                 continue
             small, large = (left, right) if rows < columns else (right, left)
-            if small not in transposed:
-                with graph.inserting_after(small):
-                    view = graph.call_function(aten.permute.default, (small, [1, 0]))
-                with graph.inserting_after(view):
-                    transposed[small] = graph.call_function(force_stride_order, (view, [length, 1]))
             with graph.inserting_before(product):
+                if small not in transposed:
+                    view = graph.call_function(aten.permute.default, (small, [1, 0]))
+                    transposed[small] = graph.call_function(force_stride_order, (view, [length, 1]))
                 found = graph.call_function(aten.mm.default, (transposed[small], large))
                 if small is right:
                     found = graph.call_function(aten.permute.default, (found, [1, 0]))

@@ -25,7 +25,7 @@ from .automaton_smolandfast import BpeAutomaton  # noqa: F401  Transformers 5.3 
 from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
-from .packing_smolandfast import compile_layers, pack_layers
+from .packing_smolandfast import compile_towers, pack_layers
 from .tokenization_fast_action import HUB_KWARGS
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
 
@@ -195,7 +195,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         if self.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ValueError("This processor has no bf16 products (AVX-512 at least). Leave the model as it is.")
         if compiled:
-            compile_layers(self.model)
+            compile_towers(self.model)
         if self.dtype == torch.bfloat16:
             pack_layers(self.model)
         self.is_packed, self.records_hidden_states = True, not compiled

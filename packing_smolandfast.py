@@ -262,7 +262,7 @@ def pack_layers(model: nn.Module) -> None:
             pack_layers(child)
 
 
-def compile_layers(model: SmolVLMModel) -> None:
+def compile_towers(model: SmolVLMModel) -> None:
     """Replace the layers of both towers by compiled ones.
 
     Raises:
