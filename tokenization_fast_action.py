@@ -311,7 +311,8 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             coefficients[is_plain] = plain
             for i, row in others.items():
                 coefficients[i, : row.size] = row[:size] / self.scale
-        return idct(coefficients.reshape(-1, horizon, action_dim), axis=1, norm="ortho", overwrite_x=True)
+        chunks, threads = coefficients.reshape(-1, horizon, action_dim), torch.get_num_threads()
+        return idct(chunks, axis=1, norm="ortho", overwrite_x=True, workers=threads)
 
     def count_saturated(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
         """Count, for each chunk, the coefficients that `encode_actions` has to saturate: `(batch,)` integers."""
