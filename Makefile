@@ -45,7 +45,7 @@ bench: $(INSTALLED)
 
 # Half an hour: what takes minutes to compile, and more ways to train.
 bench-more: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/bench_256m.py --compiled --rounds 5
+	$(VENV)/bin/python benchmarks/bench_256m.py --compiled --rounds 9
 	$(VENV)/bin/python benchmarks/bench_training_256m.py --more
 
 $(INSTALLED): pyproject.toml

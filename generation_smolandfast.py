@@ -7,6 +7,7 @@ well-formed UTF-8 (Unicode standard, table 3-7) runs along.
 """
 
 import torch
+from torch.nn.functional import pad
 from transformers import LogitsProcessor, StoppingCriteria
 
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
@@ -33,8 +34,9 @@ class ActionGrammar:
         band: The action tokens' place in the vocabulary, last token first.
         num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
         max_new_tokens: No string of the grammar is longer.
-        started: `(num_action_tokens,)`, the coefficients that begin inside each token.
-        next_state: `(num_states, num_action_tokens)`, the state after a token, -1 where it must not follow.
+        started: `(num_action_tokens + 1,)`, the coefficients that begin inside each token.
+        next_state: `(num_states + 1, num_action_tokens + 1)`, the state after a token, -1 where it must not follow.
+            What comes last in both tables is for the state -1 and for what is no action token.
     """
 
     def __init__(self, config: SmolAndFastConfig):
@@ -64,6 +66,7 @@ class ActionGrammar:
             self.max_new_tokens = 3 * self.num_coefficients  # bytes of the longest symbols
         if not (self.started == 1).any():
             raise ValueError("No action token stands for a single coefficient, so not every chunk can be written.")
+        self.started, self.next_state = pad(self.started, (0, 1)), pad(self.next_state, (0, 1, 0, 1), value=INVALID)
 
     def read(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Run the automaton over what has been written.
@@ -85,28 +88,20 @@ class ActionGrammar:
         self, left: torch.LongTensor, state: torch.LongTensor, ids: torch.LongTensor
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """What [`read`] returns, one id of each string later; all `(batch,)`."""
-        started, next_state = self.started.to(ids.device), self.next_state.to(ids.device)
-        tokens = action_token_map(ids, self.base_id)
-        known = (tokens >= 0) & (tokens < len(started))
-        tokens = tokens.clamp(0, len(started) - 1)
+        tokens = action_token_map(ids, self.base_id).clamp(-1, len(self.started) - 1)  # both ends are the last place
+        started = self.started.to(ids.device)[tokens]
+        after = self.next_state.to(ids.device)[state, tokens].masked_fill(started > left, INVALID)
         whole = _is_whole(left, state)
-        after = torch.where(known & (state != INVALID), next_state[state.clamp(min=0), tokens], INVALID)
-        after = torch.where(started[tokens] > left, INVALID, after)
-        left = torch.where(whole | (after == INVALID), left, left - started[tokens])
+        left = torch.where(whole | (after == INVALID), left, left - started)
         return left, torch.where(whole, state, after)
 
-    def is_whole(self, action_ids: torch.LongTensor) -> torch.BoolTensor:
-        """Whether each string holds exactly one chunk: `(batch, length) -> (batch,)`."""
-        return _is_whole(*self.read(action_ids))
-
     def is_action(self, token_id: int) -> bool:
-        return 0 <= action_token_map(token_id, self.base_id) < len(self.started)
+        return 0 <= action_token_map(token_id, self.base_id) < len(self.started) - 1
 
     def allowed(self, left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
         """The tokens that may follow: `(batch,)`, `(batch,) -> (batch, num_action_tokens)`."""
-        next_state = self.next_state.to(left.device)[state.clamp(min=0)]
-        fits = self.started.to(left.device) <= left[:, None]
-        return (next_state != INVALID) & fits & (state != INVALID)[:, None]
+        next_state, started = self.next_state.to(left.device)[state, :-1], self.started.to(left.device)[:-1]
+        return (next_state != INVALID) & (started <= left[:, None])
 
 
 class ActionReader:
@@ -123,6 +118,8 @@ class ActionReader:
     def read(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """[`ActionGrammar.read`] of what stands behind the prompt: `(batch, length)` ids -> two of `(batch,)`."""
         action_ids = input_ids[:, self.prompt_length :]
+        if self._action_ids is not None and torch.equal(self._action_ids, action_ids):
+            return self._found
         if self._action_ids is not None and torch.equal(self._action_ids, action_ids[:, :-1]):
             self._found = self.grammar.step(*self._found, action_ids[:, -1])
         else:
@@ -137,18 +134,16 @@ class ActionLogitsProcessor(LogitsProcessor):
     Relaxed, it leaves every action token and EOS at any time, whatever they add up to.
     """
 
-    def __init__(self, grammar: ActionGrammar, prompt_length: int, eos_token_id: int, relaxed: bool = False):
-        self.grammar = grammar
-        self.reader = ActionReader(grammar, prompt_length)
+    def __init__(self, reader: ActionReader, eos_token_id: int, relaxed: bool = False):
+        self.reader = reader
         self.eos_token_id = eos_token_id
         self.relaxed = relaxed
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        left, state = self.reader.read(input_ids)
-        allowed = self.grammar.allowed(left, state) | self.relaxed
-        band = self.grammar.band
+        grammar = self.reader.grammar
+        allowed = grammar.allowed(*self.reader.read(input_ids)) | self.relaxed
         masked = torch.full_like(scores, -torch.inf)
-        masked[:, band] = scores[:, band].masked_fill(~allowed.flip(1), -torch.inf)
+        masked[:, grammar.band] = torch.where(allowed.flip(1), scores[:, grammar.band], -torch.inf)
         if self.relaxed:
             masked[:, self.eos_token_id] = scores[:, self.eos_token_id]
         else:
@@ -165,8 +160,8 @@ class ActionLogitsProcessor(LogitsProcessor):
 class ChunkIsWhole(StoppingCriteria):
     """Ends each string at its last coefficient, without a forward pass for EOS."""
 
-    def __init__(self, grammar: ActionGrammar, prompt_length: int):
-        self.reader = ActionReader(grammar, prompt_length)
+    def __init__(self, reader: ActionReader):
+        self.reader = reader
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         return _is_whole(*self.reader.read(input_ids))

@@ -24,7 +24,7 @@ from transformers.utils import cached_file, logging
 from .automaton_smolandfast import BpeAutomaton  # noqa: F401  Transformers 5.3 copies direct imports only
 from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
-from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
+from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsWhole
 from .packing_smolandfast import compile_towers, pack_layers
 from .tokenization_fast_action import HUB_KWARGS
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
@@ -341,8 +341,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         if pad_token_id is None or not 0 <= pad_token_id < vocab_size:  # SmolVLMConfig's default
             kwargs.setdefault("pad_token_id", self.config.text_config.pad_token_id)
         prompt_length = input_ids.shape[1]
-        constraint = ActionLogitsProcessor(grammar, prompt_length, eos_token_id, relaxed)
-        ends = [] if relaxed else [ChunkIsWhole(grammar, prompt_length)]
+        reader = ActionReader(grammar, prompt_length)
+        constraint, end = ActionLogitsProcessor(reader, eos_token_id, relaxed), ChunkIsWhole(reader)
+        ends = [] if relaxed else [end]
         output = super().generate(
             inputs,
             logits_processor=LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), constraint]),
@@ -352,7 +353,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             **kwargs,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if not relaxed and not grammar.is_whole(sequences[:, prompt_length:]).all():
+        if not relaxed and not end(sequences, None).all():
             raise ValueError(
                 "The options given to generate() cut a chunk short or asked for more different chunks than exist. "
                 "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."

@@ -10,14 +10,14 @@ becomes one call. But that takes minutes in every process, and a C++ compiler.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import pad, rms_norm
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,6 +30,7 @@ UNARY = {"none": ("none", [], ""), "gelu_pytorch_tanh": ("gelu", [], "tanh"), "s
 # long, but not in pieces of so many rows (2 threads, 1024 x 3072 by 3072 x 768: 4.5 ms in one, 2.6 in four pieces).
 PIECE_ROWS = 256
 GROUP_ROWS = 2048  # patches of as many images as pass through the vision tower together
+ATTENTION_ROWS = 32  # PyTorch's attention takes half as long for 128 tokens as for 124
 NOT_SAVED = "A packed model cannot be saved. Save it before pack(), or load it again."
 COMPILER = {
     "freezing": True,  # weights are constants: they are packed while compiling
@@ -76,6 +77,22 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, *args, **kwargs):
         raise ValueError(NOT_SAVED)
+
+
+class PackedPatches(nn.Module):
+    """The convolution that makes a vector of each patch, as one product: patches do not overlap."""
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        self.height, self.width = convolution.kernel_size
+        linear = nn.Linear(convolution.weight[0].numel(), convolution.out_channels, device="meta")
+        linear.weight, linear.bias = nn.Parameter(convolution.weight.flatten(1)), convolution.bias
+        self.linear = PackedLinear(linear)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, height, width) -> (batch, hidden_size, rows, columns)` of patches."""
+        patches = pixel_values.unflatten(3, (-1, self.width)).unflatten(2, (-1, self.height))
+        return self.linear(patches.permute(0, 2, 4, 1, 3, 5).flatten(3)).permute(0, 3, 1, 2)
 
 
 class MergedLinear(nn.Module):
@@ -177,9 +194,14 @@ class PackedDecoderLayer(LlamaDecoderLayer):  # of this class, so that Transform
         query, key = query_key.tensor_split([-self.num_key_value_heads], dim=-2)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            # In one order whether they are a prompt's or a further token's, since the compiler knows only one.
+            key, value = past_key_values.update(key.contiguous(), value.contiguous(), self.layer_idx)
+        length = query.shape[2]
+        if attention_mask is None and 1 < length == key.shape[2]:
+            # What is added comes last, so that no token sees it.
+            query, key, value = (pad(x, (0, 0, 0, -length % ATTENTION_ROWS)) for x in (query, key, value))
         attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self, query, key, value, attention_mask, scaling=self.scaling)
-        hidden_states = self.o_proj(attended.flatten(-2), hidden_states)
+        hidden_states = self.o_proj(attended[:, :length].flatten(-2), hidden_states)
         normalized = normalize(hidden_states, self.post_attention_layernorm)
         return self.down_proj(self.up_proj(normalized, self.gate_proj(normalized)), hidden_states)
 
@@ -205,7 +227,7 @@ class CompiledEncoder(PackedEncoder):
 
     def __init__(self, encoder: SmolVLMEncoder):
         super().__init__(encoder, MergedLinear)
-        self.run = torch.compile(self.run, dynamic=False)
+        self.run = torch.compile(self.run, dynamic=False, options={"guard_filter_fn": _look_at_one_weight})
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> BaseModelOutput:
         with _compiler_settings():
@@ -218,7 +240,7 @@ class CompiledDecoder(nn.Module):
     def __init__(self, layers: nn.ModuleList):
         super().__init__()
         self.layers = nn.ModuleList(PackedDecoderLayer(layer, MergedLinear) for layer in layers)
-        self.run = torch.compile(self._run, dynamic=True)
+        self.run = torch.compile(self._run, dynamic=True, options={"guard_filter_fn": _look_at_one_weight})
 
     def forward(
         self,
@@ -228,10 +250,6 @@ class CompiledDecoder(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        # A prompt's keys and values lie in another order than those with a further token: one more to compile for.
-        for layer in past_key_values.layers if past_key_values is not None else ():
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
         with _compiler_settings():
             return self.run(hidden_states, attention_mask, past_key_values, position_embeddings)
 
@@ -239,6 +257,13 @@ class CompiledDecoder(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, *args)
         return hidden_states
+
+
+def _look_at_one_weight(guards: Sequence[Any]) -> list[bool]:
+    """What PyTorch looks at before each call: of a model, which does not change, only that it is the same one."""
+    kept = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    kept[next(i for i, guard in enumerate(guards) if guard.guard_type == "ID_MATCH" and not kept[i])] = True
+    return kept
 
 
 @contextmanager
@@ -250,7 +275,7 @@ def _compiler_settings() -> Iterator[None]:
 
 
 def pack_layers(model: nn.Module) -> None:
-    """Replace the layers of both towers below `model`, and every other linear layer."""
+    """Replace the layers of both towers below `model`, every other linear layer, and the patches' convolution."""
     for name, child in list(model.named_children()):
         if isinstance(child, SmolVLMEncoder):
             setattr(model, name, PackedEncoder(child, PackedLinear))
@@ -258,6 +283,8 @@ def pack_layers(model: nn.Module) -> None:
             setattr(model, name, PackedDecoderLayer(child, PackedLinear))
         elif type(child) is nn.Linear:
             setattr(model, name, PackedLinear(child))
+        elif type(child) is nn.Conv2d:
+            setattr(model, name, PackedPatches(child))
         else:
             pack_layers(child)
 

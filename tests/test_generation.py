@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, SmolVLMForConditionalGeneration, StoppingCriteriaList
 
 from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastForActionPrediction
-from smolandfast.generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ChunkIsWhole
+from smolandfast.generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsWhole
 
 FAST_PLUS = Path(__file__).parents[2] / "shared" / "assets" / "fast_plus"
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
@@ -99,7 +99,8 @@ def token_likings(config, kind):
 def write_strings(policy, kind, do_sample, batch_size=128):
     """Decode as `generate()` does, with random logits where it has a model."""
     grammar, band = policy.grammar, policy.band
-    processor, is_whole = ActionLogitsProcessor(grammar, 1, EOS), ChunkIsWhole(grammar, 1)
+    reader = ActionReader(grammar, 1)
+    processor, is_whole = ActionLogitsProcessor(reader, EOS), ChunkIsWhole(reader)
     likings = token_likings(policy.config, kind).flip(0)
     ids = torch.full((batch_size, 1), BOS)
     finished = is_whole(ids, None)
@@ -151,7 +152,7 @@ def test_no_encoding_is_ever_masked(policy, seed, size, offset):
 
 def accepts(grammar, ids):
     """Whether each of these strings, all of one length, ends just where the grammar says that it is whole."""
-    is_whole = ChunkIsWhole(grammar, 0)
+    is_whole = ChunkIsWhole(ActionReader(grammar, 0))
     left, state = grammar.read(ids)
     return ((left == 0) & (state == 0) & ~is_whole(ids[:, :-1], None)).tolist()
 
@@ -182,7 +183,7 @@ def test_the_grammar_of_bytes_is_utf8():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_scores_that_name_no_token_are_refused(policy, bad):
-    processor = ActionLogitsProcessor(policy.grammar, 1, EOS)
+    processor = ActionLogitsProcessor(ActionReader(policy.grammar, 1), EOS)
     logits = torch.zeros(3, policy.config.text_config.vocab_size)
     logits[1, policy.band] = bad
     with pytest.raises(ValueError, match=f"scores for the action tokens are {bad}"):
@@ -194,7 +195,7 @@ def test_one_nan_among_the_allowed_tokens_is_refused(policy):
     first_allowed = policy.grammar.allowed(*policy.grammar.read(torch.empty(1, 0)))[0].nonzero()[0]
     logits[2, policy.base_id - first_allowed] = torch.nan
     with pytest.raises(ValueError, match="nan"):
-        ActionLogitsProcessor(policy.grammar, 1, EOS)(torch.full((3, 1), BOS), logits)
+        ActionLogitsProcessor(ActionReader(policy.grammar, 1), EOS)(torch.full((3, 1), BOS), logits)
 
 
 PROMPTS = torch.randint(4, NUM_TEXT_TOKENS, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -249,14 +250,14 @@ def test_greedy_and_sampled_strings_are_those_of_stock_generate(policy):
     for options in ({}, {"do_sample": True, "temperature": 2.0}, {"do_sample": True, "top_k": 3}, {"num_beams": 3}):
         torch.manual_seed(0)
         ours = model.generate(input_ids=PROMPTS, attention_mask=MASK, **options)
-        constraint = ActionLogitsProcessor(policy.grammar, PROMPTS.shape[1], EOS)
+        reader = ActionReader(policy.grammar, PROMPTS.shape[1])
         torch.manual_seed(0)
         stock = SmolVLMForConditionalGeneration.generate(
             model,
             input_ids=PROMPTS,
             attention_mask=MASK,
-            logits_processor=LogitsProcessorList([constraint]),
-            stopping_criteria=StoppingCriteriaList([ChunkIsWhole(policy.grammar, PROMPTS.shape[1])]),
+            logits_processor=LogitsProcessorList([ActionLogitsProcessor(reader, EOS)]),
+            stopping_criteria=StoppingCriteriaList([ChunkIsWhole(reader)]),
             max_new_tokens=policy.grammar.max_new_tokens,
             pad_token_id=PAD,
             **options,
@@ -301,8 +302,7 @@ def test_each_written_id_is_read_once_unless_beams_change_places(policy, options
     policy.assert_one_chunk_each(ids[:, 7:])
     if "num_beams" not in options:
         new = ids.shape[1] - 7
-        # The processor reads before each token, the criterion after it, the check at the end all of them.
-        assert lengths == [0, 1, new] and len(steps) == (new - 1) + new + new
+        assert lengths == [0] and len(steps) == new
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_length", "min_new_tokens", "min_length", "stop_strings"])

@@ -32,10 +32,10 @@ def constrained_log_probabilities(model, inputs, sequences, temperature=1.0):
     for row in range(len(sequences)):
         total, count = 0.0, 0
         for i in range(length, sequences.shape[1]):
-            written = sequences[row : row + 1, length:i]
-            if grammar.is_whole(written)[0]:
+            left, state = grammar.read(sequences[row : row + 1, length:i])
+            if left == 0 and state == 0:
                 break
-            allowed = grammar.allowed(*grammar.read(written))[0]
+            allowed = grammar.allowed(left, state)[0]
             ids = grammar.base_id - torch.arange(len(allowed))[allowed]
             scores = logits[row, i - 1, ids] / temperature
             total += scores.log_softmax(0)[ids == sequences[row, i]].item()
