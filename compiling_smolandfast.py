@@ -6,12 +6,19 @@ from torch._inductor.inductor_prims import force_stride_order
 from torch.fx import Graph, Node
 
 from .modeling_smolandfast import SmolAndFastForActionPrediction
+from .packing_smolandfast import check_compiler
 
 aten = torch.ops.aten
 
 
 def compile_layers(model: SmolAndFastForActionPrediction) -> None:
-    """Have PyTorch compile each layer of both towers, in place, when it is first called. Needs a C++ compiler."""
+    """Have PyTorch compile each layer of both towers, in place, when it is first called.
+
+    Raises:
+        ValueError: A model on a CPU, and no C++ compiler.
+    """
+    if model.device.type == "cpu":
+        check_compiler("compile_layers()")
     options = {
         "cpp.use_decompose_tanh": True,  # GELU's tanh by exp, which takes half as long
         "post_grad_custom_post_pass": _TransposedGradients(),

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import pad, rms_norm
+from torch.nn.functional import rms_norm
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,7 +30,6 @@ UNARY = {"none": ("none", [], ""), "gelu_pytorch_tanh": ("gelu", [], "tanh"), "s
 # long, but not in pieces of so many rows (2 threads, 1024 x 3072 by 3072 x 768: 4.5 ms in one, 2.6 in four pieces).
 PIECE_ROWS = 256
 GROUP_ROWS = 2048  # patches of as many images as pass through the vision tower together
-ATTENTION_ROWS = 32  # PyTorch's attention takes half as long for 128 tokens as for 124
 NOT_SAVED = "A packed model cannot be saved. Save it before pack(), or load it again."
 COMPILER = {
     "freezing": True,  # weights are constants: they are packed while compiling
@@ -196,12 +195,8 @@ class PackedDecoderLayer(LlamaDecoderLayer):  # of this class, so that Transform
         if past_key_values is not None:
             # In one order whether they are a prompt's or a further token's, since the compiler knows only one.
             key, value = past_key_values.update(key.contiguous(), value.contiguous(), self.layer_idx)
-        length = query.shape[2]
-        if attention_mask is None and 1 < length == key.shape[2]:
-            # What is added comes last, so that no token sees it.
-            query, key, value = (pad(x, (0, 0, 0, -length % ATTENTION_ROWS)) for x in (query, key, value))
         attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self, query, key, value, attention_mask, scaling=self.scaling)
-        hidden_states = self.o_proj(attended[:, :length].flatten(-2), hidden_states)
+        hidden_states = self.o_proj(attended.flatten(-2), hidden_states)
         normalized = normalize(hidden_states, self.post_attention_layernorm)
         return self.down_proj(self.up_proj(normalized, self.gate_proj(normalized)), hidden_states)
 
@@ -289,15 +284,20 @@ def pack_layers(model: nn.Module) -> None:
             pack_layers(child)
 
 
+def check_compiler(caller: str) -> None:
+    """Raises ValueError where there is no C++ compiler, which PyTorch would say in the middle of the first call."""
+    try:
+        torch._inductor.cpp_builder.get_cpp_compiler()
+    except torch._inductor.exc.InvalidCxxCompiler as error:
+        raise ValueError(f"{caller} found no C++ compiler. Install g++, or name one in CXX.") from error
+
+
 def compile_towers(model: SmolVLMModel) -> None:
     """Replace the layers of both towers by compiled ones.
 
     Raises:
         ValueError: No C++ compiler.
     """
-    try:
-        torch._inductor.cpp_builder.get_cpp_compiler()
-    except torch._inductor.exc.InvalidCxxCompiler as error:
-        raise ValueError("pack(compiled=True) found no C++ compiler. Install g++, or name one in CXX.") from error
+    check_compiler("pack(compiled=True)")
     model.vision_model.encoder = CompiledEncoder(model.vision_model.encoder)
     model.text_model.layers = nn.ModuleList([CompiledDecoder(model.text_model.layers)])

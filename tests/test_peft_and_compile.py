@@ -1,5 +1,7 @@
 """What users put around the model: `peft`'s LoRA, `torch.compile`."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -49,6 +51,13 @@ def test_a_lora_adapter_loads_again_and_merges_into_the_weights(processor, model
     assert type(merged) is type(model)
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_compiling_layers_without_a_compiler_is_refused(model, monkeypatch):
+    missing = Mock(side_effect=torch._inductor.exc.InvalidCxxCompiler)
+    monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match="compile_layers.*no C\\+\\+ compiler.*Install g"):
+        compile_layers(model)
 
 
 @pytest.mark.slow  # the compiler takes a minute
