@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smolandfast import packing_smolandfast
-from smolandfast.packing_smolandfast import PackedLinear
+from smolandfast.packing_smolandfast import PackedLinear, PackedPatches
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 products"
@@ -57,6 +57,12 @@ def test_long_inputs_in_pieces_and_many_images_in_groups_give_the_same(model, in
     together = packed(**inputs).logits
     monkeypatch.setattr(packing_smolandfast, "GROUP_ROWS", 1)
     torch.testing.assert_close(packed(**inputs).logits, together)
+
+
+def test_packed_patches_are_those_of_the_convolution():
+    convolution = torch.nn.Conv2d(3, 32, kernel_size=8, stride=8).to(torch.bfloat16)
+    images = torch.randn(2, 3, 16, 24).to(torch.bfloat16)
+    torch.testing.assert_close(PackedPatches(convolution)(images), convolution(images), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.slow  # the compiler takes two minutes
