@@ -105,7 +105,7 @@ class ActionGrammar:
 
 
 class ActionReader:
-    """Reads strings that grow by an id at a time, each id once.
+    """Reads strings that grow from call to call, each id once.
 
     Strings that did not grow out of those of the call before (beams change places) are read from their start.
     """
@@ -118,12 +118,12 @@ class ActionReader:
     def read(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """[`ActionGrammar.read`] of what stands behind the prompt: `(batch, length)` ids -> two of `(batch,)`."""
         action_ids = input_ids[:, self.prompt_length :]
-        if self._action_ids is not None and torch.equal(self._action_ids, action_ids):
-            return self._found
-        if self._action_ids is not None and torch.equal(self._action_ids, action_ids[:, :-1]):
-            self._found = self.grammar.step(*self._found, action_ids[:, -1])
-        else:
+        length = 0 if self._action_ids is None else self._action_ids.shape[1]
+        if self._action_ids is None or not torch.equal(self._action_ids, action_ids[:, :length]):
             self._found = self.grammar.read(action_ids)
+        else:
+            for ids in action_ids[:, length:].T:
+                self._found = self.grammar.step(*self._found, ids)
         self._action_ids = action_ids
         return self._found
 
