@@ -19,6 +19,8 @@ CAUSAL_ROWS = 256
 NUM_SCORES = 4 * 1024 * 1024
 # Probabilities are kept times 32. bf16 has 8 bits, so an exponent near 0 is exact to more digits than one near -7.
 LOG_SHIFT = 5 * math.log(2)
+# What Transformers passes on to every attention and attention without a mask has no use for.
+UNUSED = ("position_ids", "use_cache", "output_hidden_states")
 
 
 class _Attention(torch.autograd.Function):
@@ -114,6 +116,8 @@ def bf16_training_attention(
 ):
     """Transformers' `sdpa` attention, with the other backward pass where it applies: in bf16 on a CPU, without a mask.
 
+    An argument that is not known here, or a PyTorch without the kernel, is `sdpa`'s.
+
     Args and Returns: those of Transformers' attention functions.
     """
     is_causal = module.is_causal if is_causal is None else is_causal
@@ -121,7 +125,9 @@ def bf16_training_attention(
     is_bf16_on_cpu = query.device.type == "cpu" and dtype == torch.bfloat16
     is_training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     is_plain = attention_mask is None and not dropout and (query.shape[2] == key.shape[2] or not is_causal)
-    if not (is_bf16_on_cpu and is_training and is_plain):
+    is_known = all(value is None for name, value in kwargs.items() if name not in UNUSED)
+    has_kernel = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    if not (is_bf16_on_cpu and is_training and is_plain and is_known and has_kernel):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )

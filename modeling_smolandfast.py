@@ -6,11 +6,13 @@ loads. What is added: the loss over the action tokens alone, and `generate()` th
 
 import json
 import os
+from dataclasses import fields
 from functools import cached_property, wraps
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy, linear
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -18,20 +20,20 @@ from transformers import (
     SmolVLMForConditionalGeneration,
     StoppingCriteriaList,
 )
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMCausalLMOutputWithPast
-from transformers.utils import cached_file, logging
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
-from .automaton_smolandfast import BpeAutomaton  # noqa: F401  Transformers 5.3 copies direct imports only
 from .configuration_smolandfast import SmolAndFastConfig
 from .errors_smolandfast import naming
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsWhole
-from .packing_smolandfast import compile_towers, pack_layers
-from .tokenization_fast_action import HUB_KWARGS
+from .hub_smolandfast import HUB_KWARGS, find_file
 from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
 
 logger = logging.get_logger(__name__)
 
 PROJECTION_KEY = "model.connector.modality_projection.proj.weight"
+HEAD_KEY = "lm_head.weight"
+PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
@@ -46,9 +48,6 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
     def __init__(self, config: SmolAndFastConfig):
         config.check()
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # Transformers reads it off class names it knows
-        self.model.connector.register_forward_hook(_in_the_weights_dtype)
-        self.model.vision_model.embeddings.register_forward_hook(_contiguous)
         self._freeze()
         self.is_packed, self.records_hidden_states = False, True
 
@@ -84,15 +83,10 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **fields
             )
         files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
-        found = cached_file(
-            pretrained_model_name_or_path,
-            "generation_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            **hub_kwargs,
-        )
+        found = find_file(pretrained_model_name_or_path, "generation_config.json", **hub_kwargs)
         if found is not None:  # Transformers goes on without one that is damaged
             with naming(found):
-                GenerationConfig.from_dict(json.loads(Path(found).read_bytes()))
+                GenerationConfig.from_dict(json.loads(found.read_bytes()))
         is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
         kwargs |= {"ignore_mismatched_sizes": is_recreated, "force_download": False}  # everything has come by now
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -109,7 +103,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         with naming(f"The configuration of {name}"), torch.device("meta"):
             model = cls(config)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        tied = model._tied_weights_keys if config.tie_word_embeddings else ()
+        tied = (HEAD_KEY,) if config.tie_word_embeddings else ()
         missing = sorted(key for key in expected if key not in found and key not in tied)
         if missing:
             raise ValueError(
@@ -138,14 +132,21 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         )
         return True
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs) -> None:
-        """As Transformers' own; `SHA256SUMS` beside the weights then says what [`from_pretrained`] has to find.
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, *args, push_to_hub: bool = False, **kwargs
+    ) -> None:
+        """Save like any Transformers model, and write `SHA256SUMS` beside the weights, for [`from_pretrained`] to check.
+
+        Args:
+            push_to_hub: Upload afterwards; `repo_id`, by default the folder's name, and the other arguments of
+                [`push_to_hub`] may then follow.
 
         Raises:
             OSError: The folder cannot be written.
         """
         if os.path.isfile(save_directory):
             raise OSError(f"{save_directory} is a file, expected a folder to save the model in. Name another one.")
+        hub = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
         try:
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
             if is_main_process:
@@ -154,10 +155,8 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             raise OSError(
                 f"The model cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
             ) from error
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        self._write_checksums(working_dir)  # `save_pretrained(push_to_hub=True)` uploads before it returns
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
     @staticmethod
     def _write_checksums(folder: str | os.PathLike) -> None:
@@ -176,7 +175,8 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 without. Hidden states are no longer recorded.
 
         Returns:
-            The model itself.
+            The model itself. If its scores on made-up inputs are others than before, or parts of PyTorch and
+            Transformers that this stands on have changed, it is left as it was, and a warning says so.
 
         Raises:
             ValueError: Weights in another type than bf16 or, compiled, fp32; a processor that oneDNN has no bf16
@@ -192,13 +192,16 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 f"The weights are {self.dtype} on {self.device}, expected {' or '.join(expected.values())} on a CPU: "
                 "elsewhere packing brings nothing. Load the model with dtype=torch.bfloat16."
             )
-        if self.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        capability = torch.backends.cpu.get_cpu_capability()
+        if self.dtype == torch.bfloat16 and not capability.startswith("AVX512"):
             raise ValueError("This processor has no bf16 products (AVX-512 at least). Leave the model as it is.")
-        if compiled:
-            compile_towers(self.model)
-        if self.dtype == torch.bfloat16:
-            pack_layers(self.model)
-        self.is_packed, self.records_hidden_states = True, not compiled
+        try:
+            from .packing_smolandfast import pack
+        except ImportError as error:
+            logger.warning(f"pack() left the model as it was, only slower: this release lacks what it needs. {error}.")
+            return self
+        self.is_packed = pack(self.eval(), compiled)
+        self.records_hidden_states = not (self.is_packed and compiled)
         return self
 
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
@@ -226,13 +229,10 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             # No token sees what is padded to the right of it: without a mask, attention takes its fast kernels.
             kwargs["attention_mask"] = None
         outputs = super().forward(*args, logits_to_keep=kept, return_dict=True, **kwargs)
-        outputs.loss = self.loss_function(
-            logits=outputs.logits,
-            labels=None,
-            shift_labels=labels[:, kept + 1],
-            vocab_size=self.config.text_config.vocab_size,
-            num_items_in_batch=num_items_in_batch,
-        )
+        targets = labels[:, kept + 1].to(outputs.logits.device)
+        loss = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        # `Trainer` passes the number of targets in all batches of an optimizer's step.
+        outputs.loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return outputs if return_dict is not False else outputs.to_tuple()
 
     def _forward_to_action_logits(self, *args, logits_to_keep: "int | torch.Tensor" = 0, **kwargs):
@@ -244,17 +244,13 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]  # (batch, positions, hidden_size)
         band, eos = self.action_grammar.band, slice(self._eos_token_id(), self._eos_token_id() + 1)
-        found = [torch.nn.functional.linear(hidden, self.lm_head.weight[rows]) for rows in (band, eos)]
+        found = [linear(hidden, self.lm_head.weight[rows]) for rows in (band, eos)]
         # Under autocast the scores are of another type than the hidden states.
         logits = found[0].new_full((*hidden.shape[:2], self.config.text_config.vocab_size), -torch.inf)
         logits[..., band], logits[..., eos] = found
-        return SmolVLMCausalLMOutputWithPast(
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        # Releases differ in what else they return, and in what they call the cache.
+        returned = {field.name: outputs[field.name] for field in fields(CausalLMOutputWithPast) if field.name in outputs}
+        return CausalLMOutputWithPast(logits=logits, **returned)
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, action_logits_only: bool = False, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -359,16 +355,6 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
             )
         return output
-
-
-def _in_the_weights_dtype(connector: torch.nn.Module, args: tuple, visual_tokens: torch.Tensor) -> torch.Tensor:
-    """Under autocast, Transformers 5.3 to 5.5 cannot put visual tokens among text tokens of another dtype."""
-    return visual_tokens.to(connector.modality_projection.proj.weight.dtype)
-
-
-def _contiguous(embeddings: torch.nn.Module, args: tuple, patches: torch.Tensor) -> torch.Tensor:
-    """SmolVLM's patches come channel by channel, and every layer of the tower would copy its input anew."""
-    return patches.contiguous()
 
 
 SmolAndFastForActionPrediction.register_for_auto_class("AutoModel")

@@ -7,6 +7,9 @@ decoding step of a small model most of the time passes between them.
 
 PyTorch's compiler does the same, and better: it writes products of its own where oneDNN's are slower, and each tower
 becomes one call. But that takes minutes in every process, and a C++ compiler.
+
+Both stand on parts of PyTorch and Transformers that may change with any release. So only `pack()` imports this file, a
+packed layer refuses an argument that it does not know, and packing has to prove itself: what differs is put back.
 """
 
 import math
@@ -16,13 +19,18 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.functional import rms_norm
+from transformers import GenerationMixin, SmolVLMForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoder, SmolVLMEncoderLayer, SmolVLMModel
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMEncoder, SmolVLMEncoderLayer
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 NUM_ROWS = 128  # the layout works for any number of rows; it suits this many the best
 UNARY = {"none": ("none", [], ""), "gelu_pytorch_tanh": ("gelu", [], "tanh"), "silu": ("swish", [], "")}
@@ -31,6 +39,11 @@ UNARY = {"none": ("none", [], ""), "gelu_pytorch_tanh": ("gelu", [], "tanh"), "s
 PIECE_ROWS = 256
 GROUP_ROWS = 2048  # patches of as many images as pass through the vision tower together
 NOT_SAVED = "A packed model cannot be saved. Save it before pack(), or load it again."
+# Largest mean difference of the scores before and after, in their standard deviations. bf16 rounds to 8 bits: a tenth of
+# this is usual. Without its cache, or with one argument lost, a model differs by far more.
+TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3}
+# What a library that has changed raises.
+CHANGED = (AttributeError, TypeError, LookupError, ValueError, RuntimeError)
 COMPILER = {
     "freezing": True,  # weights are constants: they are packed while compiling
     "max_autotune": True,  # products by oneDNN or by the compiler's own code, whichever is faster here
@@ -132,7 +145,7 @@ class PackedEncoderLayer(nn.Module):
         self.fc1 = linear(layer.mlp.fc1, then=layer.mlp.config.hidden_act)
         self.fc2 = linear(layer.mlp.fc2, then="add")
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         qkv = self.qkv_proj(self.layer_norm1(hidden_states)).unflatten(-1, (3, -1, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self, query, key, value, attention_mask, scaling=self.scaling)
@@ -150,6 +163,7 @@ class PackedEncoder(nn.Module):
         self.layers = nn.ModuleList(PackedEncoderLayer(layer, linear) for layer in encoder.layers)
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> BaseModelOutput:
+        inputs_embeds = inputs_embeds.contiguous()  # they come channel by channel, and each layer would copy them anew
         count = self.group_size or max(GROUP_ROWS // inputs_embeds.shape[1], 1)
         masks = repeat(None) if attention_mask is None else attention_mask.split(count)
         groups = [self.run(*group) for group in zip(inputs_embeds.split(count), masks, strict=False)]
@@ -179,26 +193,56 @@ class PackedDecoderLayer(LlamaDecoderLayer):  # of this class, so that Transform
         self.up_proj = linear(mlp.up_proj, then="mul")
         self.down_proj = linear(mlp.down_proj, then="add")
 
-    def forward(
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.run(hidden_states, *known_arguments(**kwargs))
+
+    def run(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
+        attention_mask: torch.Tensor | None,
+        cache: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         qkv = self.qkv_proj(normalize(hidden_states, self.input_layernorm)).unflatten(-1, (-1, self.head_dim))
         query_key, value = qkv.tensor_split([-self.num_key_value_heads], dim=-2)
         query_key = rotate(query_key, *position_embeddings)
         query, key = query_key.tensor_split([-self.num_key_value_heads], dim=-2)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if past_key_values is not None:
+        if cache is not None:
             # In one order whether they are a prompt's or a further token's, since the compiler knows only one.
-            key, value = past_key_values.update(key.contiguous(), value.contiguous(), self.layer_idx)
+            key, value = cache.update(key.contiguous(), value.contiguous(), self.layer_idx)
         attended, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](self, query, key, value, attention_mask, scaling=self.scaling)
         hidden_states = self.o_proj(attended.flatten(-2), hidden_states)
         normalized = normalize(hidden_states, self.post_attention_layernorm)
         return self.down_proj(self.up_proj(normalized, self.gate_proj(normalized)), hidden_states)
+
+
+def known_arguments(
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    cache: Any = None,
+    position_ids: torch.Tensor | None = None,
+    use_cache: bool | None = None,
+    output_hidden_states: bool | None = None,
+    output_attentions: bool | None = None,
+    **unknown: Any,
+) -> tuple[torch.Tensor | None, Any, tuple[torch.Tensor, torch.Tensor]]:
+    """What of a decoder layer's arguments counts here: the mask, the cache, the rotary embeddings.
+
+    Transformers 5.24 calls the cache `cache`, earlier releases `past_key_values`. The positions are in the embeddings,
+    and hidden states are recorded outside of the layer.
+
+    Raises:
+        ValueError: An argument that is not known here, or attention weights, which the fused attention does not give.
+    """
+    given = [name for name, value in unknown.items() if value is not None]
+    if given or output_attentions:
+        raise ValueError(
+            f"A packed layer got {', '.join(given) or 'output_attentions'}, which it does not know. Drop it, or load "
+            "the model without pack()."
+        )
+    return attention_mask, past_key_values if cache is None else cache, position_embeddings
 
 
 def normalize(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
@@ -237,20 +281,13 @@ class CompiledDecoder(nn.Module):
         self.layers = nn.ModuleList(PackedDecoderLayer(layer, MergedLinear) for layer in layers)
         self.run = torch.compile(self._run, dynamic=True, options={"guard_filter_fn": _look_at_one_weight})
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         with _compiler_settings():
-            return self.run(hidden_states, attention_mask, past_key_values, position_embeddings)
+            return self.run(hidden_states, *known_arguments(**kwargs))
 
     def _run(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
         for layer in self.layers:
-            hidden_states = layer(hidden_states, *args)
+            hidden_states = layer.run(hidden_states, *args)
         return hidden_states
 
 
@@ -269,19 +306,99 @@ def _compiler_settings() -> Iterator[None]:
         yield
 
 
-def pack_layers(model: nn.Module) -> None:
-    """Replace the layers of both towers below `model`, every other linear layer, and the patches' convolution."""
+def pack(model: SmolVLMForConditionalGeneration, compiled: bool) -> bool:
+    """Replace the layers of `model`, in place, if what it then computes is the same but for rounding.
+
+    A prefill and two cached steps on made-up inputs are compared with those before.
+
+    Returns:
+        Whether they are replaced; if not, the model is as it was, and a warning says why.
+
+    Raises:
+        ValueError: No C++ compiler to compile with.
+    """
+    if compiled:
+        check_compiler("pack(compiled=True)")
+    dtype, stock = model.dtype, []
+    try:
+        expected = [_try_out(model, *size) for size in _sizes(model, compiled)]
+        if compiled:
+            compile_towers(model.model, stock)
+        if dtype == torch.bfloat16:
+            pack_layers(model.model, stock)
+        found = [_try_out(model, *size) for size in _sizes(model, compiled)]
+        pairs = [pair for before, after in zip(expected, found, strict=True) for pair in zip(before, after, strict=True)]
+        difference = max(((after - before).abs().mean() / before.std()).item() for before, after in pairs)
+        if difference <= TOLERANCE[dtype]:  # NaN is not
+            return True
+        reason = f"the scores differ by {difference:.2g} standard deviations, and rounding by {TOLERANCE[dtype]} at most"
+    except CHANGED as error:
+        reason = f"{type(error).__name__}: {error}"
+    for parent, name, layer in reversed(stock):
+        setattr(parent, name, layer)
+    logger.warning(
+        f"pack() left the model as it was, only slower: {reason}. This is torch {torch.__version__} with transformers "
+        f"{transformers.__version__}; releases that it works with are in pyproject.toml."
+    )
+    return False
+
+
+def _sizes(model: nn.Module, compiled: bool) -> list[tuple[int, int]]:
+    """Prompts and pixels a side to try: one prompt, and two of unequal length; for the compiler what it will meet."""
+    vision = model.config.vision_config
+    if compiled:
+        return [(1, getattr(model.config, "image_size", None) or vision.image_size)]
+    return [(count, 2 * vision.patch_size * model.config.scale_factor) for count in (1, 2)]
+
+
+def _try_out(model: SmolVLMForConditionalGeneration, batch_size: int, image_size: int) -> tuple[torch.Tensor, ...]:
+    """Scores of a prefill and of two cached steps, each `(batch_size, vocab_size)`, of images of noise and any words."""
+    config, side = model.config, image_size // model.config.vision_config.patch_size // model.config.scale_factor
+    special = {config.image_token_id, *(getattr(config.text_config, f"{name}_token_id") for name in ("bos", "eos", "pad"))}
+    words = torch.tensor([i for i in range(config.text_config.vocab_size) if i not in special][:32])
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.full((batch_size, side**2), config.image_token_id)
+    text = words[torch.randint(len(words), (batch_size, 16), generator=generator)]
+    input_ids = torch.cat([text[:, :8], visual, text[:, 8:]], dim=1)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1:, :3] = 0  # padding on the left
+    pixels = torch.rand(batch_size, 1, 3, image_size, image_size, generator=generator) * 2 - 1
+    output = GenerationMixin.generate(
+        model,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        pixel_values=pixels.to(model.dtype),
+        prefix_allowed_tokens_fn=lambda *_: words[:1].tolist(),  # the same words, whatever the scores
+        max_new_tokens=3,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=words[0].item(),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return tuple(step.float() for step in output.logits)
+
+
+def pack_layers(model: nn.Module, stock: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Replace the layers of both towers below `model`, every other linear layer, and the patches' convolution.
+
+    Args:
+        stock: Gets each layer that was replaced, behind the module it was in and its name.
+    """
     for name, child in list(model.named_children()):
         if isinstance(child, SmolVLMEncoder):
-            setattr(model, name, PackedEncoder(child, PackedLinear))
+            packed = PackedEncoder(child, PackedLinear)
         elif type(child) is LlamaDecoderLayer:
-            setattr(model, name, PackedDecoderLayer(child, PackedLinear))
+            packed = PackedDecoderLayer(child, PackedLinear)
         elif type(child) is nn.Linear:
-            setattr(model, name, PackedLinear(child))
+            packed = PackedLinear(child)
         elif type(child) is nn.Conv2d:
-            setattr(model, name, PackedPatches(child))
+            packed = PackedPatches(child)
         else:
-            pack_layers(child)
+            pack_layers(child, stock)
+            continue
+        stock.append((model, name, child))
+        setattr(model, name, packed)
 
 
 def check_compiler(caller: str) -> None:
@@ -292,12 +409,10 @@ def check_compiler(caller: str) -> None:
         raise ValueError(f"{caller} found no C++ compiler. Install g++, or name one in CXX.") from error
 
 
-def compile_towers(model: SmolVLMModel) -> None:
-    """Replace the layers of both towers by compiled ones.
-
-    Raises:
-        ValueError: No C++ compiler.
-    """
-    check_compiler("pack(compiled=True)")
-    model.vision_model.encoder = CompiledEncoder(model.vision_model.encoder)
-    model.text_model.layers = nn.ModuleList([CompiledDecoder(model.text_model.layers)])
+def compile_towers(model: nn.Module, stock: list[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Replace the layers of both towers by compiled ones; `stock` gets what was there, as from [`pack_layers`]."""
+    vision, text = model.vision_model, model.text_model
+    compiled = CompiledEncoder(vision.encoder), nn.ModuleList([CompiledDecoder(text.layers)])
+    for parent, name, layer in ((vision, "encoder", compiled[0]), (text, "layers", compiled[1])):
+        stock.append((parent, name, getattr(parent, name)))
+        setattr(parent, name, layer)

@@ -13,20 +13,16 @@ import re
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-from transformers.utils import cached_file
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
+from transformers.utils import logging
 
-from .automaton_smolandfast import BpeAutomaton  # noqa: F401  Transformers 5.3 copies direct imports only
 from .configuration_smolandfast import SHARED_FIELDS, SmolAndFastConfig, action_token_map
 from .errors_smolandfast import naming
+from .hub_smolandfast import HUB_KWARGS, find_file
 from .normalization_smolandfast import Normalizer, as_numbers
-from .tokenization_fast_action import HUB_KWARGS, FastActionTokenizer
+from .tokenization_fast_action import FastActionTokenizer
 
-try:
-    from transformers import SmolVLMImageProcessorPil
-except ImportError:  # its name in Transformers 5.3, the release of LeRobot 0.5
-    from transformers import SmolVLMImageProcessor as SmolVLMImageProcessorPil
+logger = logging.get_logger(__name__)
 
 PROMPT = "Task: {task}, State: {bins}, Action: "
 TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")
@@ -177,10 +173,14 @@ class SmolAndFastProcessor(ProcessorMixin):
         )
         chat_template = tokenizer.chat_template
         if chat_template is None:  # SmolVLM's own repositories have it in a file that tokenizers do not read
-            with open(
-                cached_file(pretrained_model_name_or_path, "chat_template.json", **hub_kwargs), encoding="utf-8"
-            ) as file:
-                chat_template = json.load(file)["chat_template"]
+            file = find_file(pretrained_model_name_or_path, "chat_template.json", **hub_kwargs)
+            if file is None:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has no chat template. Name a SmolVLM checkpoint such as "
+                    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
+                )
+            with naming(file):
+                chat_template = json.loads(file.read_bytes())["chat_template"]
         return cls(
             image_processor,
             tokenizer,
@@ -446,16 +446,18 @@ class SmolAndFastProcessor(ProcessorMixin):
             )
         prompt, *pieces = template[0].split(self.tokenizer.image_token)
         for row, col, piece in zip(rows, cols, pieces, strict=True):
-            prompt += get_image_prompt_string(
-                row,
-                col,
-                self.image_seq_len,
-                fake_token_around_image=self.tokenizer.fake_image_token,
-                image_token=self.tokenizer.image_token,
-                global_image_token=self.tokenizer.global_image_token,
-            )
-            prompt += piece
+            prompt += self._write_image(row, col) + piece
         return prompt + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + template[1]
+
+    def _write_image(self, rows: int, cols: int) -> str:
+        """What SmolVLM reads for one image: its sub-images, row by row, then the whole of it; 0 rows: not split."""
+        fake, visual = self.tokenizer.fake_image_token, self.tokenizer.image_token * self.image_seq_len
+        lines = [
+            "".join(f"{fake}<row_{row}_col_{col}>{visual}" for col in range(1, cols + 1)) + "\n"
+            for row in range(1, rows + 1)
+        ]
+        whole = f"{fake}{self.tokenizer.global_image_token}{visual}{fake}"
+        return "".join([*lines, "\n" if lines else "", whole])
 
     def _read_bins(self, prompts: list[np.ndarray]) -> np.ndarray:
         rows = []

@@ -16,11 +16,10 @@ import torch
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.utils import cached_file
 
 from .automaton_smolandfast import BpeAutomaton
 from .errors_smolandfast import naming
+from .hub_smolandfast import HUB_KWARGS, find_file
 
 # A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
 # 15, which no normalizer or pre-tokenizer touches.
@@ -37,8 +36,6 @@ MAX_COEFFICIENT = 2**31
 AUTOMATON_FROM = 2**19
 AUTOMATON_TOKENS = 2048
 AUTOMATON_ROWS = 4096
-
-HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class FastActionTokenizer(PreTrainedTokenizerFast):
@@ -85,9 +82,9 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1, or None.")
         if (horizon is None) != (action_dim is None):
             raise ValueError(f"horizon is {horizon} and action_dim is {action_dim}: give both, or neither (FAST+).")
-        # The official files name classes that live in another repository.
-        kwargs.pop("auto_map", None)
-        kwargs.pop("processor_class", None)
+        # The official files name classes that live in another repository; `tokenizer_object` holds the vocabulary.
+        for name in ("auto_map", "processor_class", "vocab", "merges"):
+            kwargs.pop(name, None)
         super().__init__(
             *args,
             horizon=horizon,
@@ -115,39 +112,35 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         self.max_coefficient = max_coefficient
         tokens = self.convert_ids_to_tokens(list(range(len(self))))
         if self.is_byte_level:
-            to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+            to_byte = _byte_alphabet()
             self._token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
         else:
             self._token_bytes = [token.encode("utf-8") for token in tokens]
         self._fill_tables()
 
     @classmethod
-    def convert_to_native_format(cls, **kwargs):
-        # Transformers rebuilds the tokenizer of a subclass that has an `__init__` from vocabulary and merges alone;
-        # ours is to be the file as it is, like PreTrainedTokenizerFast's.
-        return PreTrainedTokenizerFast.convert_to_native_format(**kwargs)
-
-    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "FastActionTokenizer":
-        """Load a saved tokenizer, or the official FAST files, whose numbers are in their `processor_config.json`."""
+        """Load a saved tokenizer, or the official FAST files, whose numbers are in their `processor_config.json`.
+
+        Raises:
+            ValueError: Damaged files, or those of another tokenizer.
+            OSError: No such files, or a hub that cannot be reached.
+        """
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        official_file = cached_file(
-            pretrained_model_name_or_path,
-            "processor_config.json",
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-            **hub_kwargs,
+        official_file, vocabulary_file = (
+            find_file(pretrained_model_name_or_path, name, **hub_kwargs)
+            for name in ("processor_config.json", "tokenizer.json")
         )
         with naming(f"The action tokenizer in {pretrained_model_name_or_path}", passing=(ValueError,)):
-            if official_file is not None:
-                with open(official_file, encoding="utf-8") as file:
-                    official = json.load(file)
-                if "min_token" in official:
-                    kwargs.setdefault("scale", official["scale"])
-                    kwargs.setdefault("min_coefficient", official["min_token"])
-                    kwargs.setdefault("horizon", official.get("time_horizon"))
-                    kwargs.setdefault("action_dim", official.get("action_dim"))
+            official = {} if official_file is None else json.loads(official_file.read_bytes())
+            if "min_token" in official:
+                kwargs.setdefault("scale", official["scale"])
+                kwargs.setdefault("min_coefficient", official["min_token"])
+                kwargs.setdefault("horizon", official.get("time_horizon"))
+                kwargs.setdefault("action_dim", official.get("action_dim"))
+            if vocabulary_file is not None:
+                # As it is: Transformers would make another one of its vocabulary, for a class with an `__init__`.
+                kwargs["tokenizer_object"] = Tokenizer.from_str(vocabulary_file.read_text(encoding="utf-8"))
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
@@ -457,6 +450,16 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"{self.max_coefficient}, which is what encode_actions and constrained decoding write."
             )
         return coefficients
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's, Radford et al. 2019).
+
+    Printable characters of Latin-1 stand for themselves, those from 256 on for the other bytes, in their order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _is_whole(value: object) -> bool:

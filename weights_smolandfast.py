@@ -10,10 +10,12 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
+
+from .hub_smolandfast import find_file
 
 SUMS = "SHA256SUMS"
 AGAIN = "Download or save the checkpoint again."
@@ -61,16 +63,12 @@ def find_weights(name_or_path: str | os.PathLike, variant: str | None = None, **
 
     Args:
         name_or_path: Folder or hub id.
-        hub_kwargs: Arguments of `from_pretrained` that find files on the hub, `subfolder` among them.
+        hub_kwargs: Those of [`HUB_KWARGS`].
 
     Raises:
         OSError: no such files, one that is missing, or one that is not what was saved.
     """
-
-    def find(name: str) -> Path | None:
-        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        return None if found is None else Path(found)
-
+    find = partial(find_file, name_or_path, **hub_kwargs)
     suffix = f".{variant}" if variant else ""
     names = [f"model{suffix}.safetensors"]
     if find(names[0]) is None:

@@ -1,6 +1,10 @@
 """Builders the tests share: a tiny policy with random weights, and the real artefacts where they are at hand."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 TASK = "Push the T-shaped block onto the T-shaped target."
 # The code that every checkpoint carries.
 PYTHON_FILES = {
+    "hub_smolandfast.py",
     "automaton_smolandfast.py",
     "configuration_smolandfast.py",
     "errors_smolandfast.py",
@@ -27,6 +32,19 @@ PYTHON_FILES = {
 CHUNK_SIZE = 8
 
 torch.set_num_threads(2)
+
+
+@contextlib.contextmanager
+def warnings_of(module: ModuleType) -> Iterator[list[str]]:
+    """What a module of the package warns of, through Transformers' logging."""
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    module.logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        module.logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,19 @@
 """Packed weights: the same policy, faster."""
 
 import copy
+import re
+import sys
 from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import warnings_of
 
-from smolandfast import packing_smolandfast
-from smolandfast.packing_smolandfast import PackedLinear, PackedPatches
+from smolandfast import modeling_smolandfast, packing_smolandfast
+from smolandfast.packing_smolandfast import PackedDecoderLayer, PackedLinear, PackedPatches
 
 pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bf16 products"
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="this processor has no bf16 products"
 )
 
 
@@ -101,7 +104,7 @@ def test_compiled_models_in_one_process_have_weights_of_their_own(model, inputs,
                 torch.testing.assert_close(models[i](**inputs).logits, exact[i], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_packed_model_is_neither_saved_nor_trained_nor_packed_again(compiled, model, inputs, tmp_path):
     packed = model.to(torch.bfloat16).pack(compiled=compiled)
     with pytest.raises(ValueError, match="cannot be saved"):
@@ -109,6 +112,9 @@ def test_a_packed_model_is_neither_saved_nor_trained_nor_packed_again(compiled, 
     assert not list(tmp_path.glob("*.safetensors"))
     with pytest.raises(ValueError, match="packed already"):
         packed.pack()
+    if compiled:
+        with pytest.raises(ValueError, match="record no hidden states"):
+            packed(**inputs, output_hidden_states=True)
     with pytest.raises(ValueError, match="cannot be trained"):
         packed.train()(**inputs)
 
@@ -124,5 +130,63 @@ def test_what_packing_cannot_serve_is_refused(model, inputs, monkeypatch):
         patch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", missing)
         with pytest.raises(ValueError, match="no C\\+\\+ compiler.*Install g"):
             model.pack(compiled=True)
-    with pytest.raises(ValueError, match="record no hidden states"):
-        model.pack(compiled=True)(**inputs, output_hidden_states=True)
+
+
+class LosesItsCache(PackedDecoderLayer):
+    """What a release does that names an argument otherwise, where unknown arguments are ignored."""
+
+    def forward(self, hidden_states, cache=None, past_key_values=None, **kwargs):
+        return super().forward(hidden_states, **kwargs)
+
+
+class LosesItsMask(PackedDecoderLayer):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        return super().forward(hidden_states, **kwargs)
+
+
+class GetsWhatItDoesNotKnow(PackedDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, sliding_window=4, **kwargs)
+
+
+def renamed(*args, **kwargs):
+    raise AttributeError("'LlamaAttention' object has no attribute 'q_proj'")
+
+
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (LosesItsCache, r"scores differ by [0-9.]+ standard deviations, and rounding by 0.1 at most"),
+        (LosesItsMask, r"scores differ by [0-9.]+ standard deviations"),
+        (GetsWhatItDoesNotKnow, "sliding_window, which it does not know"),
+        (renamed, "no attribute 'q_proj'"),
+    ],
+)
+def test_a_model_that_packing_would_change_stays_as_it_is(layer, reason, model, inputs, monkeypatch):
+    model.to(torch.bfloat16)
+    layers, written = list(model.modules()), model.generate(**inputs)
+    monkeypatch.setattr(packing_smolandfast, "PackedDecoderLayer", layer)
+    with warnings_of(packing_smolandfast) as messages:
+        assert model.pack() is model and not model.is_packed
+    assert len(messages) == 1 and re.search(reason, messages[0]) and torch.__version__ in messages[0]
+    assert [id(module) for module in model.modules()] == [id(module) for module in layers]
+    assert torch.equal(model.generate(**inputs), written)
+
+
+def test_a_release_without_what_packing_imports_leaves_the_model_as_it_is(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, packing_smolandfast.__name__, None)
+    with warnings_of(modeling_smolandfast) as messages:
+        assert not model.to(torch.bfloat16).pack().is_packed
+    assert "lacks what it needs" in messages[0]
+
+
+def test_a_packed_layer_refuses_an_argument_that_it_does_not_know(model, inputs):
+    packed = model.to(torch.bfloat16).pack()
+    layer = packed.model.text_model.layers[0]
+    hidden = torch.randn(1, 3, packed.config.text_config.hidden_size).to(torch.bfloat16)
+    rotary = [torch.ones(1, 3, packed.config.text_config.head_dim).to(torch.bfloat16)] * 2
+    layer(hidden, position_embeddings=rotary, position_ids=torch.arange(3)[None], renamed_cache=None)
+    with pytest.raises(ValueError, match="got renamed_cache, which it does not know"):
+        layer(hidden, position_embeddings=rotary, renamed_cache=object())
+    with pytest.raises(ValueError, match="output_attentions"):
+        packed(**inputs, output_attentions=True)
