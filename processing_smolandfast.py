@@ -49,10 +49,15 @@ class SmolAndFastProcessor(ProcessorMixin):
         scale_factor (`int`, defaults to 1): Side of the model's pixel shuffle.
         patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
         default_task (`str`, defaults to `""`): Stands in for an empty task.
+        training_tasks (`list[str]`, *optional*):
+            The sentences the policy is trained on. Told another one, the processor warns once: a policy that has not
+            learnt that wording does not matter may do nothing sensible then.
 
     Raises:
-        ValueError: Parts that do not fit together; the message says the mend.
+        ValueError: Parts that do not fit together; the message says how to fix it.
     """
+
+    _has_warned = False
 
     def __init__(
         self,
@@ -68,6 +73,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         scale_factor: int = 1,
         patch_size: int = 16,
         default_task: str = "",
+        training_tasks: list[str] | None = None,
         chat_template: str | None = None,
     ):
         # Not isinstance: under `trust_remote_code` the tokenizer may come from a copy of its module.
@@ -84,6 +90,9 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.scale_factor = scale_factor
         self.patch_size = patch_size
         self.default_task = default_task
+        if not isinstance(training_tasks, list | None) or not all(isinstance(x, str) for x in training_tasks or ()):
+            raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of sentences, or None.")
+        self.training_tasks = training_tasks
         self.normalizer = Normalizer(statistics, normalization, n_state_bins, use_relative_actions)
         self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
         if self.chunk_size is None:
@@ -290,6 +299,7 @@ class SmolAndFastProcessor(ProcessorMixin):
             images = [images]
         batch_size = len(state)
         tasks = text if isinstance(text, (list, tuple)) else [text] * batch_size
+        tasks = [self.default_task if task is None or task == "" else task for task in tasks]
         if len(images) != batch_size or len(tasks) != batch_size:
             raise ValueError(
                 f"Got {len(images)} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of "
@@ -309,6 +319,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         ]
         input_ids = self.tokenizer(prompts)["input_ids"]
         if actions is None:
+            self._warn_of_new_tasks(tasks)
             return BatchFeature({**_pad(input_ids, self.tokenizer.pad_token_id, left=True), **pixels})
 
         actions = as_numbers(actions, "actions", (batch_size, self.chunk_size, self.normalizer.action_dim))
@@ -436,10 +447,18 @@ class SmolAndFastProcessor(ProcessorMixin):
             )
         return parts[0], parts[1]
 
-    def _write_prompt(
-        self, template: tuple[str, str], task: str | None, bins, rows: list[int], cols: list[int]
-    ) -> str:
-        task = self.default_task if task is None or task == "" else task
+    def _warn_of_new_tasks(self, tasks: list[str]) -> None:
+        known = self.training_tasks
+        new = [task for task in tasks if task not in known] if known else []
+        if new and not self._has_warned:
+            self._has_warned = True
+            more = f" and {len(known) - 3} more (processor.training_tasks)" if len(known) > 3 else ""
+            logger.warning(
+                f"The policy is told {new[0]!r}, and was trained on other sentences: {', '.join(map(repr, known[:3]))}"
+                f"{more}. Use one of them, or measure first what it does with this one."
+            )
+
+    def _write_prompt(self, template: tuple[str, str], task: str, bins, rows: list[int], cols: list[int]) -> str:
         if not isinstance(task, str) or any(token in task for token in self.tokenizer.get_added_vocab()):
             raise ValueError(
                 f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens."

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector, SmolVLMVisionTransformer
+from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil, SmolVLMModel
 
 from .configuration_smolandfast import SmolAndFastConfig
 from .modeling_smolandfast import SmolAndFastForActionPrediction
-from .processing_smolandfast import PROMPT, SmolAndFastProcessor, SmolVLMImageProcessorPil
+from .processing_smolandfast import PROMPT, SmolAndFastProcessor
 from .tokenization_fast_action import FastActionTokenizer
 
 IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3
@@ -79,16 +78,18 @@ def make_tiny_processor(
 
     Args:
         task: The default task.
-        other_tasks: What else the policy is told in training.
+        other_tasks: What else the vocabulary is fitted to. Any other sentence is read as bytes.
         scale_factor: Side of the pixel shuffle, a divisor of the 6 patches on an image's side.
     """
+    tasks = list(dict.fromkeys([task, *other_tasks]))
+    kwargs.setdefault("training_tasks", tasks)
     n_state_bins = kwargs.setdefault("n_state_bins", 256)
     image_processor = SmolVLMImageProcessorPil(
         do_image_splitting=False, do_resize=False, max_image_size={"longest_edge": IMAGE_SIZE}
     )
     return SmolAndFastProcessor(
         image_processor,
-        make_text_tokenizer([task, *other_tasks], n_state_bins, len(action_tokenizer)),
+        make_text_tokenizer(tasks, n_state_bins, len(action_tokenizer)),
         action_tokenizer,
         statistics,
         fast_skip_tokens=0,
@@ -108,8 +109,8 @@ def make_tiny_vision() -> tuple[nn.Module, nn.Module, int]:
         scale_factor=SCALE_FACTOR,
         attn_implementation="eager",
     )
-    model = SmolVLMVisionTransformer(config.vision_config)
-    return model, SmolVLMConnector(config), config.image_seq_len * TEXT["hidden_size"]
+    model = SmolVLMModel(config)
+    return model.vision_model, model.connector, config.image_seq_len * TEXT["hidden_size"]
 
 
 def make_tiny_model(processor: SmolAndFastProcessor, n_action_steps: int, **kwargs) -> SmolAndFastForActionPrediction:

@@ -66,6 +66,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         info, stats: `meta/info.json`; `meta/stats.json` as arrays, over all episodes whichever are chosen.
         image_keys, state_dim, action_dim, fps: what a sample looks like.
         states, actions: `(N, state_dim)` and `(N, action_dim)` float32 of the chosen frames.
+        tasks: the sentences of the chosen frames, each once.
         episode_index, frame_index: `(N,)`, the episode of each frame and its place there.
 
     Raises:
@@ -166,6 +167,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             )
         self._last = np.repeat(np.cumsum(lengths[chosen]) - 1, lengths[chosen])  # (N,) where its episode ends
         self._texts = _read_texts(self.root / "meta/tasks.parquet", data["task_index"][rows, 0].tolist())
+        self.tasks = list(dict.fromkeys(self._texts))
 
     def _read_images(self, table: dict[str, np.ndarray], chosen: np.ndarray, cache_dir: Path) -> None:
         """Decode what is not in the cache yet, and open the frames of every chosen episode."""

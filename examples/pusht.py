@@ -7,6 +7,7 @@ of the outline, divided by 0.95 and cut at 1; covering 95 % ends the episode as 
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import time
@@ -29,6 +30,18 @@ import gym_pusht  # noqa: E402, F401  (registers the environment)
 
 ENV_ID = "gym_pusht/PushT-v0"
 TASK = "Push the T-shaped block onto the T-shaped target."
+# Other ways to say it, for training: a policy that only ever read one sentence does not know what another one means.
+STARTS = ("Push", "Move", "Slide", "Please bring", "Use the pusher to shove", "carefully guide")
+BLOCKS = ("the T-shaped block", "the T", "the grey T", "the letter T", "the grey piece")
+ENDS = (
+    "onto the T-shaped target.",
+    "onto the green T",
+    "into the green outline.",
+    "to the target",
+    "until it covers the goal.",
+    "to where it belongs",
+)
+WORDINGS = [" ".join(words) for words in itertools.product(STARTS, BLOCKS, ENDS)]
 MAX_EPISODE_STEPS = 300
 CONTROL_HZ = 10
 ACTION_DIM = 2

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HTTPError
 from lerobot_dataset import LeRobotChunkDataset, download_dataset
 from model_card import write_card
 from muon import make_muon
-from pusht import TASK, rollout
+from pusht import TASK, WORDINGS, rollout
 from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, TellEpoch, rotate_points, turn_points, vary_scene
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
@@ -81,6 +81,7 @@ PRESETS = {
         "turn_probability": 0.3,
         "max_shift": 3,
         "max_angle": 15.0,
+        "reword_probability": 0.5,
         "vision_learning_rate": 5e-4,
         "connector_learning_rate": 3e-4,
         "text_learning_rate": 1e-3,
@@ -143,13 +144,16 @@ class PolicyArguments:
     turn_probability: float = field(default=0.0, metadata={"help": "share of samples that are turned or mirrored"})
     max_shift: int = field(default=0, metadata={"help": "largest shift of image, state and actions, in image pixels"})
     max_angle: float = field(default=0.0, metadata={"help": "half of the samples are rotated by up to this, degrees"})
+    reword_probability: float = field(
+        default=0.0, metadata={"help": "share of samples told the task in other words, pusht.WORDINGS"}
+    )
     held_out_episodes: int = field(default=6, metadata={"help": "last demonstrations, for the evaluation loss"})
     eval_episodes: int = field(default=20, metadata={"help": "simulator episodes at each evaluation"})
     eval_seed: int = field(default=100_000, metadata={"help": "first seed of those episodes"})
 
 
 class VariedDemonstrations(torch.utils.data.Dataset):
-    """Demonstrations that are turned and shifted as a whole, another way in every epoch; without their last frames."""
+    """Demonstrations turned, shifted and told in other words, another way in every epoch; without their last frames."""
 
     def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
@@ -160,6 +164,7 @@ class VariedDemonstrations(torch.utils.data.Dataset):
             raise ValueError(f"drop_n_last_frames is {args.drop_n_last_frames}, and no episode is longer. Lower it.")
         options = ("mirror_probability", "turn_probability", "max_shift", "max_angle")
         self.variation = {name: getattr(args, name) for name in options}
+        self.reword_probability = args.reword_probability
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -170,12 +175,14 @@ class VariedDemonstrations(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         i = int(self.indices[i])
         sample = self.dataset[i]
+        rng = np.random.default_rng((self.seed, self.epoch, i))
+        if rng.random() < self.reword_probability:
+            sample["text"] = str(rng.choice(WORDINGS))
         if not any(self.variation.values()):
             return sample
         if len(sample["images"]) != 1 or sample["images"][0].shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise ValueError(f"Only PushT's single 96x96 image can be varied: set {', '.join(self.variation)} to 0.")
         points = np.concatenate([sample["state"][None], sample["actions"]])
-        rng = np.random.default_rng((self.seed, self.epoch, i))
         image, points = vary_scene(sample["images"][0], points, rng, **self.variation)
         return {**sample, "images": [image], "state": points[0], "actions": points[1:]}
 
@@ -278,7 +285,12 @@ def make_policy(
 ) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
     """The preset's model and processor; kwargs go to `from_pretrained` or the configuration."""
     statistics, action_tokenizer = fit_statistics_and_tokenizer(dataset, args)
-    options = {"chunk_size": args.chunk_size, "use_relative_actions": args.use_relative_actions}
+    wordings = WORDINGS if args.reword_probability > 0 else []
+    options = {
+        "chunk_size": args.chunk_size,
+        "use_relative_actions": args.use_relative_actions,
+        "training_tasks": list(dict.fromkeys([*dataset.tasks, *wordings])),
+    }
     frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}
     if args.preset == "256M":
         processor = SmolAndFastProcessor.from_vlm(

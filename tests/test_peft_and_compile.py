@@ -4,11 +4,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import warnings_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_training import losses, make_trainer
 from torch._inductor.inductor_prims import force_stride_order
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from smolandfast import compiling_smolandfast
 from smolandfast.compiling_smolandfast import _TransposedGradients, compile_layers
 from smolandfast.training_smolandfast import make_optimizer
 
@@ -58,6 +60,13 @@ def test_compiling_layers_without_a_compiler_is_refused(model, monkeypatch):
     monkeypatch.setattr(torch._inductor.cpp_builder, "get_cpp_compiler", missing)
     with pytest.raises(ValueError, match="compile_layers.*no C\\+\\+ compiler.*Install g"):
         compile_layers(model)
+
+
+def test_a_compiler_with_other_options_is_used_without_them(model, monkeypatch):
+    monkeypatch.setattr(compiling_smolandfast, "CustomGraphPass", None)
+    with warnings_of(compiling_smolandfast) as messages:
+        compile_layers(model)
+    assert len(messages) == 1 and "leaves out its options" in messages[0]
 
 
 @pytest.mark.slow  # the compiler takes a minute

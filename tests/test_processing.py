@@ -6,10 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import TASK, make_processor, warnings_of
 from PIL import Image
 from transformers import Idefics3Processor, PreTrainedTokenizerFast
 
-from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastProcessor, compute_statistics
+from smolandfast import (
+    FastActionTokenizer,
+    SmolAndFastConfig,
+    SmolAndFastProcessor,
+    compute_statistics,
+    processing_smolandfast,
+)
 from smolandfast.tiny_smolandfast import make_tiny_model
 
 
@@ -55,6 +62,37 @@ def test_an_empty_task_falls_back_to_the_default(processor, batch):
     expected = processor(**one, text=processor.default_task)["input_ids"]
     for empty in ("", None):
         assert torch.equal(processor(**one, text=empty)["input_ids"], expected)
+
+
+def test_a_sentence_that_was_not_trained_is_warned_of_once(demonstrations, batch, tmp_path):
+    others = [f"Do it in way {i}." for i in range(4)]
+    made = make_processor(demonstrations, training_tasks=[TASK, *others])
+    made.save_pretrained(tmp_path)
+    processor = SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert processor.training_tasks == made.training_tasks
+    one = {"images": batch["images"][0], "state": batch["state"][0]}
+    with warnings_of(processing_smolandfast) as messages:
+        for text in (TASK, "", None, others[3]):
+            processor(**one, text=text)
+        processor(**batch | {"text": ["a", "b", TASK, "c"]})  # to train
+        assert not messages
+        for text in ("Push the block.", "Push it."):
+            processor(**one, text=text)
+    assert len(messages) == 1
+    assert "told 'Push the block.'" in messages[0] and repr(TASK) in messages[0] and "and 2 more" in messages[0]
+    with pytest.raises(ValueError, match="training_tasks is 'Push', expected a list"):
+        make_processor(demonstrations, training_tasks="Push")
+
+
+@pytest.mark.parametrize("rows, cols", [(0, 0), (1, 1), (2, 3)])
+def test_an_image_is_written_as_smolvlm_writes_it(processor, rows, cols):
+    smolvlm = pytest.importorskip("transformers.models.smolvlm.processing_smolvlm")
+    if not hasattr(smolvlm, "get_image_prompt_string"):
+        pytest.skip("this Transformers writes images elsewhere")
+    tokenizer = processor.tokenizer
+    tokens = (tokenizer.fake_image_token, tokenizer.image_token, tokenizer.global_image_token)
+    expected = smolvlm.get_image_prompt_string(rows, cols, processor.image_seq_len, *tokens)
+    assert processor._write_image(rows, cols) == expected
 
 
 def test_one_sample_and_a_batch_of_one_are_the_same(processor, batch):

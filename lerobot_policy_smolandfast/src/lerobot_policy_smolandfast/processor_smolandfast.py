@@ -24,12 +24,11 @@ from lerobot.utils.constants import (
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
     POLICY_PREPROCESSOR_DEFAULT_NAME,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil
 
 from lerobot_policy_smolandfast.configuration_smolandfast import TINY, SMOLANDFASTConfig
 from smolandfast import FastActionTokenizer, Normalizer, SmolAndFastProcessor, compute_statistics
 from smolandfast.normalization_smolandfast import RELATIVE_ACTION
-from smolandfast.processing_smolandfast import SmolVLMImageProcessorPil
 from smolandfast.tiny_smolandfast import make_tiny_processor
 
 STATISTICS = ("min", "max", "q01", "q99")
@@ -116,6 +115,7 @@ def make_processor(
         1 if config.scale_factor is None else config.scale_factor,
         config.do_image_splitting,
         default_task=default_task,
+        training_tasks=tasks,
         **options,
     )
 
