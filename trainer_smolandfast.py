@@ -1,26 +1,25 @@
-"""`Trainer` for runs that may be killed at any moment: its checkpoints are whole or not there.
+"""`Trainer` for runs that may be killed at any moment: they resume from the last checkpoint that is whole.
 
-Transformers writes a checkpoint file by file into its final folder, and resumes from the folder with the highest
-number, half-written or not. Here a checkpoint is written aside, with the checksum of each of its files, and renamed
-when it is whole.
+Transformers writes a checkpoint file by file into its folder, deletes older ones, and resumes from the folder with
+the highest number, half-written or not. Here `SHA256SUMS` comes last: a checkpoint is whole if that lists the
+trainer's state and every file that it lists is as it was saved. Only then are older checkpoints deleted.
 """
 
 import os
-import re
 import shutil
 from pathlib import Path
 
+from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .weights_smolandfast import SUMS, check_checksums, compute_checksums, read_checksums, write_checksums
 
 logger = logging.get_logger(__name__)
 
-PARTIAL = "_partial_checkpoint"  # names with an underscore stay out of uploads to the hub
+STATE = "trainer_state.json"  # missing in the SHA256SUMS that the policy's own `save_pretrained` writes
+UNFINISHED = "_unfinished_checkpoint"  # marks what is being written; names with an underscore stay out of uploads
 
 
 def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
@@ -30,27 +29,66 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
         folder: `output_dir` of a training.
 
     Returns:
-        Its folder; `None` where there is no checkpoint at all.
+        Its folder; `None` where there is no checkpoint yet, or only one that a killed run had begun to write.
 
     Raises:
         OSError: there are checkpoints, but none is whole.
     """
     folder = Path(folder)
-    names = [path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    steps = [int(match[1]) for name in names if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", name))]
-    for step in sorted(steps, reverse=True):
-        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    checkpoints = _find_checkpoints(folder)
+    for checkpoint in reversed(checkpoints):
         try:
+            if STATE not in read_checksums(checkpoint / SUMS):
+                raise OSError(f"its {SUMS} does not list {STATE}, so it was not finished.")
             check_checksums(checkpoint)
             return str(checkpoint)
         except OSError as error:
             logger.warning(f"{checkpoint} is not whole and is passed over: {error}")
-    if steps:
-        raise OSError(
-            f"None of the {len(steps)} checkpoints in {folder} is whole. Delete them to start anew, or name one to "
-            "resume from it unchecked (its SHA256SUMS deleted)."
-        )
-    return None
+    if all((folder / UNFINISHED / checkpoint.name).exists() for checkpoint in checkpoints):
+        return None
+    raise OSError(
+        f"None of the {len(checkpoints)} checkpoints in {folder} is whole. Delete them to start anew, or name one to "
+        "resume from it unchecked (its SHA256SUMS deleted)."
+    )
+
+
+class CheckpointSealer(TrainerCallback):
+    """Writes `SHA256SUMS` once all processes have written their files, and then deletes the oldest checkpoints."""
+
+    folder: Path | None = None  # the checkpoint that is being written
+    save_total_limit: int | None = None
+
+    def begin(self, folder: Path, args) -> None:
+        """Clear what a killed run, or one that was resumed from an earlier step, left in the folder."""
+        self.folder, self.save_total_limit = folder, args.save_total_limit
+        if args.should_save:
+            (folder.parent / UNFINISHED / folder.name).mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        PartialState().wait_for_everyone()
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        if self.folder is not None and (self.folder / SUMS).is_file():  # the checkpoint's weights are what is pushed
+            write_checksums(Path(args.output_dir), read_checksums(self.folder / SUMS))
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = self.folder
+        if folder is None:
+            return
+        args.save_total_limit = self.save_total_limit
+        PartialState().wait_for_everyone()  # each process writes its own random state
+        if args.should_save:
+            names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            write_checksums(folder, compute_checksums(folder, names - {SUMS}))
+            shutil.rmtree(folder.parent / UNFINISHED, ignore_errors=True)
+            if self.save_total_limit:
+                checkpoints, best = _find_checkpoints(folder.parent), Path(state.best_model_checkpoint or folder).name
+                old = [path for path in checkpoints if path.name not in (folder.name, best)]
+                old.sort(key=os.path.getmtime)  # those of an earlier run, which may have higher steps, go first
+                for checkpoint in old[: max(0, len(checkpoints) - self.save_total_limit)]:
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+        self.folder = None
+
+    on_train_end = on_save  # `enable_jit_checkpoint` saves without an `on_save`
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -59,10 +97,13 @@ class WholeCheckpointTrainer(Trainer):
     A save that fails, on a full disk for example, is an `OSError`; earlier checkpoints stay as they are.
     """
 
-    _is_staging = False
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sealer = CheckpointSealer()
+        self.add_callback(self.sealer)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`.
+        """Train, from a checkpoint that has been checked.
 
         Args:
             resume_from_checkpoint: `"last"` or `True`: the last whole checkpoint, or the beginning where there is
@@ -72,52 +113,32 @@ class WholeCheckpointTrainer(Trainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
         elif resume_from_checkpoint and (Path(resume_from_checkpoint) / SUMS).is_file():
             check_checksums(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _get_output_dir(self, trial) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return os.path.join(run_dir, PARTIAL) if self._is_staging else run_dir
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._is_staging:
-            return  # after the renaming
-        if self.args.should_save:  # the weights are copied into `output_dir` and go to the hub from there
-            sums = read_checksums(Path(checkpoint_folder) / SUMS)
-            weights = {name: checksum for name, checksum in sums.items() if name.endswith(".safetensors")}
-            write_checksums(Path(self.args.output_dir), weights)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        run_dir = Path(self._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        written, final = run_dir / PARTIAL / name, run_dir / name
+        limit, self.sealer.folder = self.args.save_total_limit, None
         try:
-            if self.args.should_save:
-                shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)  # what a killed run left
-            self.accelerator.wait_for_everyone()
-            self._is_staging = True
-            super()._save_checkpoint(model, trial)
-            self._is_staging = False
-            self.accelerator.wait_for_everyone()  # each process has written its random state
-            if self.state.best_model_checkpoint == str(written):
-                self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-                files = [path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()]
-                write_checksums(written, compute_checksums(written, [file for file in files if file != SUMS]))
-                shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from an earlier step
-                os.replace(written, final)
-                (run_dir / PARTIAL).rmdir()
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
-            shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
+            folder = self.sealer.folder
+            if folder is None:
+                raise
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder.parent / UNFINISHED, ignore_errors=True)
             raise OSError(
-                f"The checkpoint of step {self.state.global_step} cannot be saved in {run_dir}: {error}. Make room "
-                "there, or make it writable, and resume from the last checkpoint; earlier ones are untouched."
+                f"The checkpoint of step {self.state.global_step} cannot be saved in {folder.parent}: {error}. Make "
+                "room there, or make it writable, and resume from the last checkpoint; earlier ones are untouched."
             ) from error
         finally:
-            self._is_staging = False
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            self.args.save_total_limit = limit
+
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
+        is_checkpoint = self.is_in_train and Path(output_dir or "").name == f"checkpoint-{self.state.global_step}"
+        if is_checkpoint:
+            self.sealer.begin(Path(output_dir), self.args)
+        super().save_model(output_dir, *args, **kwargs)
+        if is_checkpoint:
+            self.args.save_total_limit = None  # else older checkpoints would be deleted before this one is whole
+
+
+def _find_checkpoints(folder: Path) -> list[Path]:
+    found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path in found if found[path].isdecimal()), key=lambda path: int(found[path]))

@@ -1,5 +1,6 @@
 """Checkpoints that were killed, cut short, damaged or meant for another model: a clear error, never a wrong action."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,11 +21,11 @@ from PIL import Image
 from pusht_scenes import render_scenes
 from test_lerobot_dataset import write_table
 from train_pusht import EvaluateLastStep
-from transformers import AutoModel, SmolVLMForConditionalGeneration, TrainingArguments
+from transformers import AutoModel, SmolVLMForConditionalGeneration, TrainerCallback, TrainingArguments
 
 from smolandfast import SmolAndFastForActionPrediction
 from smolandfast.tiny_smolandfast import make_tiny_model
-from smolandfast.trainer_smolandfast import PARTIAL, WholeCheckpointTrainer, last_whole_checkpoint
+from smolandfast.trainer_smolandfast import WholeCheckpointTrainer, last_whole_checkpoint
 from smolandfast.training_smolandfast import ActionDataCollator, make_optimizer
 from smolandfast.weights_smolandfast import SUMS
 
@@ -213,7 +214,7 @@ class Samples(torch.utils.data.Dataset):
 
 @pytest.fixture(scope="module")
 def make_trainer(processor, policy, batch):
-    def make(folder, **options):
+    def make(folder, callbacks=(), **options):
         arguments = TrainingArguments(
             str(folder),
             per_device_train_batch_size=2,
@@ -232,6 +233,7 @@ def make_trainer(processor, policy, batch):
             eval_dataset=Samples(batch),
             processing_class=processor,
             optimizers=(make_optimizer(policy), None),
+            callbacks=list(callbacks),
         )
 
     return make
@@ -268,7 +270,7 @@ def test_the_last_step_is_evaluated_and_can_be_the_best(make_trainer, tmp_path):
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
 
 
-def test_the_best_checkpoint_is_remembered_by_its_final_name(make_trainer, tmp_path):
+def test_the_best_checkpoint_is_kept_and_remembered(make_trainer, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
     make_trainer(tmp_path, max_steps=3, **options).train()
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -301,9 +303,73 @@ def test_a_damaged_checkpoint_is_passed_over(make_trainer, trained, tmp_path, da
 def test_without_any_checkpoint_training_starts_at_the_beginning(make_trainer, tmp_path):
     assert last_whole_checkpoint(tmp_path / "nowhere") is None
     (tmp_path / "checkpoint-x").mkdir()
-    (tmp_path / PARTIAL / "checkpoint-7").mkdir(parents=True)  # of a run that was killed
     make_trainer(tmp_path, max_steps=1).train(resume_from_checkpoint="last")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-x"]
+
+
+class DieBeforeTheChecksums(TrainerCallback):
+    """Ends the run at a step, at the last moment at which its checkpoint is not whole yet."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_killed_in_its_first_save_starts_anew(make_trainer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, [DieBeforeTheChecksums(1)]).train(resume_from_checkpoint="last")
+    assert (tmp_path / "checkpoint-1/trainer_state.json").is_file()
+    assert last_whole_checkpoint(tmp_path) is None
+    make_trainer(tmp_path, max_steps=1).train(resume_from_checkpoint="last")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_an_older_checkpoint_goes_only_once_the_next_is_whole(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, [DieBeforeTheChecksums(3)], max_steps=3, save_total_limit=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.args.save_total_limit == 1
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-3/rng_state_1.pth").write_text("of a process that the next run does not have")
+    make_trainer(tmp_path, max_steps=3, save_total_limit=1).train(resume_from_checkpoint="last")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert last_whole_checkpoint(tmp_path) and not (tmp_path / "checkpoint-3/rng_state_1.pth").exists()
+
+
+def test_checkpoints_of_a_plain_trainer_are_not_overwritten_unasked(trained, tmp_path):
+    shutil.copytree(trained / "checkpoint-1", tmp_path / "checkpoint-1")
+    load(tmp_path / "checkpoint-1").save_pretrained(tmp_path / "checkpoint-1")  # checksums of the weights alone
+    with pytest.raises(OSError, match="None of the 1 checkpoints"):
+        last_whole_checkpoint(tmp_path)
+
+
+def test_a_model_saved_while_training_is_no_checkpoint(make_trainer, tmp_path):
+    class SaveAside(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.save_model(str(tmp_path / "aside"))
+
+    trainer = make_trainer(tmp_path / "run", [SaveAside()], max_steps=1)
+    (tmp_path / "aside").mkdir()
+    (tmp_path / "aside/notes").write_text("")
+    trainer.train()
+    load(tmp_path / "aside")
+    assert (tmp_path / "aside/notes").is_file()
+
+
+def test_another_error_while_training_is_let_through(make_trainer, tmp_path):
+    class Fail(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="^something else"):
+        make_trainer(tmp_path, [Fail()]).train()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
 @pytest.fixture
@@ -424,13 +490,18 @@ def test_training_survives_twenty_kills_with_the_losses_of_an_uninterrupted_run(
     rng = np.random.default_rng(0)
     folder, during_a_write, resumed_at = tmp_path / "killed", 0, []
 
-    def is_writing():
-        return any(not (path / "old").exists() for path in (folder / PARTIAL).glob("*"))
+    def half_written():
+        """The checkpoint with the highest step, if it is neither whole nor left by an earlier kill."""
+        newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+        with contextlib.suppress(FileNotFoundError):  # written or deleted meanwhile
+            if newest is None or (newest / "old").exists() or "trainer_state.json" in (newest / SUMS).read_text():
+                return None
+        return newest
 
     for kill in range(21):
         whole = last_whole_checkpoint(folder)
-        for path in (folder / PARTIAL).glob("*"):  # what the last kill left
-            (path / "old").touch()
+        if left := half_written():
+            (left / "old").touch()
         with open(tmp_path / "log", "w") as log:
             life = subprocess.Popen(
                 training_command(dataset, folder, max_steps), env=environment, stdout=log, stderr=log
@@ -441,14 +512,14 @@ def test_training_survives_twenty_kills_with_the_losses_of_an_uninterrupted_run(
             writes, seen = rng.integers(1, 5), set()
             while len(seen) < writes:
                 assert life.poll() is None, "it came to its end"
-                seen |= {path.name for path in (folder / PARTIAL).glob("*") if not (path / "old").exists()}
+                seen |= {half_written()} - {None}
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.2))
         else:
             time.sleep(rng.uniform(0.5, 1.0) * seconds_to_start + rng.uniform(0, 2))
         life.kill()
         life.wait()
-        during_a_write += is_writing()
+        during_a_write += half_written() is not None
         text = r"Resuming training from checkpoint with epoch \d+ and global step (\d+)"
         if found := re.search(text, (tmp_path / "log").read_text()):  # else it was killed before, or just began
             resumed_at.append(int(found[1]))
