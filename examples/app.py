@@ -11,6 +11,7 @@ import argparse
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
@@ -20,6 +21,18 @@ from app_views import DRAG_JS, SCENE_CSS
 from pusht import CONTROL_HZ
 
 SESSION_SECONDS = 3600  # a visitor who does nothing for this long starts anew
+
+
+def read_poses(event: gr.EventData) -> tuple[Any, Any]:
+    """What the page's `trigger("release", ...)` says of the pusher and the T; not checked yet.
+
+    Raises:
+        ValueError: nothing, or not of both.
+    """
+    try:
+        return event.agent, event.block
+    except (AttributeError, TypeError) as error:  # TypeError: an event without any data
+        raise ValueError("The page sent no agent or no block, expected the poses of both. Drag them again.") from error
 
 
 def make_page(policy: Policy) -> gr.Blocks:
@@ -40,7 +53,7 @@ def make_page(policy: Policy) -> gr.Blocks:
         session = enter(session)
         session.turn += 1
         try:
-            session.place(event._data.get("agent"), event._data.get("block"))
+            session.place(*read_poses(event))
         except ValueError as error:
             raise gr.Error(str(error)) from error
         return [session, *session.views()]

@@ -86,6 +86,16 @@ def test_a_scene_that_is_none_is_refused(policy, agent, block):
         session.place(agent, block)
 
 
+@pytest.mark.parametrize("data", [None, {}, {"agent": [1, 2]}])
+def test_an_event_without_poses_is_refused(data):
+    gradio = pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[app]'")
+    from app import read_poses
+
+    assert read_poses(gradio.EventData(None, {"agent": 1, "block": 2})) == (1, 2)
+    with pytest.raises(ValueError, match="expected the poses of both"):
+        read_poses(gradio.EventData(None, data))
+
+
 def test_a_solved_episode_says_so_and_ends(policy):
     session = Session(policy)
     session.place([60, 60], [256, 256, math.pi / 4])  # the T on its target
