@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from muon import make_muon
-from pusht_scenes import NUM_POINTS, WORLD_SIZE, TellEpoch, render_scenes, vary_scene
+from pusht_scenes import NUM_POINTS, WORLD_SIZE, EpochSetter, render_scenes, vary_scene
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -171,7 +171,7 @@ def main() -> None:
         eval_dataset=Scenes(images[:held_out], points[:held_out], args.seed),
         compute_metrics=mean_error_pixels,
         optimizers=(make_muon(model, groups), None),
-        callbacks=[TellEpoch(), SaveVision()],
+        callbacks=[EpochSetter(), SaveVision()],
     )
     trainer.train(resume_from_checkpoint="last")
     save_vision(model, args.output_dir)  # a run that was killed after its last checkpoint may have none yet

@@ -124,10 +124,11 @@ def vary_scene(
     return image, points.astype(np.float32)
 
 
-class TellEpoch(TrainerCallback):
-    """Tells the training set which epoch it is, so that what it draws depends on seed, epoch and index alone.
+class EpochSetter(TrainerCallback):
+    """Calls the training set's `set_epoch` at the start of each epoch.
 
-    So a resumed run, or one on several processes, sees the very samples that an uninterrupted one does.
+    What the set draws can then depend on seed, epoch and index alone, so a resumed run, or one on several processes,
+    sees the same samples as an uninterrupted one.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):

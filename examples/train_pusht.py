@@ -10,6 +10,7 @@ checkpoint with the highest success rate is kept, and saved in the output folder
 
 import argparse
 import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,15 +18,14 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from eval_pusht import make_predict
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from lerobot_dataset import LeRobotChunkDataset, download_dataset
 from model_card import write_card
 from muon import make_muon
 from pusht import TASK, WORDINGS, rollout
-from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, TellEpoch, rotate_points, turn_points, vary_scene
+from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, EpochSetter, rotate_points, turn_points, vary_scene
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
-from transformers.dynamic_module_utils import custom_object_save
 
 from smolandfast import (
     FastActionTokenizer,
@@ -230,7 +230,7 @@ class PolicyTrainer(WholeCheckpointTrainer):
     def push_to_hub(self, *args, **kwargs):
         try:
             return super().push_to_hub(*args, **kwargs)
-        except (HTTPError, RuntimeError) as error:
+        except (httpx.HTTPError, RuntimeError) as error:
             folder, repo_id, reason = self.args.output_dir, self.hub_model_id, error.__cause__ or error
             raise OSError(
                 f"The policy is saved in {folder}, but the upload to {repo_id} broke off: {reason} "
@@ -247,11 +247,12 @@ class EvaluateLastStep(TrainerCallback):
 
 
 class PushCodeFiles(TrainerCallback):
-    """Makes what `push_to_hub` uploads while training goes on loadable: `Trainer` adds the code at the end only."""
+    """Adds the code to what `push_to_hub` uploads during training: `Trainer` copies only weights from a checkpoint."""
 
-    def on_push_begin(self, args, state, control, model, **kwargs):
+    def on_push_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            custom_object_save(model, args.output_dir, config=model.config)
+            for path in Path(args.output_dir, f"checkpoint-{state.global_step}").glob("*.py"):
+                shutil.copyfile(path, Path(args.output_dir, path.name))
 
 
 def fit_statistics_and_tokenizer(
@@ -361,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=LeRobotChunkDataset(root, args.chunk_size, range(held_out, held_out + args.held_out_episodes)),
         processing_class=processor,
         optimizers=(optimizer, None),
-        callbacks=[TellEpoch(), EvaluateLastStep(), PushCodeFiles()],
+        callbacks=[EpochSetter(), EvaluateLastStep(), PushCodeFiles()],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
         card_options={"datasets": [args.dataset_repo_id], "base_model": base_model},
     )

@@ -15,7 +15,7 @@ from lerobot_dataset import LeRobotChunkDataset
 from muon import make_muon
 from pretrain_vision import main as pretrain_vision
 from pretrain_vision import make_labels
-from pusht_scenes import TARGET_SYMMETRY, TellEpoch, render_scenes, turn_image, turn_points, vary_scene
+from pusht_scenes import TARGET_SYMMETRY, EpochSetter, render_scenes, turn_image, turn_points, vary_scene
 from safetensors.torch import load_file, save
 from train_pusht import PolicyArguments, VariedDemonstrations, parse_args
 from train_pusht import main as train
@@ -65,7 +65,7 @@ def make_trainer(processor, model, demonstrations, folder, optimizer=None, **opt
         train_dataset=Demonstrations(*demonstrations),
         processing_class=processor,
         optimizers=(optimizer or make_optimizer(model), None),
-        callbacks=[TellEpoch()],
+        callbacks=[EpochSetter()],
     )
 
 
