@@ -9,15 +9,21 @@ evaluated. The code files become links to the top-level ones.
 import argparse
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def files_needed(path: Path) -> set[Path]:
+    """A code file and those beside it that it imports, directly or through others."""
+    names = re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {path}.union(*(files_needed(path.with_name(f"{name}.py")) for name in names))
 
 
 def export(checkpoint: str, folder: Path) -> None:
@@ -39,8 +45,8 @@ def export(checkpoint: str, folder: Path) -> None:
         json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
     for path in list(partial.rglob("*.py")):  # a checkpoint of older code may lack what today's imports
-        for source in (str(ROOT / path.name), *get_relative_import_files(ROOT / path.name)):
-            link = path.with_name(Path(source).name)
+        for source in files_needed(ROOT / path.name):
+            link = path.with_name(source.name)
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(source, path.parent.resolve()))
     if folder.exists():

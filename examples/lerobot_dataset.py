@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from PIL import Image
 
 STATE_KEY, ACTION_KEY = "observation.state", "action"
@@ -36,7 +37,7 @@ def download_dataset(repo_id: str, revision: str | None = None) -> Path:
     """
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))
-    except (OSError, ValueError) as error:
+    except (httpx.HTTPError, OSError, ValueError) as error:
         raise OSError(
             f"Cannot download the data set {repo_id!r} (revision {revision or 'main'}) from the hub: {error} "
             "Check its name and the network, or pass the folder of a local copy with `--dataset_root`."

@@ -9,17 +9,17 @@ command again completes it, without sending what has arrived.
 """
 
 import argparse
+import re
 import shutil
 import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from eval_pusht import check_checkpoint, first_line, load_policy
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import read_metrics, read_trainer_state, write_card
-from transformers.dynamic_module_utils import get_relative_imports
-from transformers.trainer_utils import get_last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a checkpoint folder holds of the model. The optimizer, the random state and pickled arguments stay at home.
@@ -38,14 +38,13 @@ def collect_repository(checkpoint: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for source in sorted([*checkpoint.glob("*"), *checkpoint.glob("action_tokenizer/*")]):
         name = source.relative_to(checkpoint).as_posix()
-        chosen = filter_repo_objects([name], allow_patterns=MODEL_FILES, ignore_patterns=TRAINING_FILES)
-        if source.is_file() and list(chosen):
+        if source.is_file() and _matches(name, MODEL_FILES) and name not in TRAINING_FILES:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / name)
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
     # Loading would not notice: Transformers keeps copies of the code that it has seen before.
     for path in folder.glob("*.py"):
-        for needed in get_relative_imports(path):
+        for needed in re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
             if not (folder / f"{needed}.py").is_file():
                 raise FileNotFoundError(
                     f"{path.name} in {checkpoint} needs {needed}.py, which is not there. Save the checkpoint again "
@@ -69,7 +68,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     try:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
         names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-        old = filter_repo_objects(api.list_repo_files(repo_id), allow_patterns=REPLACED_FILES)
+        old = [name for name in api.list_repo_files(repo_id) if _matches(name, REPLACED_FILES)]
         operations = [CommitOperationAdd(name, folder / name) for name in names]
         operations += [CommitOperationDelete(name) for name in old if name not in names and "/" not in name]
         return api.create_commit(repo_id, operations, commit_message="Upload policy").commit_url
@@ -80,8 +79,12 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
                 "token that may write there, or name another --repo_id."
             ) from error
         raise OSError(f"{_broken(repo_id)} The hub said: {first_line(error)}") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: a file's upload, with the reason as its cause
+    except (httpx.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of one file's upload; its cause says why
         raise OSError(f"{_broken(repo_id)} The reason: {first_line(error)} {error.__cause__ or ''}") from error
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _broken(repo_id: str) -> str:
@@ -115,7 +118,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     try:
         validate_repo_id(args.repo_id)
         is_whole = args.repo_id.count("/") == 1
-    except HFValidationError:
+    except ValueError:
         is_whole = False
     if not is_whole:
         parser.error(f"--repo_id is {args.repo_id!r}, expected user/name in letters, digits, '-', '_' and '.'.")
@@ -133,10 +136,12 @@ def find_training(checkpoint: Path, given: Path | None) -> tuple[dict | None, in
     if given is None and own.is_file():
         state = read_trainer_state(own)
         return state, state["global_step"]
-    last = get_last_checkpoint(str(checkpoint))
-    given = Path(last) / "trainer_state.json" if given is None and last is not None else given
     if given is None:
-        return None, None
+        steps = [path.name.removeprefix("checkpoint-") for path in checkpoint.glob("checkpoint-*")]
+        last = max((int(step) for step in steps if step.isdecimal()), default=None)
+        if last is None:
+            return None, None
+        given = checkpoint / f"checkpoint-{last}/trainer_state.json"
     state = read_trainer_state(given)
     return state, state.get("best_global_step") or state["global_step"]
 

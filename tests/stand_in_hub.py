@@ -22,6 +22,7 @@ class StandInHub(ThreadingHTTPServer):
         repos: Files of each repository, `{repo_id: {path: bytes}}`.
         uploads: Files that came through the LFS endpoints, by their SHA-256.
         commits: The paths of each commit, in order.
+        versions: All files of its repository after each commit.
         requests: Method and path of each request, in order.
         breaks: Regular expression. The connection of a request whose "METHOD /path" matches it breaks half-way
             through the body.
@@ -35,6 +36,7 @@ class StandInHub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.uploads: dict[str, bytes] = {}
         self.commits: list[list[str]] = []
+        self.versions: list[dict[str, bytes]] = []
         self.requests: list[str] = []
         self.breaks: str | None = None
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -190,6 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
                 changed.append(value["path"])
         self.server.repos[repo_id] = files
         self.server.commits.append(changed)
+        self.server.versions.append(files)
         url = f"{self.server.endpoint}/{repo_id}/commit/{self.server.sha()}"
         self._send(200, {"success": True, "commitOid": self.server.sha(), "commitUrl": url, "hookOutput": ""})
 

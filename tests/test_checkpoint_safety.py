@@ -21,7 +21,7 @@ from PIL import Image
 from pusht_scenes import render_scenes
 from test_lerobot_dataset import write_table
 from train_pusht import EvaluateLastStep
-from transformers import AutoModel, SmolVLMForConditionalGeneration, TrainerCallback, TrainingArguments
+from transformers import AutoModel, TrainerCallback, TrainingArguments
 
 from smolandfast import SmolAndFastForActionPrediction
 from smolandfast.tiny_smolandfast import make_tiny_model
@@ -154,19 +154,6 @@ def test_sizes_are_compared_before_memory_is_taken(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"has shape \(768, 256\).*|intermediate_size"):
         load(folder)
-
-
-def test_an_upload_takes_the_checksums_along(policy, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        SmolVLMForConditionalGeneration,
-        "_upload_modified_files",
-        lambda self, folder, *args, **kwargs: seen.append((Path(folder) / SUMS).read_text()),
-    )
-    policy.save_pretrained(tmp_path)
-    (tmp_path / SUMS).unlink()
-    policy._upload_modified_files(tmp_path, "user/policy", {})
-    assert "model.safetensors" in seen[0]
 
 
 def test_a_file_in_place_of_the_folder_is_an_error(policy, processor, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import huggingface_hub
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.utils import httpx
 from lerobot_dataset import LeRobotChunkDataset, download_dataset
 from PIL import Image
 
@@ -346,6 +348,9 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(tiny, tmp_path):
 def test_a_data_set_that_cannot_be_downloaded_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="'nobody/no-such-data-set'.*--dataset_root"):
+        download_dataset("nobody/no-such-data-set")
+    monkeypatch.setattr(lerobot_dataset, "snapshot_download", Mock(side_effect=httpx.ReadError("it was cut")))
+    with pytest.raises(OSError, match="it was cut.*--dataset_root"):
         download_dataset("nobody/no-such-data-set")
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from stand_in_hub import TOKEN, StandInHub
 from train_pusht import PolicyTrainer, PushCodeFiles
 from train_pusht import main as train
 from transformers import TrainingArguments
+from transformers.utils import hf_api
+
+from smolandfast.weights_smolandfast import SUMS, check_checksums, read_checksums
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
@@ -68,8 +72,8 @@ def hub(monkeypatch, tmp_path):
     hub = StandInHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # made once, with the endpoint of that time
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between retries
+    monkeypatch.setattr(hf_api(), "endpoint", hub.endpoint)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between retries
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield hub
     hub.shutdown()
@@ -89,6 +93,16 @@ def load_elsewhere(hub: StandInHub, code: str, folder: Path) -> str:
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def check_hub_checksums(files: dict[str, bytes], folder: Path) -> None:
+    """Compare the weights on the hub with the `SHA256SUMS` there."""
+    folder.mkdir(exist_ok=True)
+    weights = {name for name in files if name.endswith(".safetensors")}
+    for name in weights | {SUMS}:
+        (folder / name).write_bytes(files[name])
+    assert read_checksums(folder / SUMS).keys() == weights
+    check_checksums(folder)
 
 
 def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, arguments, tmp_path, capsys):
@@ -290,6 +304,13 @@ def test_trainers_push_may_break_and_completes_later(hub, processor, model, tmp_
     assert "Not evaluated" in card.text and "log is not part" in card.text
 
 
+def test_saving_straight_to_the_hub_takes_the_checksums_along(hub, model, tmp_path):
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="user/saved")
+    model.push_to_hub("user/pushed")
+    for repo in ("user/saved", "user/pushed"):
+        check_hub_checksums(hub.repos[repo], tmp_path / "downloaded")
+
+
 @pytest.mark.slow
 def test_trainer_pushes_a_whole_repository_also_in_the_midst_of_training(hub, tmp_path):
     options = {
@@ -313,6 +334,9 @@ def test_trainer_pushes_a_whole_repository_also_in_the_midst_of_training(hub, tm
     files = hub.repos["user/trained"]
     assert set(files) >= PYTHON_FILES | MODEL | {"observation.png", "training_curve.png"}
     assert set(hub.commits[0]) >= PYTHON_FILES | MODEL - {"README.md"}  # while training
+    assert len({version["model.safetensors"] for version in hub.versions}) > 1
+    for version in hub.versions:
+        check_hub_checksums(version, tmp_path / "downloaded")
     card = ModelCard(files["README.md"].decode())
     card.validate()
     assert card.data.pipeline_tag == "robotics" and "Not evaluated on seeds of its own" in card.text
