@@ -463,6 +463,23 @@ def losses_and_weights(folder):
 
 
 @pytest.mark.slow
+def test_checksums_are_written_once_all_processes_have_saved(tmp_path):
+    dataset = write_demonstrations(tmp_path / "demonstrations")
+    program, *options = training_command(dataset, tmp_path / "run", 4)
+    launcher = [program, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for steps in (2, 4):  # the second run resumes
+        command = [*launcher, *options, "--max_steps", str(steps)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        checkpoint = tmp_path / f"run/checkpoint-{steps}"
+        assert last_whole_checkpoint(tmp_path / "run") == str(checkpoint)
+        listed = {line.split("  ")[1] for line in (checkpoint / SUMS).read_text().splitlines()}
+        assert listed == {str(path.relative_to(checkpoint)) for path in contents(checkpoint)} - {SUMS}
+        assert listed > {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+@pytest.mark.slow
 def test_training_survives_twenty_kills_with_the_losses_of_an_uninterrupted_run(tmp_path):
     """Half of the kills fall anywhere, the others into the writing of a checkpoint."""
     dataset, max_steps = write_demonstrations(tmp_path / "demonstrations"), 300

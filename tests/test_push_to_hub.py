@@ -133,8 +133,8 @@ def test_the_card_says_what_was_measured_and_the_hub_takes_it(hub, arguments, tm
     Image.new("RGB", (8, 8)).save(tmp_path / "rollouts.png")  # beside the metrics, as eval_pusht.py has it
     push([*arguments, "--trainer_state", str(tmp_path / "trainer_state.json"), "--datasets", "lerobot/pusht"])
     files = hub.repos["user/pusht"]
+    assert "POST /api/validate-yaml" in hub.requests  # of the card, before the commit
     card = ModelCard(files["README.md"].decode())
-    card.validate()
     data = card.data
     assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "robotics", "apache-2.0")
     assert data.datasets == ["lerobot/pusht"] and data.get("base_model") is None and "pusht" in data.tags
@@ -337,8 +337,8 @@ def test_trainer_pushes_a_whole_repository_also_in_the_midst_of_training(hub, tm
     assert len({version["model.safetensors"] for version in hub.versions}) > 1
     for version in hub.versions:
         check_hub_checksums(version, tmp_path / "downloaded")
+    assert "POST /api/validate-yaml" in hub.requests  # of the card, before the commit
     card = ModelCard(files["README.md"].decode())
-    card.validate()
     assert card.data.pipeline_tag == "robotics" and "Not evaluated on seeds of its own" in card.text
     assert "2 steps" in card.text and str(tmp_path) not in card.content
     code = re.search(r"```python\n(.*?)```", card.text, re.S)[1] + "\nprint(actions.shape)"
