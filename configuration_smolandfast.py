@@ -18,8 +18,8 @@ logger = logging.get_logger(__name__)
 TESTED_TRANSFORMERS = ">=5.18,<5.25,!=5.20.*"
 if transformers.__version__ not in SpecifierSet(TESTED_TRANSFORMERS, prereleases=True):
     logger.warning(
-        f"SmolAndFast is tested with transformers {TESTED_TRANSFORMERS}, and this is {transformers.__version__}. It goes "
-        f"on, but try its actions away from the robot first, or `pip install 'transformers{TESTED_TRANSFORMERS}'`."
+        f"SmolAndFast is tested with transformers {TESTED_TRANSFORMERS}, and this is {transformers.__version__}. Try "
+        f"it away from the robot first, or install a tested one: pip install 'transformers{TESTED_TRANSFORMERS}'"
     )
 
 MAX_SIZE = 2**20  # no size in a configuration is larger

@@ -135,7 +135,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, *args, push_to_hub: bool = False, **kwargs
     ) -> None:
-        """Save like any Transformers model, and write `SHA256SUMS` beside the weights, for [`from_pretrained`] to check.
+        """Save like any Transformers model, with `SHA256SUMS` beside the weights for [`from_pretrained`] to check.
 
         Args:
             push_to_hub: Upload afterwards; `repo_id`, by default the folder's name, and the other arguments of
@@ -249,7 +249,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         logits = found[0].new_full((*hidden.shape[:2], self.config.text_config.vocab_size), -torch.inf)
         logits[..., band], logits[..., eos] = found
         # Releases differ in what else they return, and in what they call the cache.
-        returned = {field.name: outputs[field.name] for field in fields(CausalLMOutputWithPast) if field.name in outputs}
+        returned = {
+            field.name: outputs[field.name] for field in fields(CausalLMOutputWithPast) if field.name in outputs
+        }
         return CausalLMOutputWithPast(logits=logits, **returned)
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, action_logits_only: bool = False, **kwargs):

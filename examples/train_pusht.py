@@ -153,7 +153,7 @@ class PolicyArguments:
 
 
 class VariedDemonstrations(torch.utils.data.Dataset):
-    """Demonstrations turned, shifted and told in other words, another way in every epoch; without their last frames."""
+    """Demonstrations turned, shifted and reworded, another way in every epoch; without their last frames."""
 
     def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int):
         self.dataset, self.seed, self.epoch = dataset, seed, 0

@@ -156,7 +156,7 @@ def renamed(*args, **kwargs):
 @pytest.mark.parametrize(
     "layer, reason",
     [
-        (LosesItsCache, r"scores differ by [0-9.]+ standard deviations, and rounding by 0.1 at most"),
+        (LosesItsCache, r"scores differ by [0-9.]+ standard deviations, rounding by 0.1 at most"),
         (LosesItsMask, r"scores differ by [0-9.]+ standard deviations"),
         (GetsWhatItDoesNotKnow, "sliding_window, which it does not know"),
         (renamed, "no attribute 'q_proj'"),
