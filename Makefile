@@ -1,19 +1,29 @@
-# `make demo` plays the shipped policy, `make test` runs the tests. Both make their own virtual environment first.
+# `make demo` plays the shipped policy, `make test` runs the tests. Both make their own virtual environment first, with
+# the exact releases of requirements/locked.txt.
 PYTHON ?= python3
-# Any PyTorch from 2.5 on will do, for example TORCH="torch" for the newest.
-TORCH ?= torch==2.13.0
 VENV ?= .venv
 INSTALLED := $(VENV)/installed
 
-# The plugin is tested with these releases of LeRobot, which need Python 3.12 or newer and PyTorch up to 2.10.
-# Each takes some 8 GB; DISCARD_LEROBOT=1 removes an environment after its tests, before the next is made.
-PYTHON_LEROBOT ?= python3.12
-DISCARD_LEROBOT ?=
-TORCH_LEROBOT ?= torch==2.10.0
-LEROBOT_VERSIONS ?= 0.5.1 0.6.1
+# The releases that the other environments have. `make lock` writes the files; TORCH chooses the locked PyTorch.
+TORCH ?= torch==2.13.0
+LOCKED := requirements/locked.txt
+OLDEST := requirements/oldest.txt
+COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --no-header \
+	--no-annotate
 
-.PHONY: demo test test-all test-lerobot fuzz lint bench bench-more clean
-.PRECIOUS: .venv-lerobot-%/installed
+# What `make test-oldest` and `make test-newest` run: all tests, or those of the core, TESTS="$(CORE)".
+TESTS ?=
+CORE := $(addprefix tests/test_,auto_classes.py checkpoint.py configuration.py generation.py modeling.py \
+	normalization.py packing.py processing.py requirements.py tokenization.py training.py)
+# DISCARD=1 removes an environment after its tests: some take 8 GB.
+DISCARD ?=
+
+# The plugin is tested with this release of LeRobot, which needs Python 3.12 or newer and PyTorch up to 2.11.
+PYTHON_LEROBOT ?= python3.12
+TORCH_LEROBOT ?= torch==2.10.0
+LEROBOT_VERSION ?= 0.6.1
+
+.PHONY: demo test test-all test-oldest test-newest test-lerobot core lock fuzz lint bench bench-more clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python examples/eval_pusht.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
@@ -28,11 +38,37 @@ test-all: $(INSTALLED)
 fuzz: $(INSTALLED)
 	FUZZ_CASES=$(or $(FUZZ_CASES),1000) $(VENV)/bin/python -m pytest tests/test_fuzz.py
 
-test-lerobot: $(LEROBOT_VERSIONS:%=test-lerobot-%)
+# The lowest release of everything that pyproject.toml allows.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(TESTS)
+	$(if $(DISCARD),rm -rf .venv-oldest)
 
-test-lerobot-%: .venv-lerobot-%/installed
-	.venv-lerobot-$*/bin/python -m pytest --config-file lerobot_policy_smolandfast/pyproject.toml lerobot_policy_smolandfast
-	$(if $(DISCARD_LEROBOT),rm -rf .venv-lerobot-$*)
+# The newest release of everything, whatever pyproject.toml allows; of Transformers a pre-release too. Python 3.11 or newer.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install "packaging>=24.0" "setuptools>=77.0.1"
+	.venv-newest/bin/python requirements/unbounded.py > .venv-newest/newest.txt
+	.venv-newest/bin/pip install --upgrade --upgrade-strategy eager -r .venv-newest/newest.txt
+	.venv-newest/bin/pip install --no-deps --no-build-isolation --editable .
+	.venv-newest/bin/python requirements/newer.py || true
+	.venv-newest/bin/python -m pytest $(TESTS)
+	$(if $(DISCARD),rm -rf .venv-newest)
+
+test-lerobot: .venv-lerobot/installed
+	.venv-lerobot/bin/python -m pytest --config-file lerobot_policy_smolandfast/pyproject.toml lerobot_policy_smolandfast
+	$(if $(DISCARD),rm -rf .venv-lerobot)
+
+# Names the core's tests, for TESTS.
+core:
+	@echo $(CORE)
+
+# Writes requirements/ anew: the newest releases that pyproject.toml allows, and its floors.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install uv==0.13.9
+	echo "$(TORCH)" > .venv-lock/torch.in
+	$(COMPILE) pyproject.toml .venv-lock/torch.in --output-file $(LOCKED)
+	$(COMPILE) pyproject.toml --resolution lowest-direct --output-file $(OLDEST)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -48,19 +84,27 @@ bench-more: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/bench_256m.py --compiled --rounds 9
 	$(VENV)/bin/python benchmarks/bench_training_256m.py --more
 
-$(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install "$(TORCH)"
-	$(VENV)/bin/pip install --editable ".[examples,app,dev]"
+# The files are constraints: what CUDA needs is pinned too, and comes only with a PyTorch that asks for it.
+define install
+	$(1) -m venv $(dir $@)
+	$(dir $@)bin/pip install --constraint $(2) setuptools
+	$(dir $@)bin/pip install --constraint $(2) --no-build-isolation --editable ".[examples,app,dev]"
 	touch $@
+endef
+
+$(INSTALLED): pyproject.toml $(LOCKED)
+	$(call install,$(PYTHON),$(LOCKED))
+
+.venv-oldest/installed: pyproject.toml $(OLDEST)
+	$(call install,$(PYTHON),$(OLDEST))
 
 # The user's way to install, then links in the place of copies, so that a changed file is tested as it is.
-.venv-lerobot-%/installed: pyproject.toml lerobot_policy_smolandfast/pyproject.toml
-	$(PYTHON_LEROBOT) -m venv .venv-lerobot-$*
-	.venv-lerobot-$*/bin/pip install "$(TORCH_LEROBOT)" "lerobot[training,evaluation,pusht]==$*"
-	.venv-lerobot-$*/bin/pip install ./lerobot_policy_smolandfast pytest
-	.venv-lerobot-$*/bin/pip install --no-deps --editable . --editable ./lerobot_policy_smolandfast
+.venv-lerobot/installed: pyproject.toml lerobot_policy_smolandfast/pyproject.toml
+	$(PYTHON_LEROBOT) -m venv .venv-lerobot
+	.venv-lerobot/bin/pip install "$(TORCH_LEROBOT)" "lerobot[training,evaluation,pusht]==$(LEROBOT_VERSION)"
+	.venv-lerobot/bin/pip install ./lerobot_policy_smolandfast pytest
+	.venv-lerobot/bin/pip install --no-deps --editable . --editable ./lerobot_policy_smolandfast
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-lerobot-* outputs
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock .venv-lerobot outputs

@@ -1,0 +1,50 @@
+"""Success of a PushT policy that is told its task in words it has not been trained on.
+
+    python benchmarks/pusht_wordings.py --checkpoint checkpoints/pusht-tiny --episodes 100 --seed 5000
+
+Every sentence plays the same episodes. Writes `pusht_wordings.json` into the output folder.
+"""
+
+import argparse
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from eval_pusht import PACKAGES, load_policy, make_predict, write_json
+from pusht import TASK, rollout
+
+# None of them is in `pusht.WORDINGS`. The first is what the README once told a policy that knew only TASK.
+UNSEEN = [
+    "Push the block onto the target.",
+    "Get the tee into its slot, please.",
+    "align the two shapes",
+    "Put that thing in its place!",
+    "Cover the green area with the movable part.",
+]
+FIGURES = [f"{name}{end}" for name in ("pc_success", "avg_max_reward") for end in ("", "_low", "_high")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="checkpoints/pusht-tiny")
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=5000)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/wordings"))
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    model, processor = load_policy(args.checkpoint)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    results = {"checkpoint": args.checkpoint, "episodes": args.episodes, "seed": args.seed, "versions": versions}
+    results["sentences"] = {}
+    for task in (TASK, *UNSEEN):
+        predict, seeds = make_predict(model, processor, task), range(args.seed, args.seed + args.episodes)
+        metrics = rollout(predict, seeds, model.config.n_action_steps, progress=True).metrics()
+        results["sentences"][task] = {name: round(metrics[name], 3) for name in FIGURES}
+        print("{pc_success:5.1f} %  {avg_max_reward:.3f}  {task}".format(**metrics, task=task))
+        write_json(args.output_dir / "pusht_wordings.json", results)
+
+
+if __name__ == "__main__":
+    main()
