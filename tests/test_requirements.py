@@ -48,6 +48,13 @@ def test_the_oldest_releases_are_the_declared_floors(python):
         assert floor[0].version in found
 
 
+def test_a_space_installs_what_is_declared():
+    lines = (ROOT / "examples/app_requirements.txt").read_text().splitlines()
+    declared = {requirement.name: requirement for requirement in DECLARED}
+    for requirement in (Requirement(line) for line in lines if not line.startswith("#")):
+        assert requirement == declared[requirement.name]
+
+
 def test_no_file_names_a_place_to_download_from():
     for path in (ROOT / "requirements").glob("*.txt"):
         assert "/" not in path.read_text()

@@ -1,6 +1,5 @@
 """LeRobot's own commands, offline, on the PushT demonstrations: train, evaluate, resume, convert."""
 
-import importlib.metadata
 import json
 import os
 import re
@@ -15,16 +14,14 @@ from transformers import AutoModel, AutoProcessor, SmolVLMConfig, SmolVLMForCond
 
 from lerobot_policy_smolandfast import SMOLANDFASTPolicy
 
-IS_0_5 = importlib.metadata.version("lerobot").startswith("0.5.")
-EVAL_FREQ = "eval_freq" if IS_0_5 else "env_eval_freq"
 # The command of the README, and what makes it short and offline.
 COMMAND = (
     "--dataset.repo_id=lerobot/pusht --policy.type=smolandfast --env.type=pusht --policy.push_to_hub=False "
-    f"--wandb.enable=True --{EVAL_FREQ}=1000 --steps=30000 --batch_size=64 --log_freq=50 --eval.batch_size=32 "
+    "--wandb.enable=True --env_eval_freq=1000 --steps=30000 --batch_size=64 --log_freq=50 --eval.batch_size=32 "
     "--eval.n_episodes=64"
 )
-SHORT = {"steps": 16, "batch_size": 8, "log_freq": 4, "eval.batch_size": 2, "eval.n_episodes": 2, EVAL_FREQ: 16}
-SYNCHRONOUS = {} if IS_0_5 else {"eval.use_async_envs": "false"}
+SHORT = {"steps": 16, "batch_size": 8, "log_freq": 4, "eval.batch_size": 2, "eval.n_episodes": 2, "env_eval_freq": 16}
+SYNCHRONOUS = {"eval.use_async_envs": "false"}
 
 
 def run(command: str, options: dict) -> str:
@@ -96,7 +93,7 @@ def test_a_checkpoint_is_evaluated(checkpoint, tmp_path):
 
 def test_training_resumes_where_it_stopped(trained, checkpoint):
     before = losses(trained[1])
-    options = {"config_path": checkpoint / "train_config.json", "resume": "true", "steps": 24, EVAL_FREQ: 0}
+    options = {"config_path": checkpoint / "train_config.json", "resume": "true", "steps": 24, "env_eval_freq": 0}
     found = losses(run("lerobot-train", options))
     assert list(found) == [20, 24] and found[24] < before[4] - 0.5
     assert {path.name for path in (trained[0] / "checkpoints").iterdir()} == {"000016", "000024", "last"}

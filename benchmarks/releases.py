@@ -1,0 +1,113 @@
+"""Whether the shipped policy writes the same actions whatever releases are installed.
+
+    make .venv-oldest/installed test-newest
+    python benchmarks/releases.py .venv-oldest .venv .venv-newest
+
+Plays a few episodes, and shows what was seen there to the policy in each environment, loaded by the auto classes as a
+user does. Writes `benchmarks/results/releases.md`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from eval_pusht import load_policy, make_predict
+from pusht import rollout
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PREDICT = """
+import json, sys
+from importlib.metadata import version
+sys.modules["smolandfast"] = None  # the code beside the weights, not the installed package
+import numpy as np, torch
+from transformers import AutoModel, AutoProcessor
+
+torch.set_num_threads(1)
+folder, seen, path = sys.argv[1:]
+seen = np.load(seen)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+def predict(model):
+    chunks = []
+    for image, state in zip(seen["images"], seen["states"]):
+        inputs = processor(images=image, text=None, state=state)
+        chunks.append(processor.post_process_actions(model.generate(**inputs))[0])
+    return np.array(chunks)
+
+chunks = predict(AutoModel.from_pretrained(folder, trust_remote_code=True))
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+plain = predict(model)
+is_packed = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and model.pack().is_packed
+np.savez(path, chunks=chunks, plain=plain, packed=predict(model))
+names = ("transformers", "torch", "tokenizers", "huggingface_hub", "numpy")
+print(json.dumps({"python": sys.version.split()[0], **{n: version(n) for n in names}, "is_packed": is_packed}))
+"""
+
+
+def collect(checkpoint: str, seeds: range, count: int) -> dict[str, np.ndarray]:
+    """What the policy sees while it plays, evenly spaced."""
+    model, processor = load_policy(checkpoint)
+    predict, images, states = make_predict(model, processor), [], []
+
+    def watched(*observation):
+        images.extend(observation[0])
+        states.extend(observation[1])
+        return predict(*observation)
+
+    rollout(watched, seeds, model.config.n_action_steps)
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    return {"images": np.stack(images)[chosen], "states": np.stack(states)[chosen]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("environments", nargs="+", type=Path, help="virtual environments; the first is compared with")
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
+    parser.add_argument("--observations", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=6000)
+    args = parser.parse_args()
+    rows, expected = [], None
+    with tempfile.TemporaryDirectory() as folder:
+        seen, path = Path(folder, "seen.npz"), Path(folder, "chunks.npz")
+        np.savez(seen, **collect(args.checkpoint, range(args.seed, args.seed + 4), args.observations))
+        for environment in args.environments:
+            python = environment.absolute() / "bin/python"
+            command = [python, "-c", PREDICT, Path(args.checkpoint).absolute(), seen, path]
+            printed = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+            row, chunks = json.loads(printed.splitlines()[-1]), np.load(path)
+            expected = chunks["chunks"] if expected is None else expected
+            row["equal"] = int((chunks["chunks"] == expected).all(axis=(1, 2)).sum())
+            row["packed_equal"] = int((chunks["packed"] == chunks["plain"]).all(axis=(1, 2)).sum())
+            rows.append(row)
+            print(row)
+    write_table(rows, args.observations, args.seed)
+
+
+def write_table(rows: list[dict], observations: int, seed: int) -> None:
+    lines = [
+        "# Equal actions whatever is installed",
+        "",
+        f"{observations} observations of PushT (episodes from seed {seed}), the shipped policy by the auto classes, "
+        "one thread, greedy. fp32: chunks that equal the first row's bit for bit. Packed: chunks of `pack()` in bf16 "
+        "that equal those of bf16 without it in the same environment; rounding may choose another token.",
+        "",
+        "| Transformers | PyTorch | Python | tokenizers | huggingface_hub | NumPy | fp32 | packed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        names = ("transformers", "torch", "python", "tokenizers", "huggingface_hub", "numpy")
+        packed = f"{row['packed_equal']} of {observations}" if row["is_packed"] else "no"
+        cells = [*(row[name] for name in names), f"{row['equal']} of {observations}", packed]
+        lines.append(f"| {' | '.join(cells)} |")
+    (ROOT / "benchmarks/results/releases.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
