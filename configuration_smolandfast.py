@@ -126,8 +126,19 @@ class SmolAndFastConfig(SmolVLMConfig):
     freeze_connector: bool = False
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.check()
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if not isinstance(dtype, torch.dtype) and self.dtype is not None:
+            raise ValueError(f"dtype is {self.dtype!r}, expected a type of PyTorch's, such as 'float32'.")
+        for name in ("vision_config", "text_config"):
+            part = getattr(self, name)
+            if isinstance(part, dict) and not isinstance(part.get("model_type", ""), str):
+                raise ValueError(f"{name}.model_type is {part['model_type']!r}, expected a string such as 'llama'.")
+            if isinstance(part, dict):
+                _check_labels(part.get("id2label"), f"{name}.id2label")
+        _check_labels(self.id2label, "id2label")
+        with naming("The configuration", MEND, passing=(ValueError,)):
+            super().__post_init__(**kwargs)
+            self.check()
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -248,6 +259,11 @@ class SmolAndFastConfig(SmolVLMConfig):
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_labels(labels: object, name: str) -> None:
+    if labels is not None and not (isinstance(labels, dict) and all(str(key).isdecimal() for key in labels)):
+        raise ValueError(f"{name} is {labels!r}, expected None, or names by their numbers.")
 
 
 def _check_size(value: object, name: str) -> None:

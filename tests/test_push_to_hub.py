@@ -114,6 +114,7 @@ def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, argumen
         "observation.png",
         "action_tokenizer/automaton_smolandfast.py",
         "action_tokenizer/errors_smolandfast.py",
+        "action_tokenizer/hub_smolandfast.py",
         "action_tokenizer/tokenization_fast_action.py",
         "action_tokenizer/tokenizer_config.json",
     }
