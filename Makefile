@@ -2,6 +2,9 @@
 # the exact releases of requirements/locked.txt.
 PYTHON ?= python3
 VENV ?= .venv
+# The demo needs less than the tests do.
+ALL := examples,app,dev
+FOR_EXAMPLES := $(VENV)/for-examples
 INSTALLED := $(VENV)/installed
 
 # The releases that the other environments have. `make lock` writes the files; TORCH chooses the locked PyTorch.
@@ -25,7 +28,7 @@ LEROBOT_VERSION ?= 0.6.1
 
 .PHONY: demo test test-all test-oldest test-newest test-lerobot core lock fuzz lint bench bench-more clean
 
-demo: $(INSTALLED)
+demo: $(FOR_EXAMPLES)
 	$(VENV)/bin/python examples/eval_pusht.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
 
 test: $(INSTALLED)
@@ -86,17 +89,20 @@ bench-more: $(INSTALLED)
 
 # The files are constraints: what CUDA needs is pinned too, and comes only with a PyTorch that asks for it.
 define install
-	$(1) -m venv $(dir $@)
-	$(dir $@)bin/pip install --constraint $(2) setuptools
-	$(dir $@)bin/pip install --constraint $(2) --no-build-isolation --editable ".[examples,app,dev]"
+	$(PYTHON) -m venv $(dir $@)
+	$(dir $@)bin/pip install --constraint $(1) setuptools
+	$(dir $@)bin/pip install --constraint $(1) --no-build-isolation --editable ".[$(2)]"
 	touch $@
 endef
 
+$(FOR_EXAMPLES): pyproject.toml $(LOCKED)
+	$(call install,$(LOCKED),examples)
+
 $(INSTALLED): pyproject.toml $(LOCKED)
-	$(call install,$(PYTHON),$(LOCKED))
+	$(call install,$(LOCKED),$(ALL))
 
 .venv-oldest/installed: pyproject.toml $(OLDEST)
-	$(call install,$(PYTHON),$(OLDEST))
+	$(call install,$(OLDEST),$(ALL))
 
 # The user's way to install, then links in the place of copies, so that a changed file is tested as it is.
 .venv-lerobot/installed: pyproject.toml lerobot_policy_smolandfast/pyproject.toml
