@@ -12,12 +12,11 @@ from transformers.utils import logging
 
 from .errors_smolandfast import naming
 
-logger = logging.get_logger(__name__)
-
 # The releases that the whole test suite passes on, as in pyproject.toml. A checkpoint's code meets any.
 TESTED_TRANSFORMERS = ">=5.18,<5.25,!=5.20.*"
 if transformers.__version__ not in SpecifierSet(TESTED_TRANSFORMERS, prereleases=True):
-    logger.warning(
+    # By one name, since a process may load several copies of this file.
+    logging.get_logger("smolandfast").warning_once(
         f"SmolAndFast is tested with transformers {TESTED_TRANSFORMERS}, and this is {transformers.__version__}. Try "
         f"it away from the robot first, or install a tested one: pip install 'transformers{TESTED_TRANSFORMERS}'"
     )

@@ -38,7 +38,6 @@ UNARY = {"none": ("none", [], ""), "gelu_pytorch_tanh": ("gelu", [], "tanh"), "s
 # long, but not in pieces of so many rows (2 threads, 1024 x 3072 by 3072 x 768: 4.5 ms in one, 2.6 in four pieces).
 PIECE_ROWS = 256
 GROUP_ROWS = 2048  # patches of as many images as pass through the vision tower together
-NOT_SAVED = "A packed model cannot be saved. Save it before pack(), or load it again."
 # Largest mean difference of the scores before and after, in their standard deviations. Rounding to bf16's 8 bits gave
 # up to 0.04, at the real size; without its cache the tiny model is 1 off.
 TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-3}
@@ -72,6 +71,7 @@ class PackedLinear(nn.Module):
         self.then = then
         out_features, in_features = weight.shape
         self.in_pieces = in_features >= 4 * out_features
+        self.register_state_dict_pre_hook(refuse_saving)
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
@@ -87,8 +87,9 @@ class PackedLinear(nn.Module):
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *UNARY[self.then])
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, self.then)
 
-    def _save_to_state_dict(self, *args, **kwargs):
-        raise ValueError(NOT_SAVED)
+
+def refuse_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    raise ValueError("A packed model cannot be saved. Save it before pack(), or load it again.")
 
 
 class PackedPatches(nn.Module):
@@ -117,12 +118,10 @@ class MergedLinear(nn.Module):
         self.bias = nn.Parameter(torch.cat(biases)) if biases else None
         functions = {"none": nn.Identity(), "add": torch.add, "mul": torch.mul, "gelu_pytorch_tanh": gelu}
         self.then = functions.get(then) or ACT2FN[then]
+        self.register_state_dict_pre_hook(refuse_saving)
 
     def forward(self, x: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
         return self.then(nn.functional.linear(x, self.weight, self.bias), *other)
-
-    def _save_to_state_dict(self, *args, **kwargs):
-        raise ValueError(NOT_SAVED)
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:

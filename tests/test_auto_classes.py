@@ -65,6 +65,23 @@ assert "User" in AutoTokenizer.from_pretrained("policy").decode(inputs["input_id
     np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), expected)
 
 
+@pytest.mark.parametrize("processor", [False], indirect=True, ids=["absolute"])
+@pytest.mark.parametrize(("version", "warnings"), [("5.24.1", 0), ("5.25.0.dev0", 1)])
+def test_a_release_that_was_not_tested_is_warned_of_once(folder, version, warnings, tmp_path):
+    printed = run_outside(
+        f"""
+import os
+os.dup2(1, 2)
+from transformers import AutoConfig, AutoModel, AutoProcessor
+sys.modules["transformers"].__version__ = {version!r}
+for auto_class in (AutoConfig, AutoModel, AutoProcessor):
+    auto_class.from_pretrained("policy", trust_remote_code=True)
+""",
+        tmp_path,
+    )
+    assert printed.count(f"and this is {version}") == warnings
+
+
 @pytest.fixture
 def ten_lines() -> str:
     """The README's loading example, word for word."""

@@ -164,7 +164,7 @@ import resource, sys, torch
 from smolandfast.training_smolandfast import keep_freed_memory
 if sys.argv[1] == "keep":
     print(keep_freed_memory(), end=" ")
-for _ in range(3):
+for _ in range(10):  # until a piece that was freed fits
     torch.zeros(2**24)  # 64 MB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
