@@ -44,7 +44,7 @@ def collect_repository(checkpoint: Path, folder: Path) -> None:
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
     # Loading would not notice: Transformers keeps copies of the code that it has seen before.
     for path in folder.glob("*.py"):
-        for needed in re.findall(r"^from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
+        for needed in re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
             if not (folder / f"{needed}.py").is_file():
                 raise FileNotFoundError(
                     f"{path.name} in {checkpoint} needs {needed}.py, which is not there. Save the checkpoint again "

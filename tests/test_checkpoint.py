@@ -8,8 +8,10 @@ import pytest
 import torch
 from eval_pusht import main as evaluate
 from eval_pusht import make_predict
+from export_checkpoint import export
 from pusht import rollout
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 
@@ -62,3 +64,20 @@ def test_evaluation_writes_metrics_video_and_pictures(tmp_path):
     assert metrics["n_episodes"] == 2 and metrics["seed"] == 7 and len(metrics["max_rewards"]) == 2
     assert (tmp_path / "rollouts.mp4").stat().st_size > 1000
     assert (tmp_path / "rollouts.png").stat().st_size > 1000
+
+
+def test_several_checkpoints_become_their_mean(processor, model, tmp_path):
+    folders = [tmp_path / name for name in ("a", "b")]
+    weights = []
+    for folder in folders:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    export([str(folder) for folder in folders], tmp_path / "mean")
+    found = load_file(tmp_path / "mean/model.safetensors")
+    for name, tensor in found.items():
+        assert torch.equal(tensor, ((weights[0][name] + weights[1][name]) / 2).bfloat16())
+    assert all(path.is_symlink() for path in (tmp_path / "mean").rglob("*.py"))
