@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 
 # Arguments of `from_pretrained` that say where on the hub a file is, and how to get it.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -41,6 +42,8 @@ def find_file(
         ) from error
     except EntryNotFoundError:
         return None
+    except httpx.HTTPError as error:  # no such repository, no right to read it, a connection that was cut
+        raise OSError(f"{filename} of {name_or_path} cannot be had from the hub: {error}") from error
     except ValueError as error:  # not a name that the hub could have
         raise OSError(
             f"{name_or_path} is neither a folder nor a hub id: {error} Name the folder that save_pretrained wrote."

@@ -159,6 +159,34 @@ def test_the_card_says_what_was_measured_and_the_hub_takes_it(hub, arguments, tm
     assert set(re.findall(r"!\[.*?\]\((.*?)\)", text)) == {"rollouts.png", "training_curve.png"}
 
 
+def test_a_file_is_found_on_the_hub_in_the_cache_or_nowhere(hub, tmp_path):
+    hub.repos["user/policy"] = {"config.json": b"{}", "parts/tokenizer.json": b"[]"}
+    load_elsewhere(
+        hub,
+        f"""
+sys.path.append({str(ROOT)!r})
+from hub_smolandfast import find_file
+
+def refusal(name, **place):
+    try:
+        find_file(name, "config.json", **place)
+    except OSError as error:
+        return str(error)
+
+assert find_file("user/policy", "config.json").read_bytes() == b"{{}}"
+assert find_file("user/policy", "tokenizer.json", subfolder="parts").read_bytes() == b"[]"
+assert find_file("user/policy", "SHA256SUMS") is None
+assert "config.json of user/another cannot be had from the hub" in refusal("user/another")
+assert "neither a folder nor a hub id" in refusal("no/such/folder")
+cached = {{"local_files_only": True}}
+assert find_file("user/policy", "config.json", **cached).read_bytes() == b"{{}}"
+assert find_file("user/policy", "model.safetensors", **cached) is None
+assert "user/new is not in the cache, and the hub cannot be reached" in refusal("user/new", **cached)
+""",
+        tmp_path,
+    )
+
+
 @pytest.mark.parametrize("breaks", ["PUT /lfs/", "/lfs/objects/batch", "/commit/"], ids=["weights", "batch", "commit"])
 def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, arguments, breaks, capsys):
     hub.repos["user/pusht"] = before = {
