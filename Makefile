@@ -49,7 +49,7 @@ test-oldest: .venv-oldest/installed
 # The newest release of everything, whatever pyproject.toml allows; of Transformers a pre-release too. Python 3.11 or newer.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install "packaging>=24.0" "setuptools>=77.0.1"
+	.venv-newest/bin/pip install "packaging>=24.2" "setuptools>=77.0.1"
 	.venv-newest/bin/python requirements/unbounded.py > .venv-newest/newest.txt
 	.venv-newest/bin/pip install --upgrade --upgrade-strategy eager -r .venv-newest/newest.txt
 	.venv-newest/bin/pip install --no-deps --no-build-isolation --editable .
