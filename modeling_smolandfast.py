@@ -133,7 +133,12 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         return True
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, *args, push_to_hub: bool = False, **kwargs
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
     ) -> None:
         """Save like any Transformers model, with `SHA256SUMS` beside the weights for [`from_pretrained`] to check.
 
@@ -148,7 +153,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             raise OSError(f"{save_directory} is a file, expected a folder to save the model in. Name another one.")
         hub = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
         try:
-            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             if is_main_process:
                 self._write_checksums(save_directory)
         except (OSError, SafetensorError) as error:
@@ -200,7 +205,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         except ImportError as error:
             logger.warning(f"pack() left the model as it was, only slower: this release lacks what it needs. {error}.")
             return self
+        was_training = self.training
         self.is_packed = pack(self.eval(), compiled)
+        self.train(was_training)
         self.records_hidden_states = not (self.is_packed and compiled)
         return self
 

@@ -2,7 +2,7 @@
 
     python benchmarks/pusht_wordings.py --checkpoint checkpoints/pusht-tiny --episodes 100 --seed 5000
 
-Every sentence plays the same episodes. Writes `pusht_wordings.json` into the output folder.
+Every sentence plays the same episodes. Writes `wordings.json` into the output folder.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
         metrics = rollout(predict, seeds, model.config.n_action_steps, progress=True).metrics()
         results["sentences"][task] = {name: round(metrics[name], 3) for name in FIGURES}
         print("{pc_success:5.1f} %  {avg_max_reward:.3f}  {task}".format(**metrics, task=task))
-        write_json(args.output_dir / "pusht_wordings.json", results)
+        write_json(args.output_dir / "wordings.json", results)
 
 
 if __name__ == "__main__":
