@@ -35,7 +35,7 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
         OSError: there are checkpoints, but none is whole.
     """
     folder = Path(folder)
-    checkpoints = _find_checkpoints(folder)
+    checkpoints = find_checkpoints(folder)
     for checkpoint in reversed(checkpoints):
         try:
             if STATE not in read_checksums(checkpoint / SUMS):
@@ -81,7 +81,7 @@ class CheckpointSealer(TrainerCallback):
             write_checksums(folder, compute_checksums(folder, names - {SUMS}))
             shutil.rmtree(folder.parent / UNFINISHED, ignore_errors=True)
             if self.save_total_limit:
-                checkpoints, best = _find_checkpoints(folder.parent), Path(state.best_model_checkpoint or folder).name
+                checkpoints, best = find_checkpoints(folder.parent), Path(state.best_model_checkpoint or folder).name
                 old = [path for path in checkpoints if path.name not in (folder.name, best)]
                 old.sort(key=os.path.getmtime)  # those of an earlier run, which may have higher steps, go first
                 for checkpoint in old[: max(0, len(checkpoints) - self.save_total_limit)]:
@@ -139,6 +139,7 @@ class WholeCheckpointTrainer(Trainer):
             self.args.save_total_limit = None  # else older checkpoints would be deleted before this one is whole
 
 
-def _find_checkpoints(folder: Path) -> list[Path]:
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a training's `output_dir`, by their steps, whole or not."""
     found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     return sorted((path for path in found if found[path].isdecimal()), key=lambda path: int(found[path]))

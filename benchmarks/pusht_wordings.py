@@ -6,13 +6,11 @@ Every sentence plays the same episodes. Writes `wordings.json` into the output f
 """
 
 import argparse
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from eval_pusht import PACKAGES, load_policy, make_predict, write_json
+from eval_pusht import installed_versions, load_policy, make_predict, write_json
 from pusht import TASK, rollout
 
 # None of them is in `pusht.WORDINGS`. The first is what the README once told a policy that knew only TASK.
@@ -35,9 +33,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model, processor = load_policy(args.checkpoint)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    results = {"checkpoint": args.checkpoint, "episodes": args.episodes, "seed": args.seed, "versions": versions}
-    results["sentences"] = {}
+    results = {"checkpoint": args.checkpoint, "episodes": args.episodes, "seed": args.seed}
+    results |= {"versions": installed_versions(), "sentences": {}}
     for task in (TASK, *UNSEEN):
         predict, seeds = make_predict(model, processor, task), range(args.seed, args.seed + args.episodes)
         metrics = rollout(predict, seeds, model.config.n_action_steps, progress=True).metrics()

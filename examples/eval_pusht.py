@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         "n_action_steps": n_action_steps,
         "num_threads": torch.get_num_threads(),
         **generate_kwargs,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": installed_versions(),
         **result.metrics(),
     }
     write_json(args.output_dir / "metrics.json", metrics)
@@ -147,6 +147,11 @@ def main(argv: list[str] | None = None) -> None:
         write_video(args.output_dir / "rollouts.mp4", result.recordings)
         print(f"  video         {args.output_dir / 'rollouts.mp4'}, as a picture {args.output_dir / 'rollouts.png'}")
     print(f"  metrics       {args.output_dir / 'metrics.json'}")
+
+
+def installed_versions() -> dict[str, str]:
+    """The releases that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def summary(metrics: dict[str, Any], num_chunks: int) -> str:

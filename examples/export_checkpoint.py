@@ -22,10 +22,14 @@ from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def imported_modules(path: Path) -> list[str]:
+    """The modules beside a code file that it imports itself, anywhere in it."""
+    return re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def files_needed(path: Path) -> set[Path]:
     """A code file and those beside it that it imports, directly or through others."""
-    names = re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {path}.union(*(files_needed(path.with_name(f"{name}.py")) for name in names))
+    return {path}.union(*(files_needed(path.with_name(f"{name}.py")) for name in imported_modules(path)))
 
 
 def mean_of(models: list[SmolAndFastForActionPrediction]) -> SmolAndFastForActionPrediction:

@@ -9,17 +9,19 @@ command again completes it, without sending what has arrived.
 """
 
 import argparse
-import re
 import shutil
 import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from eval_pusht import check_checkpoint, first_line, load_policy
+from export_checkpoint import imported_modules
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import read_metrics, read_trainer_state, write_card
+
+from smolandfast.trainer_smolandfast import find_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a checkpoint folder holds of the model. The optimizer, the random state and pickled arguments stay at home.
@@ -44,7 +46,7 @@ def collect_repository(checkpoint: Path, folder: Path) -> None:
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
     # Loading would not notice: Transformers keeps copies of the code that it has seen before.
     for path in folder.glob("*.py"):
-        for needed in re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
+        for needed in imported_modules(path):
             if not (folder / f"{needed}.py").is_file():
                 raise FileNotFoundError(
                     f"{path.name} in {checkpoint} needs {needed}.py, which is not there. Save the checkpoint again "
@@ -137,11 +139,10 @@ def find_training(checkpoint: Path, given: Path | None) -> tuple[dict | None, in
         state = read_trainer_state(own)
         return state, state["global_step"]
     if given is None:
-        steps = [path.name.removeprefix("checkpoint-") for path in checkpoint.glob("checkpoint-*")]
-        last = max((int(step) for step in steps if step.isdecimal()), default=None)
-        if last is None:
+        checkpoints = find_checkpoints(checkpoint)
+        if not checkpoints:
             return None, None
-        given = checkpoint / f"checkpoint-{last}/trainer_state.json"
+        given = checkpoints[-1] / "trainer_state.json"
     state = read_trainer_state(given)
     return state, state.get("best_global_step") or state["global_step"]
 

@@ -180,4 +180,4 @@ def test_freed_memory_is_kept_for_the_next_tensors():
         for way in ("default", "keep")
     )
     assert int(default[0]) > 3 * 2**26 / 2**12 / 2  # pages; fewer where they are large
-    assert kept[0] == "True" and int(kept[1]) < int(default[0]) / 2
+    assert kept[0] == "True" and int(kept[1]) < 100
