@@ -26,7 +26,7 @@ PYTHON_LEROBOT ?= python3.12
 TORCH_LEROBOT ?= torch==2.10.0
 LEROBOT_VERSION ?= 0.6.1
 
-.PHONY: demo test test-all test-oldest test-newest test-lerobot core lock fuzz lint bench bench-more clean
+.PHONY: demo test test-all test-oldest test-newest test-lerobot core copies lock fuzz lint bench clean
 
 demo: $(FOR_EXAMPLES)
 	$(VENV)/bin/python examples/eval_pusht.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
@@ -65,6 +65,10 @@ test-lerobot: .venv-lerobot/installed
 core:
 	@echo $(CORE)
 
+# Writes the code files in checkpoints/ anew: plain copies of those at the top.
+copies:
+	for file in $$(git ls-files 'checkpoints/*.py'); do cp $$(basename $$file) $$file; done
+
 # Writes requirements/ anew: the newest releases that pyproject.toml allows, and its floors.
 lock:
 	$(PYTHON) -m venv .venv-lock
@@ -81,11 +85,6 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/bench.py
 	$(VENV)/bin/python benchmarks/bench_256m.py
 	$(VENV)/bin/python benchmarks/bench_training_256m.py
-
-# Half an hour: what takes minutes to compile, and more ways to train.
-bench-more: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/bench_256m.py --compiled --rounds 9
-	$(VENV)/bin/python benchmarks/bench_training_256m.py --more
 
 # The files are constraints: what CUDA needs is pinned too, and comes only with a PyTorch that asks for it.
 define install

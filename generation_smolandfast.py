@@ -3,7 +3,7 @@
 Every FAST token stands for a known number of DCT coefficients, and a chunk has `chunk_size * action_dim` of them. At
 each step the logits of all tokens that do not fit into what is left are set to -inf; when nothing is left, the string
 ends. Tokens of a byte-level tokenizer (FAST+) may begin or end inside a UTF-8 character, so there the automaton of
-well-formed UTF-8 (Unicode standard, table 3-7) runs along.
+well-formed UTF-8 (Unicode standard, table 3-7) runs along. Knows ids and scores: no images, no robot units, no model.
 """
 
 import torch
@@ -54,9 +54,7 @@ class ActionGrammar:
             self.max_new_tokens = self.num_coefficients
         else:
             too_long = self.num_coefficients + 1
-            tokens = [
-                b"\x00" * too_long if token is None else bytes.fromhex(token) for token in config.fast_token_bytes
-            ]
+            tokens = [b"\0" * too_long if token is None else bytes.fromhex(token) for token in config.fast_token_bytes]
             if not {bytes([byte]) for byte in range(256)} <= set(tokens):
                 raise ValueError("fast_token_bytes lacks single bytes, so not every chunk can be written.")
             self.started = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens])
@@ -75,7 +73,7 @@ class ActionGrammar:
             action_ids: `(batch, length)` vocabulary ids after the prompt.
 
         Returns:
-            The coefficients left to begin and the state, each `(batch,)`. Once a string is whole, the padding that
+            The coefficients left to begin and the state, each `(batch,)`. Once a string is complete, the padding that
             follows does not count; a string outside the grammar has state -1.
         """
         left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
@@ -91,9 +89,9 @@ class ActionGrammar:
         tokens = action_token_map(ids, self.base_id).clamp(-1, len(self.started) - 1)  # both ends are the last place
         started = self.started.to(ids.device)[tokens]
         after = self.next_state.to(ids.device)[state, tokens].masked_fill(started > left, INVALID)
-        whole = _is_whole(left, state)
-        left = torch.where(whole | (after == INVALID), left, left - started)
-        return left, torch.where(whole, state, after)
+        complete = is_complete(left, state)
+        left = torch.where(complete | (after == INVALID), left, left - started)
+        return left, torch.where(complete, state, after)
 
     def is_action(self, token_id: int) -> bool:
         return 0 <= action_token_map(token_id, self.base_id) < len(self.started) - 1
@@ -102,6 +100,36 @@ class ActionGrammar:
         """The tokens that may follow: `(batch,)`, `(batch,) -> (batch, num_action_tokens)`."""
         next_state, started = self.next_state.to(left.device)[state, :-1], self.started.to(left.device)[:-1]
         return (next_state != INVALID) & (started <= left[:, None])
+
+    def log_probabilities(self, scores: torch.FloatTensor, action_ids: torch.LongTensor) -> torch.FloatTensor:
+        """Log-probability of each id among those that the grammar allows there, as constrained decoding sees it.
+
+        Args:
+            scores: `(batch, length, vocab_size)`, the logits that each id was, or might be, chosen by.
+            action_ids: `(batch, length)` vocabulary ids of whole strings; anything may stand behind a string's end.
+
+        Returns:
+            `(batch, length)` float32, 0 behind a string's end.
+
+        Raises:
+            ValueError: Ids that are no whole string of the grammar.
+        """
+        left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
+        state, found = torch.zeros_like(left), []
+        for step, ids in enumerate(action_ids.T):
+            complete = is_complete(left, state)
+            allowed = self.allowed(left, state) | complete[:, None]  # something finite where nothing is chosen
+            tokens = action_token_map(ids, self.base_id).clamp(0, len(self.started) - 2)
+            # `band` holds the last token first
+            among = scores[:, step, self.band].flip(1).float().masked_fill(~allowed, -torch.inf).log_softmax(dim=1)
+            found.append(among.gather(1, tokens[:, None]).squeeze(1).masked_fill(complete, 0.0))
+            left, state = self.step(left, state, ids)
+        if not is_complete(left, state).all():
+            raise ValueError(
+                f"action_ids holds {action_ids[~is_complete(left, state)][0].tolist()}, expected strings of exactly "
+                f"{self.num_coefficients} coefficients. Take the labels that the processor makes of actions."
+            )
+        return torch.stack(found, dim=1)
 
 
 class ActionReader:
@@ -157,18 +185,18 @@ class ActionLogitsProcessor(LogitsProcessor):
         return masked
 
 
-class ChunkIsWhole(StoppingCriteria):
+class ChunkIsComplete(StoppingCriteria):
     """Ends each string at its last coefficient, without a forward pass for EOS."""
 
     def __init__(self, reader: ActionReader):
         self.reader = reader
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return _is_whole(*self.reader.read(input_ids))
+        return is_complete(*self.reader.read(input_ids))
 
 
-def _is_whole(left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
-    """Nothing is left to begin, and no character is open."""
+def is_complete(left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
+    """Whether a string holds its whole chunk: nothing is left to begin, and no character is open."""
     return (left == 0) & (state == 0)
 
 

@@ -1,18 +1,18 @@
 """SmolAndFast: SmolVLM that writes action tokens.
 
 The weights and their names are those of `SmolVLMForConditionalGeneration`, so any SmolVLM or SmolVLM2 checkpoint
-loads. What is added: the loss over the action tokens alone, and `generate()` that can only write valid action chunks.
+loads. What is added: the loss over the action tokens alone, `generate()` that can only write valid action chunks, and
+the log-probability of a chunk. Takes what the processor makes; knows no images' sizes, no prompt and no robot.
 """
 
-import json
+import inspect
 import os
-from dataclasses import fields
 from functools import cached_property, wraps
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -20,20 +20,17 @@ from transformers import (
     SmolVLMForConditionalGeneration,
     StoppingCriteriaList,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from .checks_smolandfast import naming_errors
 from .configuration_smolandfast import SmolAndFastConfig
-from .errors_smolandfast import naming
-from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsWhole
-from .hub_smolandfast import HUB_KWARGS, find_file
-from .weights_smolandfast import compute_checksums, find_weights, read_shapes, write_checksums
+from .files_smolandfast import AGAIN, HUB_KWARGS, find_file, find_weights, read_json, read_shapes, write_checksums
+from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
 
 logger = logging.get_logger(__name__)
 
 PROJECTION_KEY = "model.connector.modality_projection.proj.weight"
 HEAD_KEY = "lm_head.weight"
-PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
@@ -49,7 +46,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         config.check()
         super().__init__(config)
         self._freeze()
-        self.is_packed, self.records_hidden_states = False, True
+        self.is_packed = False
 
     def _freeze(self) -> None:
         self.model.vision_model.requires_grad_(not self.config.freeze_vision_tower)
@@ -85,8 +82,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
         found = find_file(pretrained_model_name_or_path, "generation_config.json", **hub_kwargs)
         if found is not None:  # Transformers goes on without one that is damaged
-            with naming(found):
-                GenerationConfig.from_dict(json.loads(found.read_bytes()))
+            _check_generation_config(found)
         is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
         kwargs |= {"ignore_mismatched_sizes": is_recreated, "force_download": False}  # everything has come by now
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -100,7 +96,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         Returns:
             Whether the connector's projection has to be re-created.
         """
-        with naming(f"The configuration of {name}"), torch.device("meta"):
+        with naming_errors(f"The configuration of {name}"), torch.device("meta"):
             model = cls(config)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         tied = (HEAD_KEY,) if config.tie_word_embeddings else ()
@@ -151,54 +147,42 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         """
         if os.path.isfile(save_directory):
             raise OSError(f"{save_directory} is a file, expected a folder to save the model in. Name another one.")
-        hub = {name: kwargs.pop(name) for name in PUSH_KWARGS if name in kwargs} if push_to_hub else {}
+        names = inspect.signature(self.push_to_hub).parameters if push_to_hub else ()
+        hub_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
             if is_main_process:
-                self._write_checksums(save_directory)
+                folder = Path(save_directory)
+                write_checksums(folder, [path.name for path in folder.glob("model*.safetensors")])
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"The model cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
             ) from error
         if push_to_hub and is_main_process:
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
+            self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
 
-    @staticmethod
-    def _write_checksums(folder: str | os.PathLike) -> None:
-        folder = Path(folder)
-        write_checksums(folder, compute_checksums(folder, [path.name for path in folder.glob("model*.safetensors")]))
-
-    def pack(self, compiled: bool = False) -> "SmolAndFastForActionPrediction":
-        """Make inference on a CPU faster, in place: see `packing_smolandfast.py`.
+    def pack(self) -> "SmolAndFastForActionPrediction":
+        """Make inference in bf16 on a CPU faster, in place: see `packing_smolandfast.py`.
 
         The model can then neither be trained nor saved, and its attention is PyTorch's fused one. Results differ from
-        those before by the rounding of its type.
-
-        Args:
-            compiled: Have PyTorch compile the layers, in fp32 too. The first chunk of each kind (one prompt, several,
-                several of different lengths, another image size) then takes minutes; further ones are faster than
-                without. Hidden states are no longer recorded.
+        those before by the rounding of bf16.
 
         Returns:
-            The model itself. If its scores on made-up inputs are others than before, or parts of PyTorch and
-            Transformers that this stands on have changed, it is left as it was, and a warning says so.
+            The model itself. If its scores on made-up inputs then differ by more than rounding, or if parts of PyTorch
+            and Transformers that this stands on have changed, it is left as it was, and a warning says so.
 
         Raises:
-            ValueError: Weights in another type than bf16 or, compiled, fp32; a processor that oneDNN has no bf16
-                products for; no C++ compiler to compile with.
+            ValueError: Weights in another type than bf16, a processor without bf16 products, or a model that is packed
+                already.
         """
-        if getattr(self, "is_quantized", False):
-            raise ValueError("Quantized weights cannot be packed. Load the model without quantization_config.")
-        if self.is_packed:
-            raise ValueError("The model is packed already. Load it again to pack it otherwise.")
-        expected = {torch.bfloat16: "bf16"} | ({torch.float32: "fp32"} if compiled else {})
-        if self.dtype not in expected or self.device.type != "cpu":
+        if self.is_packed or getattr(self, "is_quantized", False):
+            raise ValueError("The weights are packed or quantized already. Load the model again, in bf16, to pack it.")
+        if self.dtype != torch.bfloat16 or self.device.type != "cpu":
             raise ValueError(
-                f"The weights are {self.dtype} on {self.device}, expected {' or '.join(expected.values())} on a CPU: "
-                "elsewhere packing brings nothing. Load the model with dtype=torch.bfloat16."
+                f"The weights are {self.dtype} on {self.device}, expected bf16 on a CPU: elsewhere packing brings "
+                "nothing. Load the model with dtype=torch.bfloat16."
             )
-        capability = torch.backends.cpu.get_cpu_capability()
-        if self.dtype == torch.bfloat16 and not capability.startswith("AVX512"):
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
             raise ValueError("This processor has no bf16 products (AVX-512 at least). Leave the model as it is.")
         try:
             from .packing_smolandfast import pack
@@ -206,26 +190,30 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             logger.warning(f"pack() left the model as it was, only slower: this release lacks what it needs. {error}.")
             return self
         was_training = self.training
-        self.is_packed = pack(self.eval(), compiled)
-        self.train(was_training)
-        self.records_hidden_states = not (self.is_packed and compiled)
-        return self
+        self.is_packed = pack(self.eval())
+        return self.train(was_training)
 
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
     @wraps(SmolVLMForConditionalGeneration.forward)
     def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
         if self.is_packed and self.training:
             raise ValueError("A packed model cannot be trained. Load it again, or call eval().")
-        if not self.records_hidden_states and kwargs.get("output_hidden_states"):
-            raise ValueError("Compiled layers record no hidden states. Drop output_hidden_states, or compiled=True.")
-        if kwargs.pop("action_logits_only", False):
-            return self._forward_to_action_logits(*args, **kwargs)
         if labels is None:
             return super().forward(*args, return_dict=return_dict, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        # Position t predicts token t + 1. Only positions that some sample has to predict go through the head; the loss
-        # ignores -100 in any case, so it and its gradients are those of the full logits.
-        kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
+        outputs, kept = self._forward_to_span(labels, *args, **kwargs)
+        targets = labels[:, kept + 1].to(outputs.logits.device)
+        loss = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        # `Trainer` passes the number of targets in all batches of an optimizer's step.
+        outputs.loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _forward_to_span(self, labels: torch.LongTensor, *args, **kwargs):
+        """The forward pass, with logits only at those positions (the second result) that some sample's label follows.
+
+        The loss ignores the others, so it and its gradients are those of the full logits.
+        """
+        kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)  # position t predicts token t + 1
         if len(kept) == 0:
             raise ValueError(
                 "labels has no action token to learn: every entry is -100. Pass actions to the processor."
@@ -235,59 +223,34 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         if mask is not None and mask.ndim == 2 and (mask[:, :-1] >= mask[:, 1:]).all():
             # No token sees what is padded to the right of it: without a mask, attention takes its fast kernels.
             kwargs["attention_mask"] = None
-        outputs = super().forward(*args, logits_to_keep=kept, return_dict=True, **kwargs)
-        targets = labels[:, kept + 1].to(outputs.logits.device)
-        loss = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        # `Trainer` passes the number of targets in all batches of an optimizer's step.
-        outputs.loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        return outputs if return_dict is not False else outputs.to_tuple()
+        return super().forward(*args, logits_to_keep=kept, return_dict=True, **kwargs), kept
 
-    def _forward_to_action_logits(self, *args, logits_to_keep: "int | torch.Tensor" = 0, **kwargs):
-        """The forward pass of `generate()`, which masks all but the action tokens and EOS: so do these logits.
+    def log_probability(self, labels: torch.LongTensor, per_token: bool = False, **inputs) -> torch.FloatTensor:
+        """Log-probability of action chunks under the policy, differentiable: of `generate()`'s own distribution.
 
-        The head has 49,280 rows at the real size, a fifth of the weights that each further token has to read.
+        Each token's is among the tokens that the grammar allows there, so the probabilities of all strings that are
+        whole chunks add up to 1. (A chunk may be spelled by several strings; this is that of the one in the labels.)
+        `model.log_probability(**processor(images=..., text=..., state=..., actions=...))`.
+
+        Args:
+            labels: `(batch, length)` as the processor makes them of actions: -100 outside the action tokens and EOS.
+            per_token: Return one for each token instead of their sum.
+            inputs: The processor's other tensors.
+
+        Returns:
+            `(batch,)` natural logarithms, or `(batch, tokens)` with 0 for EOS and behind it; float32.
+
+        Raises:
+            ValueError: Labels that hold something else than one whole chunk a row.
         """
-        outputs = self.model(*args, **kwargs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = outputs.last_hidden_state[:, kept]  # (batch, positions, hidden_size)
-        band, eos = self.action_grammar.band, slice(self._eos_token_id(), self._eos_token_id() + 1)
-        found = [linear(hidden, self.lm_head.weight[rows]) for rows in (band, eos)]
-        # Under autocast the scores are of another type than the hidden states.
-        logits = found[0].new_full((*hidden.shape[:2], self.config.text_config.vocab_size), -torch.inf)
-        logits[..., band], logits[..., eos] = found
-        # Releases differ in what else they return, and in what they call the cache.
-        returned = {
-            field.name: outputs[field.name] for field in fields(CausalLMOutputWithPast) if field.name in outputs
-        }
-        return CausalLMOutputWithPast(logits=logits, **returned)
-
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, action_logits_only: bool = False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        return {**inputs, "action_logits_only": action_logits_only}
-
-    def _needs_action_logits_only(self, **kwargs) -> bool:
-        config = kwargs.get("generation_config") or self.generation_config
-        options = {name: kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "output_logits")}
-        # Beams are compared by probabilities among all tokens. A head that an adapter or quantisation has wrapped is
-        # more than its weight.
-        is_plain = type(self.lm_head) is torch.nn.Linear and type(self.lm_head.weight) is torch.nn.Parameter
-        return is_plain and options["num_beams"] in (None, 1) and not options["output_logits"]
-
-    def _eos_token_id(self) -> int | None:
-        eos_token_id = self.generation_config.eos_token_id
-        return next(iter(eos_token_id), None) if isinstance(eos_token_id, list) else eos_token_id
-
-    def _check_generation_config(self) -> None:
-        """Refuse what `generation_config.json` may hold and Transformers does not check."""
-        config = self.generation_config
-        for name in ("output_hidden_states", "output_attentions", "output_scores", "output_logits"):
-            if not isinstance(getattr(config, name), bool | None):
-                raise ValueError(f"generation_config.{name} is {getattr(config, name)!r}, expected True or False.")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            value = getattr(config, name)
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
-                raise ValueError(f"generation_config.{name} is {value!r}, expected an id. Take it from the tokenizer.")
+        outputs, kept = self._forward_to_span(labels, **inputs)
+        is_target = labels != -100
+        places = torch.arange(int(is_target.sum(dim=1).max()), device=labels.device)
+        positions = (is_target.int().argmax(dim=1)[:, None] + places).clamp(1, labels.shape[1] - 1)  # (batch, tokens)
+        rows = torch.searchsorted(kept, positions - 1).clamp(max=len(kept) - 1)
+        scores = outputs.logits[torch.arange(len(labels), device=labels.device)[:, None], rows]
+        found = self.action_grammar.log_probabilities(scores, labels.gather(1, positions))
+        return found if per_token else found.sum(dim=1)
 
     @cached_property
     def action_grammar(self) -> ActionGrammar:
@@ -323,20 +286,19 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
-        if input_ids.min() < 0 or input_ids.max() >= self.config.text_config.vocab_size:
-            raise ValueError(
-                f"input_ids holds {input_ids.max()}, expected ids in [0, {self.config.text_config.vocab_size}), the "
-                "model's vocabulary. Load processor and model from one folder."
-            )
         mask = kwargs.get("attention_mask")
         if kwargs.get("labels") is not None or (mask is not None and not mask[:, -1].all()):
             raise ValueError(
                 "generate() got a training batch (with labels, or padded on the right). Call the processor without "
                 "actions: its prompts end where the policy has to write."
             )
-        self._check_generation_config()
-        eos_token_id = self._eos_token_id()
-        vocab_size = self.config.text_config.vocab_size
+        eos_token_id, vocab_size = self.generation_config.eos_token_id, self.config.text_config.vocab_size
+        eos_token_id = next(iter(eos_token_id), None) if isinstance(eos_token_id, list) else eos_token_id
+        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+            raise ValueError(
+                f"input_ids holds {input_ids.max()}, expected ids in [0, {vocab_size}), the model's vocabulary. Load "
+                "processor and model from one folder."
+            )
         if eos_token_id is None or not 0 <= eos_token_id < vocab_size or grammar.is_action(eos_token_id):
             raise ValueError(
                 f"generation_config.eos_token_id is {eos_token_id}, expected an id outside the action tokens, below "
@@ -345,16 +307,14 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         pad_token_id = self.generation_config.pad_token_id
         if pad_token_id is None or not 0 <= pad_token_id < vocab_size:  # SmolVLMConfig's default
             kwargs.setdefault("pad_token_id", self.config.text_config.pad_token_id)
-        prompt_length = input_ids.shape[1]
-        reader = ActionReader(grammar, prompt_length)
-        constraint, end = ActionLogitsProcessor(reader, eos_token_id, relaxed), ChunkIsWhole(reader)
+        reader = ActionReader(grammar, prompt_length=input_ids.shape[1])
+        constraint, end = ActionLogitsProcessor(reader, eos_token_id, relaxed), ChunkIsComplete(reader)
         ends = [] if relaxed else [end]
         output = super().generate(
             inputs,
             logits_processor=LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), constraint]),
             stopping_criteria=StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), *ends]),
             max_new_tokens=grammar.max_new_tokens,
-            action_logits_only=self._needs_action_logits_only(**kwargs),
             **kwargs,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -364,6 +324,19 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
             )
         return output
+
+
+def _check_generation_config(file: Path) -> None:
+    """Refuse what Transformers would ignore, or only stumble over while generating."""
+    content = read_json(file)
+    for name, value in content.items():
+        ids = value if isinstance(value, list) else [value]
+        fits = isinstance(value, bool) or not name.startswith("output_")
+        fits &= not name.endswith("_token_id") or all(type(i) is int and abs(i) < 2**31 for i in ids)
+        if value is not None and not fits:
+            raise ValueError(f"{name} in {file} is {value!r}, expected an id, or for output_* True or False. {AGAIN}")
+    with naming_errors(file):
+        GenerationConfig.from_dict(content)
 
 
 SmolAndFastForActionPrediction.register_for_auto_class("AutoModel")

@@ -1,13 +1,13 @@
 """Robot units to [-1, 1] and back, and states to bins.
 
-The numbers of a data set that this needs, its statistics, use LeRobot's names: `observation.state` and `action`, each
-with `min`, `max` and, for quantile normalisation, `q01`, `q99`.
+Owns the statistics of a data set, in LeRobot's names: `observation.state` and `action`, each with `min`, `max` and,
+for quantile normalisation, `q01`, `q99`. Knows nothing of tokens, prompts or images.
 """
-
-import hashlib
 
 import numpy as np
 import torch
+
+from .checks_smolandfast import as_numbers, check_whole
 
 STATE, ACTION, RELATIVE_ACTION = "observation.state", "action", "relative_action"
 BOUNDS = {"min_max": ("min", "max"), "quantiles": ("q01", "q99")}
@@ -71,17 +71,16 @@ class Normalizer:
                 f"statistics is {statistics!r}, expected a dictionary with {STATE!r} and {ACTION!r}. Compute it from "
                 "the demonstrations with compute_statistics(states, actions)."
             )
-        if not isinstance(n_state_bins, int) or isinstance(n_state_bins, bool) or n_state_bins < 1:
-            raise ValueError(f"n_state_bins is {n_state_bins!r}, expected a whole number of at least 1.")
+        check_whole(n_state_bins, "n_state_bins")
         if not isinstance(use_relative_actions, bool):
             raise ValueError(f"use_relative_actions is {use_relative_actions!r}, expected True or False.")
         low, high = BOUNDS[normalization]
         self.n_state_bins = n_state_bins
         self.use_relative_actions = use_relative_actions
-        self._state = _read_widest(statistics, STATE, low, high)
-        self._action = _read_widest(statistics, RELATIVE_ACTION if use_relative_actions else ACTION, low, high)
+        self.state_bounds = _read_widest(statistics, STATE, low, high)
+        self.action_bounds = _read_widest(statistics, RELATIVE_ACTION if use_relative_actions else ACTION, low, high)
         self.action_limits = _read_bounds(statistics, ACTION, "min", "max")
-        self.state_dim, self.action_dim = len(self._state[0]), len(self._action[0])
+        self.state_dim, self.action_dim = len(self.state_bounds[0]), len(self.action_bounds[0])
         if len(self.action_limits[0]) != self.action_dim:
             raise ValueError(
                 f"statistics[{ACTION!r}] has {len(self.action_limits[0])} dimensions in min and max, and "
@@ -96,18 +95,12 @@ class Normalizer:
     @property
     def action_scale(self) -> np.ndarray:
         """Robot units in one normalised unit of action: `(action_dim,)`."""
-        return (self._action[1] - self._action[0]) / 2
-
-    @property
-    def fingerprint(self) -> str:
-        """Differs where the bounds, the limits or the way of normalising differ."""
-        numbers = np.concatenate([*self._state, *self._action, *self.action_limits]).astype("<f8")
-        return hashlib.sha256(numbers.tobytes() + bytes([self.use_relative_actions])).hexdigest()[:16]
+        return (self.action_bounds[1] - self.action_bounds[0]) / 2
 
     def state_bins(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
         """Bins of each state: `(B, state_dim)` robot units `-> (B, state_dim)` in [0, n_state_bins), clamped."""
         state = as_numbers(state, "state", ("batch", self.state_dim))
-        positions = (_to_unit(state, self._state) + 1) / 2 * self.n_state_bins
+        positions = (_to_unit(state, self.state_bounds) + 1) / 2 * self.n_state_bins
         return np.clip(np.floor(positions), 0, self.n_state_bins - 1).astype(np.int64)
 
     def normalize_actions(self, actions: "np.ndarray | torch.Tensor", bins: np.ndarray) -> np.ndarray:
@@ -115,7 +108,7 @@ class Normalizer:
         actions = as_numbers(actions, "actions", ("batch", "chunk_size", self.action_dim))
         if len(actions) != len(bins):
             raise ValueError(f"actions has {len(actions)} chunks for {len(bins)} states: pass one chunk a state.")
-        return _to_unit(actions - self._reference(bins), self._action).astype(np.float32)
+        return _to_unit(actions - self._reference(bins), self.action_bounds).astype(np.float32)
 
     def unnormalize_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
         """The inverse of `normalize_actions`, clipped to the smallest and largest action of the statistics."""
@@ -130,17 +123,17 @@ class Normalizer:
     def count_clamped_states(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
         """How many values of each state lie outside the bins, so that `state_bins` clamps them: `(B,)`."""
         state = as_numbers(state, "state", ("batch", self.state_dim))
-        low, high = self._state
+        low, high = self.state_bounds
         return ((state < low) | (state > high)).sum(axis=1)
 
     def _to_robot(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
-        low, high = self._action
+        low, high = self.action_bounds
         return (actions + 1) / 2 * (high - low) + low + self._reference(bins)
 
     def _reference(self, bins: np.ndarray | None) -> "np.ndarray | float":
         if not self.use_relative_actions:
             return 0.0
-        low, high = self._state
+        low, high = self.state_bounds
         centres = (bins + 0.5) / self.n_state_bins * (high - low) + low
         return centres[:, None]  # (B, D) -> (B, 1, D)
 
@@ -177,28 +170,3 @@ def _read_bounds(statistics: dict, name: str, low: str, high: str) -> tuple[np.n
             f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}. Compute it anew."
         )
     return bounds[0], bounds[1]
-
-
-def as_numbers(values: "np.ndarray | torch.Tensor", name: str, shape: tuple | None = None) -> np.ndarray:
-    """Float64 array of this shape, where a word stands for any size; refuses numbers that are not finite."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()
-    try:
-        values = np.asarray(values)
-        if values.dtype.kind not in "fiubO":  # NumPy would read strings, and drop imaginary parts
-            raise TypeError(f"its dtype is {values.dtype}")
-        values = values.astype(np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} is not an array of numbers: {error}. Pass real numbers.") from error
-    fits = shape is None or (
-        values.ndim == len(shape)
-        and all(isinstance(size, str) or size == found for size, found in zip(shape, values.shape, strict=True))
-    )
-    if not fits:
-        raise ValueError(f"{name} has shape {values.shape}, expected ({', '.join(map(str, shape))}).")
-    if not np.isfinite(values).all():
-        first = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-        raise ValueError(
-            f"{name}{list(first)} is {values[first]}, expected finite numbers. Check the sensor or the data."
-        )
-    return values

@@ -5,21 +5,23 @@ The only place that knows the prompt: SmolVLM's chat template around
     <image> Task: {task}, State: {bins}, Action:
 
 with one bin number for each dimension of the state. The statistics of the data set travel in `processor_config.json`.
+Knows no model: [`SmolAndFastProcessor.model_kwargs`] says what one must know of the processor.
 """
 
+import hashlib
 import json
 import re
 
 import numpy as np
 import torch
-from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
 from transformers.utils import logging
 
-from .configuration_smolandfast import SHARED_FIELDS, SmolAndFastConfig, action_token_map
-from .errors_smolandfast import naming
-from .hub_smolandfast import HUB_KWARGS, find_file
-from .normalization_smolandfast import Normalizer, as_numbers
+from .checks_smolandfast import as_numbers, as_rgb_images, check_whole, naming_errors
+from .configuration_smolandfast import SmolAndFastConfig, action_token_map
+from .files_smolandfast import HUB_KWARGS, find_file, read_json
+from .normalization_smolandfast import Normalizer
 from .tokenization_fast_action import FastActionTokenizer
 
 logger = logging.get_logger(__name__)
@@ -50,8 +52,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
         default_task (`str`, defaults to `""`): Stands in for an empty task.
         training_tasks (`list[str]`, *optional*):
-            The sentences the policy is trained on. Told another one, the processor warns once: a policy that has not
-            learnt that wording does not matter may do nothing sensible then.
+            The sentences the policy is trained on. Given another one, the processor warns once: a policy may do
+            nothing sensible with a wording that it has not learnt.
 
     Raises:
         ValueError: Parts that do not fit together; the message says how to fix it.
@@ -97,15 +99,14 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
         if self.chunk_size is None:
             raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
-        if action_tokenizer.horizon not in (None, self.chunk_size):
+        shape, fitted = (
+            (self.chunk_size, self.normalizer.action_dim),
+            (action_tokenizer.horizon, action_tokenizer.action_dim),
+        )
+        if fitted not in (shape, (None, None)):
             raise ValueError(
-                f"chunk_size is {self.chunk_size}, but the FAST tokenizer was fitted for {action_tokenizer.horizon} "
-                "actions. Fit one on chunks of this size."
-            )
-        if action_tokenizer.action_dim not in (None, self.normalizer.action_dim):
-            raise ValueError(
-                f"The statistics have {self.normalizer.action_dim} action dimensions, but the FAST tokenizer was "
-                f"fitted for {action_tokenizer.action_dim}. Fit one on the actions of this robot."
+                f"chunk_size is {shape[0]} and the statistics have {shape[1]} action dimensions, but the FAST "
+                f"tokenizer was fitted for {fitted[0]} and {fitted[1]}. Fit one on such chunks of this robot."
             )
         super().__init__(image_processor, tokenizer, action_tokenizer, chat_template=chat_template)
         for name in TOKENIZER_NEEDS:
@@ -117,29 +118,24 @@ class SmolAndFastProcessor(ProcessorMixin):
         side = sides.get("longest_edge") if isinstance(sides, dict) else None
         numbers = {"scale_factor": scale_factor, "patch_size": patch_size, "longest_edge of max_image_size": side}
         for name, value in numbers.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
+            check_whole(value, name)
         if side % (patch_size * scale_factor):
             raise ValueError(
                 f"The images' longest_edge of {side} pixels is no multiple of patch_size * scale_factor, {patch_size} "
                 f"* {scale_factor}. Change image_size or scale_factor, or take the three from one checkpoint."
             )
         self.action_token_base_id = tokenizer.vocab_size - 1 - fast_skip_tokens
-        if self.action_token_base_id + 1 < len(action_tokenizer):
+        last_prompt_id = tokenizer(self._prompt_around_images(1)[1])["input_ids"][-1]
+        if self.action_token_base_id + 1 < len(action_tokenizer) or self._is_action(np.array(last_prompt_id)):
             raise ValueError(
                 f"{len(action_tokenizer)} action tokens and fast_skip_tokens={fast_skip_tokens} do not fit into a "
-                f"vocabulary of {tokenizer.vocab_size}. Fit a smaller FAST vocabulary."
-            )
-        last_prompt_id = tokenizer(self._prompt_around_images(1)[1])["input_ids"][-1]
-        if self._is_action(np.array(last_prompt_id)):
-            raise ValueError(
-                "The prompt ends with an action token, so the two cannot be told apart. Change the vocabulary."
+                f"vocabulary of {tokenizer.vocab_size} beside the words of the prompt. Fit a smaller FAST vocabulary."
             )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SmolAndFastProcessor":
-        """As Transformers' own; files that are damaged are a ValueError."""
-        with naming(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
+        """Load a saved processor, as Transformers does; damaged files are a ValueError."""
+        with naming_errors(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
@@ -188,8 +184,8 @@ class SmolAndFastProcessor(ProcessorMixin):
                     f"{pretrained_model_name_or_path} has no chat template. Name a SmolVLM checkpoint such as "
                     "HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
                 )
-            with naming(file):
-                chat_template = json.loads(file.read_bytes())["chat_template"]
+            with naming_errors(file):
+                chat_template = read_json(file)["chat_template"]
         return cls(
             image_processor,
             tokenizer,
@@ -202,11 +198,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As Transformers' own.
-
-        Raises:
-            OSError: The folder cannot be written.
-        """
+        """Save the files that [`from_pretrained`] loads. Raises `OSError` where the folder cannot be written."""
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         except Exception as error:  # the tokenizers library has no narrower one for a full disk
@@ -219,16 +211,35 @@ class SmolAndFastProcessor(ProcessorMixin):
         return {
             "scale_factor": self.scale_factor,
             "image_size": self.image_processor.max_image_size["longest_edge"],
-            "do_image_splitting": bool(self.image_processor.do_image_splitting),
             "chunk_size": self.chunk_size,
             "action_dim": self.normalizer.action_dim,
-            "fast_chunk_shape": [self.chunk_size, self.normalizer.action_dim],
-            "n_state_bins": self.n_state_bins,
-            "fast_skip_tokens": self.fast_skip_tokens,
             "action_token_base_id": self.action_token_base_id,
-            "normalization_fingerprint": self.normalizer.fingerprint,
+            "processor_fingerprint": self.fingerprint,
             **self.action_tokenizer.token_grammar(self.chunk_size * self.normalizer.action_dim),
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that gives the model's inputs and outputs their meaning.
+
+        Two processors with one fingerprint write the same prompt for an observation, show the model the same pixels,
+        and read the same actions from its tokens. Checkpoints hold it: another definition is another fingerprint.
+        """
+        images, actions, normalizer = self.image_processor, self.action_tokenizer, self.normalizer
+        state_bins, unsplit = range(normalizer.state_dim), [(0, 0)]
+        prompt = self._write_prompt(self._prompt_around_images(1), "A task, 0123456789.", state_bins, unsplit)
+        image_options = ("do_image_splitting", "do_resize", "resample", "do_rescale", "rescale_factor")
+        image_options += ("do_normalize", "image_mean", "image_std")
+        meaning = {
+            "prompt": self.tokenizer(prompt)["input_ids"],
+            "images": [images.max_image_size["longest_edge"], *(getattr(images, name) for name in image_options)],
+            "states": [bound.tolist() for bound in normalizer.state_bounds] + [self.n_state_bins],
+            "actions": [bound.tolist() for bound in (*normalizer.action_bounds, *normalizer.action_limits)],
+            "use_relative_actions": self.use_relative_actions,
+            "tokens": [self.chunk_size, actions.scale, actions.min_coefficient, self.action_token_base_id],
+            "vocabulary": actions.convert_ids_to_tokens(list(range(len(actions)))),
+        }
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     def check_model(self, model) -> None:
         """Refuse a model that belongs to another processor: same shapes, but its actions would mean something else.
@@ -237,14 +248,14 @@ class SmolAndFastProcessor(ProcessorMixin):
             ValueError: Fields of `model.config` that differ from [`model_kwargs`].
         """
         expected = self.model_kwargs()
-        differs = [name for name in SHARED_FIELDS if getattr(model.config, name, None) != expected.get(name)]
-        if model.config.image_seq_len != self.image_seq_len:  # rather than image_size, which may be left out
-            differs.append("image_size")
-        if getattr(model.config, "normalization_fingerprint", None) is None:  # saved before there was one
-            differs = [name for name in differs if name != "normalization_fingerprint"]
-        if differs:
+        found = {name: getattr(model.config, name, None) for name in expected}
+        found["image_size"] = found["image_size"] or model.config.vision_config.image_size
+        differing = [name for name in expected if found[name] != expected[name]]
+        if found["processor_fingerprint"] is None and "processor_fingerprint" in differing:  # saved before 0.2
+            differing.remove("processor_fingerprint")
+        if differing:
             raise ValueError(
-                f"This processor belongs to another model: {', '.join(differs)} differ from model.config. Load both "
+                f"This processor belongs to another model: {', '.join(differing)} differ from model.config. Load both "
                 "from one folder. To go on with this processor, load the model with from_pretrained(folder, "
                 "**processor.model_kwargs())."
             )
@@ -305,43 +316,44 @@ class SmolAndFastProcessor(ProcessorMixin):
                 f"Got {len(images)} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of "
                 "each a sample. For one sample, state has shape (state_dim,)."
             )
-        images = [_as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)]
+        images = [as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)]
         bins = self.normalizer.state_bins(state)
-        with naming("The image processor", "Load it from the checkpoint again."):
+        with naming_errors("The image processor", "Load it from the checkpoint again."):
             pixels = self.image_processor(
                 images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
             )
         self._check_pixels(**pixels)
-        rows, cols = pixels.pop("rows"), pixels.pop("cols")
+        grids = [
+            list(zip(*sample, strict=True)) for sample in zip(pixels.pop("rows"), pixels.pop("cols"), strict=True)
+        ]
         templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
         prompts = [
-            self._write_prompt(templates[len(rows[i])], tasks[i], bins[i], rows[i], cols[i]) for i in range(batch_size)
+            self._write_prompt(templates[len(grid)], task, state_bins, grid)
+            for task, state_bins, grid in zip(tasks, bins, grids, strict=True)
         ]
-        input_ids = self.tokenizer(prompts)["input_ids"]
+        rows, side, labels = self.tokenizer(prompts)["input_ids"], "left", {}
         if actions is None:
             self._warn_of_new_tasks(tasks)
-            return BatchFeature({**_pad(input_ids, self.tokenizer.pad_token_id, left=True), **pixels})
-
-        actions = as_numbers(actions, "actions", (batch_size, self.chunk_size, self.normalizer.action_dim))
-        normalized = self.normalizer.normalize_actions(actions, bins)
-        targets = [
-            [action_token_map(token, self.action_token_base_id) for token in tokens] + [self.tokenizer.eos_token_id]
-            for tokens in self.action_tokenizer.encode_actions(normalized)
-        ]
-        inputs = _pad(
-            [prompt + target for prompt, target in zip(input_ids, targets, strict=True)],
-            self.tokenizer.pad_token_id,
-        )
-        labels = _pad([[-100] * len(p) + t for p, t in zip(input_ids, targets, strict=True)], -100)["input_ids"]
-        return BatchFeature({**inputs, **pixels, "labels": labels})
+        else:
+            actions = as_numbers(actions, "actions", (batch_size, self.chunk_size, self.normalizer.action_dim))
+            tokens = self.action_tokenizer.encode_actions(self.normalizer.normalize_actions(actions, bins))
+            targets = [[action_token_map(token, self.action_token_base_id) for token in row] for row in tokens]
+            targets = [target + [self.tokenizer.eos_token_id] for target in targets]
+            labels = [[-100] * len(row) + target for row, target in zip(rows, targets, strict=True)]
+            rows, side = [row + target for row, target in zip(rows, targets, strict=True)], "right"
+            labels = {"labels": _pad(labels, -100, side)}
+        inputs = {
+            "input_ids": _pad(rows, self.tokenizer.pad_token_id, side),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0, side),
+        }
+        return BatchFeature({**inputs, **pixels, **labels})
 
     def _check_pixels(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None = None, **_) -> None:
         side = self.image_processor.max_image_size["longest_edge"]
         if pixel_values.shape[2:] != (3, side, side) or not torch.isfinite(pixel_values).all():
             raise ValueError(
-                f"The image processor made images of shape {tuple(pixel_values.shape[2:])} with numbers from "
-                f"{pixel_values.min()} to {pixel_values.max()}, expected (3, {side}, {side}) and finite ones. Load it "
-                "from the checkpoint again."
+                f"The image processor made images of shape {tuple(pixel_values.shape[2:])}, expected (3, {side}, "
+                f"{side}) and finite numbers. Load it from the checkpoint again."
             )
         is_zero = (pixel_values == 0).flatten(2).all(dim=2)  # (batch, num_images)
         if (is_zero if pixel_attention_mask is None else is_zero & pixel_attention_mask.flatten(2).any(dim=2)).any():
@@ -398,8 +410,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         state = state[None] if state.ndim == 1 else state
         if not np.array_equal(self.normalizer.state_bins(state), bins):
             raise ValueError(
-                f"state is {state.tolist()}, which does not stand in the prompts. Pass one state a sequence, those "
-                "that the processor was called with."
+                f"state is {state.tolist()}, which is not what the prompts say. Pass one state a sequence, "
+                "those that the processor was called with."
             )
         return {
             "log_probability": np.array([_mean_log_probability(output, i, *span) for i, span in enumerate(spans)]),
@@ -411,7 +423,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         self, generated_ids, relaxed: bool = False
     ) -> tuple[np.ndarray, list[np.ndarray], list[tuple[int, int]]]:
         """Normalised chunks `(batch, chunk_size, action_dim)`, the prompts, and where each string starts and ends."""
-        with naming("generated_ids", "Pass what generate() returned."):
+        with naming_errors("generated_ids", "Pass what generate() returned."):
             ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind != "i":
             raise ValueError(
@@ -437,7 +449,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         """What the chat template writes before and after the user's images and text."""
         mark = "{prompt}"
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
-        with naming("chat_template", "Load SmolVLM's, or the saved files again."):
+        with naming_errors("chat_template", "Load SmolVLM's, or the saved files again."):
             rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         parts = rendered.split(mark)
         if len(parts) != 2 or parts[0].count(self.tokenizer.image_token) != num_images:
@@ -458,14 +470,15 @@ class SmolAndFastProcessor(ProcessorMixin):
                 f"{more}. Use one of them, or measure first what it does with this one."
             )
 
-    def _write_prompt(self, template: tuple[str, str], task: str, bins, rows: list[int], cols: list[int]) -> str:
+    def _write_prompt(self, template: tuple[str, str], task: str, bins, grid: list[tuple[int, int]]) -> str:
+        """The prompt of one sample; `grid` holds the rows and columns that each image is split into, 0 for none."""
         if not isinstance(task, str) or any(token in task for token in self.tokenizer.get_added_vocab()):
             raise ValueError(
                 f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens."
             )
         prompt, *pieces = template[0].split(self.tokenizer.image_token)
-        for row, col, piece in zip(rows, cols, pieces, strict=True):
-            prompt += self._write_image(row, col) + piece
+        for (rows, cols), piece in zip(grid, pieces, strict=True):
+            prompt += self._write_image(rows, cols) + piece
         return prompt + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + template[1]
 
     def _write_image(self, rows: int, cols: int) -> str:
@@ -506,47 +519,8 @@ def _mean_log_probability(output, index: int, start: int, end: int) -> float:
     return total / (end - start)
 
 
-def _as_rgb_images(sample, name: str) -> list[np.ndarray]:
-    """The images of one sample, one a camera, as uint8 arrays `(H, W, 3)`."""
-    is_many = isinstance(sample, (list, tuple)) or (not isinstance(sample, Image.Image) and np.ndim(sample) == 4)
-    images = [_as_rgb(image, f"{name}[{i}]") for i, image in enumerate(sample)] if is_many else [_as_rgb(sample, name)]
-    if not images:
-        raise ValueError(f"{name} is empty, expected at least one camera's image.")
-    return images
-
-
-def _as_rgb(image, name: str) -> np.ndarray:
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"{name} is a {type(image).__name__}, expected an RGB image: PIL, NumPy array or tensor.")
-    if image.ndim == 3 and image.shape[-1] != 3 and image.shape[0] == 3:
-        image = image.transpose(1, 2, 0)
-    if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-        raise ValueError(f"{name} has shape {image.shape}, expected (height, width, 3) or (3, height, width), RGB.")
-    if image.dtype.kind == "f":
-        # The comparison is written so that NaN fails it.
-        if not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError(
-                f"{name} has floats from {image.min()} to {image.max()}, expected [0, 1], or uint8 in [0, 255]. "
-                "Divide by 255, and do not normalise: the processor does."
-            )
-        image = np.round(image * 255).astype(np.uint8)
-    if image.dtype != np.uint8:
-        raise ValueError(f"{name} has dtype {image.dtype}, expected uint8, or floats in [0, 1].")
-    return image
-
-
-def _pad(rows: list[list[int]], value: int, left: bool = False) -> dict[str, torch.LongTensor]:
-    length = max(len(row) for row in rows)
-    ids, mask = torch.full((len(rows), length), value), torch.zeros(len(rows), length, dtype=torch.long)
-    for i, row in enumerate(rows):
-        span = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[i, span], mask[i, span] = torch.tensor(row), 1
-    return {"input_ids": ids, "attention_mask": mask}
+def _pad(rows: list[list[int]], value: int, side: str) -> torch.LongTensor:
+    return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
 
 
 SmolAndFastProcessor.register_for_auto_class("AutoProcessor")

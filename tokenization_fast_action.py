@@ -2,14 +2,13 @@
 
 A chunk is turned into frequencies by a DCT-II over time, scaled and rounded to integers, written frequency by
 frequency with one symbol a coefficient, and compressed by byte-pair encoding (Pertsch et al. 2025, "FAST: Efficient
-Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, section V).
+Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, section V). Knows normalised numbers and FAST
+ids alone: not the robot's units, and not where a language model keeps the ids in its vocabulary.
 """
 
 import json
-from array import array
 from collections.abc import Sequence
-from functools import cached_property
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
@@ -17,9 +16,8 @@ from scipy.fft import dct, idct
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .automaton_smolandfast import BpeAutomaton
-from .errors_smolandfast import naming
-from .hub_smolandfast import HUB_KWARGS, find_file
+from .checks_smolandfast import as_numbers, check_whole, naming_errors
+from .files_smolandfast import HUB_KWARGS, find_file
 
 # A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
 # 15, which no normalizer or pre-tokenizer touches.
@@ -28,14 +26,7 @@ MAX_SYMBOLS = 0xFFFE
 # The official FAST+ tokenizer writes it as chr(c - min_coefficient); code points from 0xD800 on are surrogates, which
 # UTF-8 cannot hold.
 MAX_CODE_POINT = 0xD7FF
-
 MAX_COEFFICIENT = 2**31
-
-# An automaton takes over where a batch holds so many coefficients that building it (half a second for 1,024 tokens,
-# memory with their square) soon pays. It reads so many strings at once.
-AUTOMATON_FROM = 2**19
-AUTOMATON_TOKENS = 2048
-AUTOMATON_ROWS = 4096
 
 
 class FastActionTokenizer(PreTrainedTokenizerFast):
@@ -75,11 +66,11 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             )
         _check_scale(scale)
         for name, value in {"min_coefficient": min_coefficient, "max_coefficient": max_coefficient}.items():
-            if value is not None and not (_is_whole(value) and abs(value) <= MAX_COEFFICIENT):
-                raise ValueError(f"{name} is {value!r}, expected a whole number up to {MAX_COEFFICIENT} in size.")
+            if value is not None:
+                check_whole(value, name, -MAX_COEFFICIENT, MAX_COEFFICIENT)
         for name, value in {"horizon": horizon, "action_dim": action_dim}.items():
-            if value is not None and not (_is_whole(value) and value >= 1):
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1, or None.")
+            if value is not None:
+                check_whole(value, name)
         if (horizon is None) != (action_dim is None):
             raise ValueError(f"horizon is {horizon} and action_dim is {action_dim}: give both, or neither (FAST+).")
         # The official files name classes that live in another repository; `tokenizer_object` holds the vocabulary.
@@ -116,7 +107,6 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             self._token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
         else:
             self._token_bytes = [token.encode("utf-8") for token in tokens]
-        self._fill_tables()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "FastActionTokenizer":
@@ -131,7 +121,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             find_file(pretrained_model_name_or_path, name, **hub_kwargs)
             for name in ("processor_config.json", "tokenizer.json")
         )
-        with naming(f"The action tokenizer in {pretrained_model_name_or_path}", passing=(ValueError,)):
+        with naming_errors(f"The action tokenizer in {pretrained_model_name_or_path}", passing=(ValueError,)):
             official = {} if official_file is None else json.loads(official_file.read_bytes())
             if "min_token" in official:
                 kwargs.setdefault("scale", official["scale"])
@@ -168,12 +158,11 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: wrong shape, values that are not finite, or fewer tokens than symbols.
         """
-        chunks = _as_chunks(chunks)
+        chunks = as_numbers(chunks, "chunks", ("N", "H", "D"))
         _check_scale(scale)
-        if not _is_whole(vocab_size):
-            raise ValueError(f"vocab_size is {vocab_size!r}, expected a whole number.")
-        if chunks.shape[0] == 0:
-            raise ValueError("chunks is empty: pass at least one (H, D) chunk to fit on.")
+        check_whole(vocab_size, "vocab_size")
+        if chunks.size == 0:
+            raise ValueError(f"chunks has shape {chunks.shape}: pass at least one (H, D) chunk to fit on.")
         coefficients = _dct_coefficients(chunks, scale)
         low, high = int(coefficients.min()), int(coefficients.max())
         num_symbols = high - low + 1
@@ -215,35 +204,12 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             One list of ids in `[0, vocab_size)` for each chunk. Lengths differ.
 
         Raises:
-            ValueError: wrong shape, or a value that is not finite; the message names the first offending index.
+            ValueError: Wrong shape, or a value that is not finite; the message names the first offending index.
         """
-        coefficients = _dct_coefficients(self._check_shape(_as_chunks(actions)), self.scale)
+        coefficients = _dct_coefficients(self._check_chunks(actions), self.scale)
         symbols = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
-        symbols -= self.min_coefficient
-        if symbols.size >= AUTOMATON_FROM and self._automaton is not None:
-            blocks = (symbols[start : start + AUTOMATON_ROWS] for start in range(0, len(symbols), AUTOMATON_ROWS))
-            return [ids for block in blocks for ids in self._automaton.encode(block)]
-        texts = _write_symbols(symbols + self._first_symbol)
+        texts = _write_symbols(symbols - self.min_coefficient + self._first_symbol)
         return [encoding.ids for encoding in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    @cached_property
-    def _automaton(self) -> BpeAutomaton | None:
-        """Encodes large batches; `None` where this is no tokenizer as [`FastActionTokenizer.fit`] makes it."""
-        content = json.loads(self.backend_tokenizer.to_str())
-        model = content["model"]
-        merges, tokens = model.get("merges", ()), self.convert_ids_to_tokens(list(range(len(self))))
-        num_symbols = len(tokens) - len(merges)
-        spelled = [chr(FIRST_SYMBOL + k) for k in range(num_symbols)] + ["".join(pair) for pair in merges]
-        others = [value for name, value in model.items() if name not in ("type", "vocab", "merges")]
-        others += [content[name] for name in ("normalizer", "pre_tokenizer", "added_tokens", "truncation", "padding")]
-        has_all_symbols = num_symbols > self.max_coefficient - self.min_coefficient
-        if len(tokens) > AUTOMATON_TOKENS or tokens != spelled or any(others) or not has_all_symbols:
-            return None
-        ids = {token: i for i, token in enumerate(tokens)}
-        try:
-            return BpeAutomaton(num_symbols, [(ids[left], ids[right]) for left, right in merges])
-        except ValueError:
-            return None
 
     def decode_actions(
         self,
@@ -258,8 +224,8 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             ids: For each chunk, ids in `[0, vocab_size)`: lists, or rows of an array or tensor.
             horizon: Actions in a chunk; by default the tokenizer's own.
             action_dim: Dimensions of an action; by default the tokenizer's own.
-            relaxed: Take any string: coefficients beyond `horizon * action_dim` are cut, missing ones are zero, and
-                bytes that are no UTF-8 are left out, and coefficients out of range saturate.
+            relaxed: Take any string: coefficients beyond `horizon * action_dim` are cut, missing ones are zero, bytes
+                that are not valid UTF-8 are skipped, and coefficients out of range saturate.
 
         Returns:
             `(batch, horizon, action_dim)` float64, normalised.
@@ -271,45 +237,66 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         """
         horizon = self.horizon if horizon is None else horizon
         action_dim = self.action_dim if action_dim is None else action_dim
-        for name, value in {"horizon": horizon, "action_dim": action_dim}.items():
-            if value is not None and not (_is_whole(value) and value >= 1):
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1.")
-        is_text = isinstance(ids, (str, bytes))
-        if is_text or not isinstance(ids, (Sequence, np.ndarray, torch.Tensor)) or getattr(ids, "ndim", 1) == 0:
-            raise ValueError(f"ids is {ids!r}, expected a list of ids for each chunk.")
         if horizon is None or action_dim is None:
             raise ValueError(
                 "This tokenizer was not fitted for one chunk shape (FAST+ serves all): say "
                 "decode_actions(ids, horizon=..., action_dim=...)."
             )
+        check_whole(horizon, "horizon")
+        check_whole(action_dim, "action_dim")
         if (self.horizon, self.action_dim) not in ((None, None), (horizon, action_dim)):
             raise ValueError(
                 f"Asked for chunks of shape ({horizon}, {action_dim}), but this tokenizer was fitted for "
                 f"({self.horizon}, {self.action_dim}). Fit a tokenizer for the other shape."
             )
-        ids = ids.tolist() if isinstance(ids, (np.ndarray, torch.Tensor)) else ids
-        size = horizon * action_dim
-        is_plain, plain = self._look_up(ids, size)
-        others = {i: self._read_coefficients(ids[i], i, relaxed) for i in np.flatnonzero(~is_plain)}
-        for i, row in others.items():
+        is_text = isinstance(ids, (str, bytes))
+        if is_text or not isinstance(ids, (Sequence, np.ndarray, torch.Tensor)) or getattr(ids, "ndim", 1) == 0:
+            raise ValueError(f"ids is {ids!r}, expected a list of ids for each chunk.")
+        rows, size = [self._read_coefficients(row, i, relaxed) for i, row in enumerate(ids)], horizon * action_dim
+        for i, row in enumerate(rows):
             if row.size != size and not relaxed:
                 raise ValueError(
                     f"ids[{i}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
-                    f"{action_dim} = {size}. Constrained decoding (the model's own generate) writes "
-                    "only whole chunks."
+                    f"{action_dim} = {size}. Constrained decoding (the model's own generate) writes only whole chunks."
                 )
-        coefficients = plain
-        if others:  # room is made only now, when the sizes are known to be true
-            coefficients = np.zeros((len(ids), size))
-            coefficients[is_plain] = plain
-            for i, row in others.items():
-                coefficients[i, : row.size] = row[:size] / self.scale
-        chunks, threads = coefficients.reshape(-1, horizon, action_dim), torch.get_num_threads()
-        return idct(chunks, axis=1, norm="ortho", overwrite_x=True, workers=threads)
+        coefficients = np.zeros((len(rows), size))
+        for i, row in enumerate(rows):
+            coefficients[i, : row.size] = row[:size]
+        return idct((coefficients / self.scale).reshape(-1, horizon, action_dim), axis=1, norm="ortho")
+
+    def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
+        with naming_errors(f"ids[{index}]", "Pass a list of ids for each chunk."):
+            ids = np.asarray(ids)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(
+                f"ids[{index}] has shape {ids.shape} and dtype {ids.dtype}, expected a list of ids: decode_actions "
+                "takes a batch of lists."
+            )
+        outside = ids[(ids < 0) | (ids >= len(self._token_bytes))]
+        if outside.size:
+            raise ValueError(f"ids[{index}] holds {outside[0]}, expected FAST ids in [0, {len(self._token_bytes)}).")
+        try:
+            text = b"".join([self._token_bytes[i] for i in ids]).decode(errors="ignore" if relaxed else "strict")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"ids[{index}] is not a valid FAST string: its bytes are not UTF-8 ({error.reason} at byte "
+                f"{error.start}). Only strings from encode_actions or from constrained decoding can be decoded."
+            ) from error
+        symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
+        coefficients = symbols - self._first_symbol + self.min_coefficient
+        if relaxed:
+            return np.clip(coefficients, self.min_coefficient, self.max_coefficient)
+        outside = coefficients[(coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)]
+        if outside.size:
+            raise ValueError(
+                f"ids[{index}] holds the coefficient {outside[0]}, expected {self.min_coefficient} to "
+                f"{self.max_coefficient}, which is what encode_actions and constrained decoding write."
+            )
+        return coefficients
 
     def count_saturated(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
         """Count, for each chunk, the coefficients that `encode_actions` has to saturate: `(batch,)` integers."""
-        coefficients = _dct_coefficients(self._check_shape(_as_chunks(actions)), self.scale)
+        coefficients = _dct_coefficients(self._check_chunks(actions), self.scale)
         return ((coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)).sum(axis=1)
 
     def report(self, actions: "np.ndarray | torch.Tensor", action_scale: "float | np.ndarray" = 1.0) -> dict:
@@ -324,7 +311,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             self, in robot units; `clip_rate`, the share of saturated coefficients; `vocab_used`, the share of the
             vocabulary that these chunks use; `num_chunks`, `vocab_size`.
         """
-        actions = self._check_shape(_as_chunks(actions))
+        actions = self._check_chunks(actions)
         if len(actions) == 0:
             raise ValueError("actions is empty: pass at least one (H, D) chunk to report on.")
         ids = self.encode_actions(actions)
@@ -358,98 +345,9 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         pairs = zip(self._token_bytes, fits, strict=True)
         return {"fast_token_bytes": [token.hex() if fit else None for token, fit in pairs]}
 
-    def _check_shape(self, actions: np.ndarray) -> np.ndarray:
-        expected = (self.horizon or actions.shape[1], self.action_dim or actions.shape[2])
-        if actions.shape[1:] != expected:
-            raise ValueError(
-                f"actions has shape {actions.shape}, expected (batch, {expected[0]}, {expected[1]}). "
-                "Cut or pad the chunk, or fit a tokenizer for this horizon."
-            )
-        return actions
-
-    def _fill_tables(self) -> None:
-        """The coefficients, by the scale, of every token of whole ones in range, one token after the other."""
-        rows = []
-        for token in self._token_bytes:
-            try:
-                row = self._to_coefficients(token.decode("utf-8"))
-            except UnicodeDecodeError:
-                row = np.empty(0, np.int64)
-            is_in_range = row.size and self.min_coefficient <= row.min() and row.max() <= self.max_coefficient
-            rows.append(row if is_in_range else row[:0])
-        self._token_coefficients = np.concatenate([*rows, np.empty(0)]) / self.scale
-        lengths = np.array([row.size for row in rows])
-        self._token_ends = np.cumsum(lengths)
-        # The last place is for ids outside the vocabulary. No chunk holds a token of so many coefficients.
-        self._token_lengths = np.append(np.where(lengths == 0, 2**31, lengths), 2**31)
-
-    def _look_up(self, ids: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read all strings that are nothing out of the ordinary at once, with tables.
-
-        Returns:
-            Which of the strings are lists of known tokens with whole coefficients in range, `size` of them,
-            `(batch,)`; and these coefficients by the scale, `(how many they are, size)`.
-        """
-        nothing = np.zeros(len(ids), bool), np.empty((0, size))
-        if not all(isinstance(row, list) for row in ids):
-            return nothing
-        whole = array("q")
-        try:
-            for row in ids:
-                whole.fromlist(row)
-        except (TypeError, OverflowError):  # what is no whole number, or a very large one
-            return nothing
-        tokens = np.asarray(whole)
-        tokens[(tokens < 0) | (tokens >= len(self._token_ends))] = len(self._token_ends)
-        row_lengths, lengths = [len(row) for row in ids], self._token_lengths[tokens]
-        ends = np.cumsum(lengths)
-        is_plain = np.diff(np.append(0, ends)[np.cumsum(row_lengths, dtype=int)], prepend=0) == size
-        if not is_plain.all():
-            is_kept = np.repeat(is_plain, row_lengths)
-            tokens, lengths = tokens[is_kept], lengths[is_kept]
-            ends = np.cumsum(lengths)
-        # Where each token's coefficients stand in the table: they end at `_token_ends` there, and at `ends` here.
-        places = np.repeat(self._token_ends[tokens] - ends, lengths)
-        places += np.arange(len(places))
-        return is_plain, self._token_coefficients.take(places).reshape(-1, size)
-
-    def _to_coefficients(self, text: str) -> np.ndarray:
-        symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
-        return symbols - self._first_symbol + self.min_coefficient
-
-    def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
-        """Read one string with care: it may hold parts of characters, or what has to be refused."""
-        try:
-            array = np.asarray(ids)
-        except ValueError:  # lists of unequal lengths
-            array = np.empty(())
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise ValueError(
-                f"ids[{index}] is {ids!r}, expected a list of ids: decode_actions takes a batch of lists."
-            )
-        ids = array.tolist()
-        if not all(0 <= i < len(self._token_bytes) for i in ids):
-            wrong = next(i for i in ids if not 0 <= i < len(self._token_bytes))
-            raise ValueError(f"ids[{index}] holds {wrong}, expected FAST ids in [0, {len(self._token_bytes)}).")
-        try:
-            text = b"".join([self._token_bytes[i] for i in ids]).decode(
-                "utf-8", errors="ignore" if relaxed else "strict"
-            )
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"ids[{index}] is not a valid FAST string: its bytes are not UTF-8 ({error.reason} at byte "
-                f"{error.start}). Only strings from encode_actions or from constrained decoding can be decoded."
-            ) from error
-        coefficients = self._to_coefficients(text)
-        if relaxed:
-            return np.clip(coefficients, self.min_coefficient, self.max_coefficient)
-        outside = coefficients[(coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)]
-        if len(outside):
-            raise ValueError(
-                f"ids[{index}] holds the coefficient {outside[0]}, expected {self.min_coefficient} to "
-                f"{self.max_coefficient}, which is what encode_actions and constrained decoding write."
-            )
-        return coefficients
+    def _check_chunks(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
+        expected = (self.horizon or "horizon", self.action_dim or "action_dim")
+        return as_numbers(actions, "actions", ("batch", *expected))
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -462,46 +360,17 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _check_scale(scale: float) -> None:
     if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale!r}, expected a number above 0. The FAST paper uses 10.")
 
 
-def _as_chunks(actions: "np.ndarray | torch.Tensor") -> np.ndarray:
-    """Check `(batch, horizon, action_dim)` finite numbers; float32 and float64 stay what they are."""
-    if isinstance(actions, torch.Tensor):
-        actions = actions.detach().cpu()
-        actions = (actions.float() if actions.dtype in (torch.bfloat16, torch.float16) else actions).numpy()
-    try:
-        actions = np.asarray(actions)
-    except ValueError as error:
-        raise ValueError(f"actions is no array of shape (batch, H, D): {error}. Pass real numbers.") from error
-    if actions.dtype.kind not in "fiu":
-        raise ValueError(f"actions has dtype {actions.dtype}, expected real numbers of shape (batch, H, D).")
-    if actions.dtype not in (np.float32, np.float64):
-        actions = actions.astype(np.float32 if actions.dtype == np.float16 else np.float64)
-    if actions.ndim != 3 or 0 in actions.shape[1:]:
-        raise ValueError(
-            f"actions has shape {actions.shape}, expected (batch, horizon, action_dim). "
-            "A single chunk is actions[None]."
-        )
-    if not np.isfinite(actions).all():
-        first = tuple(int(i) for i in np.argwhere(~np.isfinite(actions))[0])
-        raise ValueError(f"actions{list(first)} is {actions[first]}, expected finite numbers. Clean the data first.")
-    return actions
-
-
 def _dct_coefficients(actions: np.ndarray, scale: float) -> np.ndarray:
-    """Rounded, unclipped coefficients, low frequencies first: `(B, H, D) -> (B, H*D)`, in the dtype of the actions."""
+    """Rounded, unclipped coefficients, low frequencies first: `(B, H, D) -> (B, H*D)`."""
     coefficients = np.around(dct(actions, axis=1, norm="ortho") * scale)
     if not np.isfinite(coefficients).all():
         raise ValueError(
-            f"actions go up to {np.abs(actions).max():.3g} and overflow the transform. "
-            "Normalise them to about [-1, 1]."
+            f"actions go up to {np.abs(actions).max():.3g} and overflow the transform. Normalise to about [-1, 1]."
         )
     return coefficients.reshape(len(actions), actions.shape[1] * actions.shape[2])
 

@@ -1,4 +1,4 @@
-"""Time the parts of the shipped policy and of the tokenizer: `make bench`.
+"""Time the shipped policy, at work and in training: `make bench`.
 
 Both sides of a comparison run in one process, alternating; a figure is the median of its repeats. Nothing else should
 run on the machine meanwhile. Writes `benchmarks/results/bench.json` and `bench.md`.
@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.fft import dct, idct
 
-from smolandfast import FastActionTokenizer, SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.training_smolandfast import bf16_is_faster, make_optimizer
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
+from smolandfast.training import bf16_is_faster, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
@@ -33,34 +32,6 @@ def seconds(*functions, repeats: int = 7) -> list[float]:
             function()
             found.append(time.perf_counter() - start)
     return [statistics.median(found[1:]) for found in times]
-
-
-def bench_tokenizer() -> dict[str, float]:
-    """1,024 chunks of 50x14 against the official code's way: one call of the text tokenizer a chunk."""
-    rng = np.random.default_rng(0)
-    chunks = np.cumsum(rng.normal(0, 0.05, (1024, 50, 14)), axis=1).clip(-1, 1)
-    tokenizer = FastActionTokenizer.fit(chunks, 10.0, 1024)
-    low = tokenizer.min_coefficient
-    ids = tokenizer.encode_actions(chunks)
-
-    def encode_one_by_one():
-        for chunk in chunks:
-            numbers = np.around(dct(chunk[None], axis=1, norm="ortho") * 10.0).flatten() - low
-            tokenizer("".join(map(chr, (numbers + 0xF0000).astype(int))))["input_ids"]
-
-    def decode_one_by_one():
-        for row in ids:
-            text = "".join(tokenizer.convert_ids_to_tokens(row))
-            idct((np.array(list(map(ord, text))) - 0xF0000 + low).reshape(50, 14) / 10.0, axis=0, norm="ortho")
-
-    encode, loop_encode = seconds(lambda: tokenizer.encode_actions(chunks), encode_one_by_one)
-    decode, loop_decode = seconds(lambda: tokenizer.decode_actions(ids), decode_one_by_one)
-    return {
-        "FAST encode, 1024 chunks 50x14, ms": encode * 1e3,
-        "FAST encode, times the per-sample loop": loop_encode / encode,
-        "FAST decode, 1024 chunks 50x14, ms": decode * 1e3,
-        "FAST decode, times the per-sample loop": loop_decode / decode,
-    }
 
 
 def bench_policy() -> dict[str, float]:
@@ -119,7 +90,7 @@ def write_table(path: Path, machine: dict, figures: dict[str, float]) -> None:
 
 
 def main() -> None:
-    write_table(RESULTS / "bench", describe_machine(), bench_tokenizer() | bench_policy())
+    write_table(RESULTS / "bench", describe_machine(), bench_policy())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     pip install -e ".[examples,app]"
     python examples/app.py --checkpoint checkpoints/pusht-tiny
 
-Each visitor has a simulator of their own; all share the policy, which answers one of them at a time. On a Space, the
-variable `CHECKPOINT` names the policy's repository on the hub.
+Each visitor has their own simulator; all share the policy, which answers one request at a time. On a Space, the
+variable `CHECKPOINT` names the policy's repository on the Hub.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from app_session import SEED, Policy, Session
 from app_views import DRAG_JS, SCENE_CSS
 from pusht import CONTROL_HZ
 
-SESSION_SECONDS = 3600  # a visitor who does nothing for this long starts anew
+SESSION_SECONDS = 3600  # a visitor who is idle for this long starts a new session
 
 
 def read_poses(event: gr.EventData) -> tuple[Any, Any]:
-    """What the page's `trigger("release", ...)` says of the pusher and the T; not checked yet.
+    """The poses of the pusher and the T that the page's `trigger("release", ...)` sent, still unchecked.
 
     Raises:
-        ValueError: nothing, or not of both.
+        ValueError: one of them is missing.
     """
     try:
         return event.agent, event.block
@@ -38,20 +38,21 @@ def read_poses(event: gr.EventData) -> tuple[Any, Any]:
 def make_page(policy: Policy) -> gr.Blocks:
     """The page; every visitor's [`Session`] lives in its `gr.State`."""
 
-    def enter(session: Session | None) -> Session:
-        return session or Session(policy)
-
-    def reset(session: Session | None, seed: float) -> list:
-        session = enter(session)
-        if seed is None or not 0 <= seed < 2**32 or seed != int(seed):
-            raise gr.Error(f"The seed is {seed}, expected a whole number from 0 to {2**32 - 1}.")
+    def begin(session: Session | None) -> Session:
+        """The visitor's session, in which any run stops."""
+        session = session or Session(policy)
         session.turn += 1
-        session.reset(int(seed))
+        return session
+
+    def reset(session: Session | None, seed: int | None) -> list:
+        if seed is None:
+            raise gr.Error("There is no seed, expected a whole number. Enter one.")
+        session = begin(session)
+        session.reset(seed)
         return [session, *session.views()]
 
     def place(session: Session | None, event: gr.EventData) -> list:
-        session = enter(session)
-        session.turn += 1
+        session = begin(session)
         try:
             session.place(*read_poses(event))
         except ValueError as error:
@@ -59,8 +60,7 @@ def make_page(policy: Policy) -> gr.Blocks:
         return [session, *session.views()]
 
     def run(session: Session | None) -> Iterator[list]:
-        session = enter(session)
-        session.turn += 1
+        session = begin(session)
         turn, due = session.turn, time.monotonic()
         while session.turn == turn and not session.done:
             session.step()
@@ -69,8 +69,7 @@ def make_page(policy: Policy) -> gr.Blocks:
             time.sleep(max(0.0, due - time.monotonic()))
 
     def step(session: Session | None) -> list:
-        session = enter(session)
-        session.turn += 1
+        session = begin(session)
         session.step()
         return [session, *session.views()]
 
@@ -83,8 +82,8 @@ def make_page(policy: Policy) -> gr.Blocks:
         gr.Markdown(
             "# SmolAndFast plays PushT\n"
             "Drag the blue pusher or the T, turn the T by its handle, or choose a seed. Then let the policy push the "
-            "T onto the green target. The orange dots are the actions it has just written: the full ones it will "
-            "execute before it looks again."
+            "T onto the green target. The orange dots are the actions it has just predicted; it executes the bright "
+            "ones before it looks again."
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -95,8 +94,9 @@ def make_page(policy: Policy) -> gr.Blocks:
                     step_button = gr.Button("Step", elem_id="step", min_width=80)
                     stop_button = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
                 with gr.Row(equal_height=True):
-                    seed = gr.Number(SEED, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=120)
-                    reset_button = gr.Button("Start anew", elem_id="reset", min_width=120)
+                    limits = {"minimum": 0, "maximum": 2**32 - 1, "precision": 0}
+                    seed = gr.Number(SEED, label="Seed", **limits, elem_id="seed", min_width=120)
+                    reset_button = gr.Button("Restart", elem_id="reset", min_width=120)
                 coverage = gr.HTML(elem_id="coverage")
                 with gr.Row():
                     seen = gr.HTML(elem_id="seen", scale=1, min_width=100)
@@ -106,7 +106,7 @@ def make_page(policy: Policy) -> gr.Blocks:
         page.load(reset, [session, seed], outputs, **quick)
         gr.on([reset_button.click, seed.submit], reset, [session, seed], outputs, **quick)
         scene.release(place, session, outputs, **quick)
-        scene.select(stop, session, None, **quick)  # taken hold of
+        scene.select(stop, session, None, **quick)  # a piece is grabbed
         run_button.click(run, session, outputs, **quick)
         step_button.click(step, session, outputs, trigger_mode="multiple", **quick)
         stop_button.click(stop, session, None, **quick)
@@ -118,10 +118,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint",
         default=os.environ.get("CHECKPOINT", "checkpoints/pusht-tiny"),
-        help="folder or hub id (the variable CHECKPOINT, or checkpoints/pusht-tiny)",
+        help="folder or Hub id (the variable CHECKPOINT, or checkpoints/pusht-tiny)",
     )
     args = parser.parse_args(argv)
-    # System fonts: a theme's own would come from another site.
+    # System fonts: the theme's own are loaded from another site.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     make_page(Policy(args.checkpoint)).launch(theme=theme, footer_links=[])
 

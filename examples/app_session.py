@@ -1,21 +1,17 @@
-"""What happens behind `app.py`: the shared policy, and for each visitor a simulator of their own."""
+"""Behind `app.py`: the policy that all visitors share, and each visitor's own simulator."""
 
-import base64
-import io
 import threading
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
-from app_views import draw_coverage, draw_scene, draw_tokens
-from PIL import Image
+from app_views import WORLD, draw_coverage, draw_image, draw_scene, draw_tokens
 from pusht import CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, check_chunks
 from transformers import AutoModel, AutoProcessor
 
 SEED = 1000
-WORLD = 512  # the simulator's pixels a side
-AGENT_MARGIN, BLOCK_MARGIN = 25, 60  # closest to a wall that the pusher and the T may be placed
+AGENT_MARGIN, BLOCK_MARGIN = 25, 60  # least distance from the walls at which the pusher and the T may be placed
 
 
 class Policy:
@@ -29,7 +25,7 @@ class Policy:
         self._one_at_a_time = threading.Lock()
 
     def predict(self, image: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """The next chunk `(H, 2)`, and the tokens it was written with: each its id and the numbers it stands for."""
+        """The next chunk `(H, 2)`, and its tokens with the number of DCT coefficients of each (0: unknown)."""
         inputs = self.processor(images=image, state=state.astype(np.float32))
         with self._one_at_a_time:
             ids = self.model.generate(**inputs, do_sample=False)
@@ -37,7 +33,7 @@ class Policy:
         config = self.model.config
         written = config.action_token_base_id - ids[0, inputs["input_ids"].shape[1] :]  # (length,), with padding
         tokens = [token for token in written.tolist() if 0 <= token < config.num_action_tokens]
-        lengths = config.fast_token_lengths or [0] * config.num_action_tokens  # FAST+ does not say
+        lengths = config.fast_token_lengths or [0] * config.num_action_tokens  # unknown with FAST+
         return chunk, [(token, lengths[token]) for token in tokens]
 
 
@@ -45,10 +41,10 @@ class Session:
     """One visitor's simulator and what has happened in it.
 
     Attributes:
-        chunk: `(H, 2)` the chunk that is being executed; empty before the first.
-        num_executed: Actions of it that have been executed.
-        tokens: What it was written with.
-        path: Positions of the pusher, the start included.
+        chunk: `(H, 2)`, the chunk that is being executed; empty before the first.
+        num_executed: How many of its actions have been executed.
+        tokens: Its tokens, see [`Policy.predict`].
+        path: Positions of the pusher, including the start.
         coverages: Covered share of the target after each step.
     """
 
@@ -56,24 +52,24 @@ class Session:
         self.policy = policy
         self.env = gymnasium.make(ENV_ID, obs_type="pixels_agent_pos").unwrapped
         self.lock = threading.Lock()
-        self.turn = 0  # counts what the visitor did; a run that finds another number than its own ends
+        self.turn = 0  # the visitor's actions so far; a run ends once this has changed
         self.reset(SEED)
 
     def reset(self, seed: int) -> None:
-        """Start an episode as an evaluation with this seed does."""
+        """Start the episode that an evaluation with this seed plays."""
         with self.lock:
             self.observation, _ = self.env.reset(seed=seed)
             self._start()
 
     def place(self, agent: Any, block: Any) -> None:
-        """Start an episode from a scene that the visitor arranged.
+        """Start an episode from a scene that the visitor arranged; positions too close to a wall are moved inwards.
 
         Args:
-            agent: x, y of the pusher. Placed at least 25 pixels from the walls.
-            block: x, y and angle in radians of the T. Placed at least 60 pixels from the walls.
+            agent: x and y of the pusher.
+            block: x, y and angle in radians of the T.
 
         Raises:
-            ValueError: something else than two and three finite numbers.
+            ValueError: not two and three finite numbers.
         """
         try:
             agent, block = np.asarray(agent, np.float64), np.asarray(block, np.float64)
@@ -84,7 +80,7 @@ class Session:
         with self.lock:
             self.env.reset()
             self.env.agent.position = tuple(np.clip(agent, AGENT_MARGIN, WORLD - AGENT_MARGIN))
-            self.env.block.angle = block[2]  # before the position: turning is about the centre of gravity
+            self.env.block.angle = block[2]  # before the position, since the T turns about its centre of gravity
             self.env.block.position = tuple(np.clip(block[:2], BLOCK_MARGIN, WORLD - BLOCK_MARGIN))
             for body in (self.env.agent, self.env.block):
                 self.env.space.reindex_shapes_for_body(body)
@@ -100,7 +96,7 @@ class Session:
         return self.success or len(self.coverages) == MAX_EPISODE_STEPS
 
     def step(self) -> None:
-        """Execute one action, a tenth of a second; ask the policy first where its chunk is used up."""
+        """Execute one action, a tenth of a second; first ask the policy for a chunk if the last is used up."""
         with self.lock:
             if self.done:
                 return
@@ -116,29 +112,8 @@ class Session:
     def views(self) -> list[str]:
         """The scene, the coverage, the tokens and what the policy sees, as HTML."""
         with self.lock:
-            shapes = [[tuple(corner) for corner in shape.get_vertices()] for shape in self.env.block.shapes]
-            scene = draw_scene(
-                shapes,
-                goal=(*self.env.goal_pose[:2], self.env.goal_pose[2]),
-                block=(*self.env.block.position, self.env.block.angle),
-                agent=tuple(self.env.agent.position),
-                path=self.path,
-                chunk=self.chunk,
-                num_executed=self.num_executed,
-                n_action_steps=self.policy.n_action_steps,
-                solved=self.success,
-            )
-            seconds = MAX_EPISODE_STEPS / CONTROL_HZ
-            coverage = draw_coverage(self.coverages, self.env.success_threshold, self.success, CONTROL_HZ, seconds)
-            return [scene, coverage, draw_tokens(self.tokens, self.chunk.size), _picture(self.observation["pixels"])]
-
-
-def _picture(pixels: np.ndarray) -> str:
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, "PNG")
-    data = base64.b64encode(png.getvalue()).decode()
-    return (
-        '<figure style="margin:0"><img alt="what the policy sees" width="96" height="96" '
-        f'style="image-rendering:pixelated;border:1px solid #ccc" src="data:image/png;base64,{data}">'
-        "<figcaption>What it sees</figcaption></figure>"
-    )
+            steps = self.policy.n_action_steps
+            scene = draw_scene(self.env, self.path, self.chunk, self.num_executed, steps, self.success)
+            threshold, seconds = self.env.success_threshold, MAX_EPISODE_STEPS / CONTROL_HZ
+            coverage = draw_coverage(self.coverages, threshold, self.success, CONTROL_HZ, seconds)
+            return [scene, coverage, draw_tokens(self.tokens, self.chunk.size), draw_image(self.observation["pixels"])]

@@ -1,15 +1,19 @@
 """What `app.py` shows, drawn as SVG and HTML; the scene's pieces can be dragged.
 
-Coordinates are the simulator's, [0, 512]^2 with y downwards, angles in radians. All arguments are numbers, so nothing
-a visitor sends is ever written into the page.
+Coordinates are the simulator's, [0, 512]^2 with y downwards, angles in radians. Only numbers are written into the
+page, so no text that a visitor sends ever gets there.
 """
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 
+import gymnasium
 import numpy as np
+from PIL import Image
 
-WORLD, AGENT_RADIUS, HANDLE = 512, 15, (0, 120)  # the handle to turn the T is at the end of its stem
+WORLD, AGENT_RADIUS, HANDLE = 512, 15, (0, 120)  # the T is turned by a handle at the end of its stem
 GOAL, BLOCK, AGENT, AHEAD, SOLVED = "#90ee90", "#778899", "#4169e1", "#ff7f0e", "#1f9d4d"
 
 SCENE_CSS = """
@@ -19,8 +23,8 @@ svg { touch-action: none; user-select: none; }
 [data-drag]:hover { filter: brightness(1.1); }
 """
 
-# Pieces carry their pose in data attributes. Taking hold of one triggers "select", which stops the policy; letting go
-# triggers "release" with both poses. The page may draw the scene anew in between, so elements are looked up each time.
+# Pieces carry their pose in data attributes. Grabbing one triggers "select", which stops the policy; letting go
+# triggers "release" with both poses. The page may redraw the scene in between, so elements are looked up each time.
 DRAG_JS = """
 let held = null;
 const piece = (name) => element.querySelector(`[data-piece=${name}]`);
@@ -70,10 +74,7 @@ element.addEventListener('pointerdown', (event) => {
 
 
 def draw_scene(
-    shapes: Sequence[Sequence[tuple[float, float]]],
-    goal: tuple[float, float, float],
-    block: tuple[float, float, float],
-    agent: tuple[float, float],
+    env: gymnasium.Env,
     path: Sequence[np.ndarray],
     chunk: np.ndarray,
     num_executed: int,
@@ -83,18 +84,16 @@ def draw_scene(
     """The simulator's scene as SVG, with the pusher's path behind it and the predicted chunk ahead of it.
 
     Args:
-        shapes: Corners of the convex parts of the T, in its own frame.
-        goal, block: x, y and angle.
-        agent: x and y.
         path: Positions of the pusher so far.
-        chunk: `(H, 2)`; the first `num_executed` are done, those from `n_action_steps` on are never executed.
+        chunk: `(H, 2)`; `num_executed` actions are done, those after `n_action_steps` are never executed.
     """
-    tee = "".join(f'<polygon points="{_points(shape)}"/>' for shape in shapes)
+    agent, block = env.agent.position, (*env.block.position, env.block.angle)
+    tee = "".join(f'<polygon points="{_points(shape.get_vertices())}"/>' for shape in env.block.shapes)
     ahead = chunk[num_executed:]
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if i + num_executed < n_action_steps else 3}" fill="{AHEAD}" '
-        f'fill-opacity="{1 if i + num_executed < n_action_steps else 0.45}"/>'
-        for i, (x, y) in enumerate(ahead)
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if i < n_action_steps else 3}" fill="{AHEAD}" '
+        f'fill-opacity="{1 if i < n_action_steps else 0.45}"/>'
+        for i, (x, y) in enumerate(ahead, num_executed)
     )
     line = _points([agent, *ahead]) if len(ahead) else ""
     return (
@@ -102,7 +101,7 @@ def draw_scene(
         f'<rect width="{WORLD}" height="{WORLD}" fill="white"/>'
         f'<rect x="5" y="5" width="501" height="501" fill="none" stroke="{SOLVED if solved else "#d3d3d3"}" '
         f'stroke-width="{8 if solved else 4}"/>'
-        f'<g {_transform(*goal)} fill="{GOAL}">{tee}</g>'
+        f'<g {_transform(*env.goal_pose)} fill="{GOAL}">{tee}</g>'
         f'<g data-piece="block" data-drag="block" {_pose(*block)} fill="{BLOCK}" stroke="{BLOCK}">{tee}'
         f'<circle data-drag="turn" cx="{HANDLE[0]}" cy="{HANDLE[1] - 14}" r="9" fill="white" stroke="#333" '
         'stroke-width="2"><title>Turn the T</title></circle></g>'
@@ -115,15 +114,16 @@ def draw_scene(
 
 
 def draw_coverage(
-    coverages: Sequence[float], threshold: float, success: bool, steps_a_second: int, seconds: float
+    coverages: Sequence[float], threshold: float, success: bool, steps_per_second: int, seconds: float
 ) -> str:
     """Covered share of the target over time as a line, and in words."""
     left, top, width, height = 34, 16, 300, 110
+    elapsed = len(coverages) / steps_per_second
 
     def place(second: float, share: float) -> tuple[float, float]:
         return left + second / seconds * width, top + (1 - share) * height
 
-    curve = _points(place((i + 1) / steps_a_second, share) for i, share in enumerate(coverages))
+    curve = _points(place((i + 1) / steps_per_second, share) for i, share in enumerate(coverages))
     bar = place(0, threshold)[1]
     ticks = "".join(
         f'<text x="{left - 4}" y="{place(0, share)[1] + 4:.1f}" text-anchor="end">{share:.0%}</text>'
@@ -136,11 +136,11 @@ def draw_coverage(
     now = f"{math.floor(100 * coverages[-1])} %" if coverages else "–"
     best = f"{math.floor(100 * max(coverages))} %" if coverages else "–"
     if success:
-        verdict = f'<b style="color:{SOLVED}">Solved after {len(coverages) / steps_a_second:.1f} s</b>'
-    elif len(coverages) / steps_a_second >= seconds:
-        verdict = "<b>Time is up</b>, start anew or drag a piece"
+        verdict = f'<b style="color:{SOLVED}">Solved after {elapsed:.1f} s</b>'
+    elif elapsed >= seconds:
+        verdict = "<b>Time is up</b>, restart or drag a piece"
     else:
-        verdict = f"{len(coverages) / steps_a_second:.1f} s of {seconds:.0f} s"
+        verdict = f"{elapsed:.1f} s of {seconds:.0f} s"
     return (
         f'<div id="verdict">{verdict}, covered {now}, best {best}</div>'
         f'<svg viewBox="0 0 350 146" style="width:100%" role="img" aria-label="Covered share of the target over time" '
@@ -155,7 +155,7 @@ def draw_coverage(
 
 
 def draw_tokens(tokens: Sequence[tuple[int, int]], num_coefficients: int) -> str:
-    """The FAST tokens of the chunk, each with the number of DCT coefficients it stands for (0: not known)."""
+    """The chunk's FAST tokens, each with the number of DCT coefficients it stands for (0: unknown)."""
     if not tokens:
         return "<div>The tokens it writes appear here.</div>"
     chips = "".join(
@@ -164,6 +164,18 @@ def draw_tokens(tokens: Sequence[tuple[int, int]], num_coefficients: int) -> str
         for token, length in tokens
     )
     return f"<div>It wrote {len(tokens)} tokens for {num_coefficients} numbers:</div><div>{chips}</div>"
+
+
+def draw_image(pixels: np.ndarray) -> str:
+    """What the policy sees, `(96, 96, 3)` uint8."""
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "PNG")
+    data = base64.b64encode(png.getvalue()).decode()
+    return (
+        '<figure style="margin:0"><img alt="what the policy sees" width="96" height="96" '
+        f'style="image-rendering:pixelated;border:1px solid #ccc" src="data:image/png;base64,{data}">'
+        "<figcaption>What it sees</figcaption></figure>"
+    )
 
 
 def _points(points) -> str:

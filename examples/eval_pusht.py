@@ -2,9 +2,9 @@
 
     python examples/eval_pusht.py --checkpoint checkpoints/pusht-tiny --episodes 50 --output_dir outputs/eval
 
-Writes `metrics.json`, and of the first episodes `rollouts.mp4` and `rollouts.png`, into the output folder. Episode i
-resets its environment with seed + i. A run repeats on one machine with the same `--num_envs`: samples of a batch come
-from one random stream, and rounding inside the model may depend on the batch.
+Writes `metrics.json`, and `rollouts.mp4` and `rollouts.png` of the first episodes, into the output folder. Episode i
+resets its environment with seed + i. On one machine, the same command gives the same result; another `--num_envs` may
+not, since samples of a batch share one random stream, and rounding inside the model can depend on the batch.
 """
 
 import argparse
@@ -20,16 +20,23 @@ import torch
 from pusht import ACTION_DIM, TASK, Predict, rollout, write_contact_sheet, write_video
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
-MODEL_TYPE = "smolandfast"
-PACKAGES = ("torch", "transformers", "gymnasium", "gym_pusht", "pymunk", "numpy")
+from smolandfast.files_smolandfast import written_whole
+
+SUMMARY = """\
+{checkpoint}: {n_episodes} episodes from seed {seed}, {n_action_steps} actions of each chunk executed
+  success         {pc_success:.1f} %  ({pc_success_low:.1f} to {pc_success_high:.1f})
+  max reward      {avg_max_reward:.3f}  ({avg_max_reward_low:.3f} to {avg_max_reward_high:.3f})
+  sum reward      {avg_sum_reward:.1f}
+  time per chunk  {ms_per_chunk:.1f} ms  (up to {num_envs} at once, {device}, {dtype}, {num_threads} threads)
+  malformed       {malformed_chunks} of {num_chunks} chunks"""
 
 
 def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
-    """The model, for inference, and the processor of a folder or hub id; kwargs go to `AutoModel.from_pretrained`.
+    """The model, for inference, and the processor of a folder or Hub id; kwargs go to `AutoModel.from_pretrained`.
 
     Raises:
-        OSError: Files that are missing or damaged.
-        ValueError: A checkpoint of another kind, or a processor of another model.
+        OSError: files are missing or damaged.
+        ValueError: a checkpoint of another kind, or the processor of another model.
     """
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, **kwargs)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
@@ -40,7 +47,7 @@ def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 def make_predict(model: Any, processor: Any, task: str = TASK, **generate_kwargs: Any) -> Predict:
     """Wrap a model and its processor as the `predict` of [`pusht.rollout`].
 
-    A string of tokens that does not decode to a whole chunk is the processor's ValueError, and is let through.
+    The processor's ValueError for tokens that do not decode to one whole chunk is passed on.
     """
 
     def predict(images: list[np.ndarray], states: np.ndarray) -> np.ndarray:
@@ -51,8 +58,60 @@ def make_predict(model: Any, processor: Any, task: str = TASK, **generate_kwargs
     return predict
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Read the command line and refuse what can be refused before the model is loaded."""
+def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **minimums: int) -> None:
+    """Stop with an error line if a number is too small."""
+    for name, low in minimums.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            parser.error(f"--{name} is {value}. Give at least {low}.")
+
+
+def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop with an error line if `--checkpoint` is missing or of another kind; reads only its configuration."""
+    fix = "Give the folder that examples/train_pusht.py wrote (its --output_dir), or a Hub id."
+    args.checkpoint = os.path.expanduser(args.checkpoint)
+    folder = Path(args.checkpoint)
+    # `org/name` is a Hub id unless `org` is a folder: a mistyped path must not fetch somebody's code from the Hub.
+    if not folder.is_dir() and (len(folder.parts) != 2 or folder.parent.is_dir()):
+        parser.error(f"--checkpoint {args.checkpoint} is not a folder. {fix}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        parser.error(f"--checkpoint {args.checkpoint} holds no config.json. {fix}")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(args.checkpoint)
+    except (OSError, ValueError) as error:
+        parser.error(f"--checkpoint {args.checkpoint} cannot be read: {first_line(error)} {fix}")
+    found, action_dim = config.get("model_type"), config.get("action_dim", ACTION_DIM)
+    if found != "smolandfast":
+        parser.error(f"--checkpoint {args.checkpoint} has model_type {found!r}, expected 'smolandfast'. {fix}")
+    if action_dim != ACTION_DIM:
+        parser.error(f"--checkpoint {args.checkpoint} has {action_dim} action dimensions, PushT {ACTION_DIM}. {fix}")
+
+
+def load_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, **kwargs: Any) -> tuple[Any, Any]:
+    """[`load_policy`] of `--checkpoint`; its exceptions become an error line."""
+    try:
+        return load_policy(args.checkpoint, **kwargs)
+    except (OSError, ValueError) as error:
+        parser.error(f"--checkpoint {args.checkpoint} cannot be loaded: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def installed_versions() -> dict[str, str]:
+    """The releases that a result depends on."""
+    packages = ("torch", "transformers", "gymnasium", "gym_pusht", "pymunk", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write all of the file or none of it."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Evaluate a SmolAndFast checkpoint in the PushT simulator.")
     parser.add_argument("--checkpoint", required=True, help="folder that train_pusht.py wrote, or a Hub id")
     parser.add_argument("--episodes", type=int, default=50)
@@ -66,11 +125,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-
-    for name, least in {"episodes": 1, "num_envs": 1, "n_action_steps": 1, "seed": 0, "record": 0}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} is {value}. Give at least {least}.")
+    check_counts(parser, args, episodes=1, num_envs=1, n_action_steps=1, seed=0, record=0)
     if args.temperature is not None and not (args.do_sample and 0 < args.temperature < float("inf")):
         parser.error(f"--temperature is {args.temperature}. Give a positive number, and --do_sample with it.")
     check_checkpoint(parser, args)
@@ -81,51 +136,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.ArgumentParser, 
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--output_dir {args.output_dir} cannot be a folder ({error.strerror}). Name another one.")
-    return parser, args
+        parser.error(f"--output_dir {args.output_dir} cannot be created ({error.strerror}). Name another one.")
 
-
-def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse a checkpoint that is missing or of another kind. `org/name` is a Hub id unless `org` is a folder."""
-    mend = "Give the folder that examples/train_pusht.py wrote (its --output_dir), or a Hub id."
-    folder = Path(args.checkpoint).expanduser()
-    if folder.is_dir():
-        args.checkpoint = str(folder)
-        if not (folder / "config.json").is_file():
-            parser.error(f"--checkpoint {folder} holds no config.json. {mend}")
-    elif len(folder.parts) != 2 or args.checkpoint[0] in "~./" or folder.parent.is_dir():
-        parser.error(f"--checkpoint {args.checkpoint} is not a folder. {mend}")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(args.checkpoint)
-    except (OSError, ValueError) as error:
-        parser.error(f"--checkpoint {args.checkpoint} cannot be read: {first_line(error)} {mend}")
-    found, action_dim = config.get("model_type"), config.get("action_dim")
-    if found != MODEL_TYPE:
-        parser.error(f"--checkpoint {args.checkpoint} has model_type {found!r}, expected {MODEL_TYPE!r}. {mend}")
-    if action_dim not in (None, ACTION_DIM):
-        parser.error(f"--checkpoint {args.checkpoint} has {action_dim} action dimensions, PushT {ACTION_DIM}. {mend}")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser, args = parse_args(argv)
-    try:
-        model, processor = load_policy(args.checkpoint, dtype=getattr(torch, args.dtype))
-    except (OSError, ValueError) as error:
-        parser.error(f"--checkpoint {args.checkpoint} cannot be loaded: {first_line(error)}")
+    model, processor = load_checkpoint(parser, args, dtype=getattr(torch, args.dtype))
     model.to(args.device)
     chunk_size, n_action_steps = model.config.chunk_size, args.n_action_steps or model.config.n_action_steps
     if n_action_steps > chunk_size:
         parser.error(f"--n_action_steps is {n_action_steps}, the checkpoint predicts {chunk_size}. Give at most that.")
-
-    sampling = {"do_sample": True, "temperature": args.temperature or 1.0}
-    generate_kwargs = sampling if args.do_sample else {"do_sample": False}
+    sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
     torch.manual_seed(args.seed)
     result = rollout(
-        make_predict(model, processor, **generate_kwargs),
+        make_predict(model, processor, **sampling),
         seeds=range(args.seed, args.seed + args.episodes),
         n_action_steps=n_action_steps,
         num_envs=args.num_envs,
@@ -136,41 +157,17 @@ def main(argv: list[str] | None = None) -> None:
         **{name: getattr(args, name) for name in ("checkpoint", "num_envs", "dtype", "device")},
         "n_action_steps": n_action_steps,
         "num_threads": torch.get_num_threads(),
-        **generate_kwargs,
+        **sampling,
         "versions": installed_versions(),
         **result.metrics(),
     }
     write_json(args.output_dir / "metrics.json", metrics)
-    print(summary(metrics, result.num_chunks))
+    print(SUMMARY.format(**metrics, num_chunks=result.num_chunks))
     if args.record:
         write_contact_sheet(args.output_dir / "rollouts.png", result.recordings)
         write_video(args.output_dir / "rollouts.mp4", result.recordings)
-        print(f"  video         {args.output_dir / 'rollouts.mp4'}, as a picture {args.output_dir / 'rollouts.png'}")
-    print(f"  metrics       {args.output_dir / 'metrics.json'}")
-
-
-def installed_versions() -> dict[str, str]:
-    """The releases that a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def summary(metrics: dict[str, Any], num_chunks: int) -> str:
-    """The figures to compare, with their 95 % intervals."""
-    return (
-        "{checkpoint}: {n_episodes} episodes from seed {seed}, {n_action_steps} actions of each chunk executed\n"
-        "  success       {pc_success:.1f} %  ({pc_success_low:.1f} to {pc_success_high:.1f})\n"
-        "  max reward    {avg_max_reward:.3f}  ({avg_max_reward_low:.3f} to {avg_max_reward_high:.3f})\n"
-        "  sum reward    {avg_sum_reward:.1f}\n"
-        "  time a chunk  {ms_per_chunk:.1f} ms  (up to {num_envs} at once, {device}, {dtype}, {num_threads} threads)\n"
-        "  malformed     {malformed_chunks} of {num_chunks} chunks"
-    ).format(**metrics, num_chunks=num_chunks)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write all of the file or none of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+        print(f"  video           {args.output_dir / 'rollouts.mp4'}, as a picture {args.output_dir / 'rollouts.png'}")
+    print(f"  metrics         {args.output_dir / 'metrics.json'}")
 
 
 if __name__ == "__main__":

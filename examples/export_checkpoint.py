@@ -5,31 +5,17 @@
 Of several checkpoints, where later ones went on from an earlier one, the mean of their weights is exported, with the
 processor of the first: it may be better than each (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
 Weights become bf16, half the size; `AutoModel.from_pretrained` still loads them as float32, in which the policy is
-evaluated. The code files become links to the top-level ones.
+evaluated.
 """
 
 import argparse
 import json
-import os
-import re
-import shutil
 from pathlib import Path
 
 import torch
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def imported_modules(path: Path) -> list[str]:
-    """The modules beside a code file that it imports itself, anywhere in it."""
-    return re.findall(r"^\s*from \.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
-
-
-def files_needed(path: Path) -> set[Path]:
-    """A code file and those beside it that it imports, directly or through others."""
-    return {path}.union(*(files_needed(path.with_name(f"{name}.py")) for name in imported_modules(path)))
+from smolandfast.files_smolandfast import read_json, written_whole
 
 
 def mean_of(models: list[SmolAndFastForActionPrediction]) -> SmolAndFastForActionPrediction:
@@ -40,33 +26,24 @@ def mean_of(models: list[SmolAndFastForActionPrediction]) -> SmolAndFastForActio
 
 
 def export(checkpoints: list[str], folder: Path) -> None:
-    """Write the folder anew; what stood there before goes only once the new one is whole."""
+    """Write the folder anew; what stood there before goes only once the new one is whole.
+
+    Raises:
+        ValueError: Models of different processors, or a folder that is no checkpoint.
+    """
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is there and is no checkpoint, so it stays. Name another --output_dir.")
     models = [SmolAndFastForActionPrediction.from_pretrained(name, dtype=torch.float32) for name in checkpoints]
     processor = SmolAndFastProcessor.from_pretrained(checkpoints[0], trust_remote_code=True)
     for model in models:
         processor.check_model(model)
     model = mean_of(models).to(torch.bfloat16)
-    if model.config.normalization_fingerprint is None:  # trained before there was one
-        model.config.normalization_fingerprint = processor.normalizer.fingerprint
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is there and is no checkpoint, so it stays. Name another --output_dir.")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    config_file = partial / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config_file.write_text(
-        json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-    for path in list(partial.rglob("*.py")):  # a checkpoint of older code may lack what today's imports
-        for source in files_needed(ROOT / path.name):
-            link = path.with_name(source.name)
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(source, path.parent.resolve()))
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    model.config.processor_fingerprint = processor.fingerprint  # missing in checkpoints saved before 0.2
+    with written_whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        config = read_json(unfinished / "config.json") | {"dtype": "float32"}
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Read a LeRobot v3.0 data set as (images, task, state, action chunk) samples.
 
-The layout is the one of the hub's `lerobot/*` data sets: `meta/` holds JSON and the episodes table, `data/` the
+The layout is the one of the Hub's `lerobot/*` data sets: `meta/` holds JSON and the episodes table, `data/` the
 low-dimensional frames as parquet, `videos/` a stream a camera with many episodes one after the other in each mp4.
 Seeking in such a stream for every sample is slow, so each file is decoded once, into a uint8 `.npy` file in a cache.
 """
@@ -8,9 +8,7 @@ Seeking in such a stream for every sample is slow, so each file is decoded once,
 import contextlib
 import hashlib
 import io
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,16 +22,18 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from PIL import Image
 
-STATE_KEY, ACTION_KEY = "observation.state", "action"
-IN_MEMORY_BYTES = 4 * 1024**3  # decoded frames below this are read into memory: page faults cost more than the reading
+from smolandfast.checks_smolandfast import check_whole, naming_errors
+from smolandfast.files_smolandfast import read_json, written_whole
+from smolandfast.normalization_smolandfast import ACTION, STATE
+
 AGAIN = "Download or convert the data set again."
 
 
 def download_dataset(repo_id: str, revision: str | None = None) -> Path:
-    """Download a data set from the hub, or find it in the hub's cache, and return its folder.
+    """Download a data set from the Hub, or find it in the Hub's cache, and return its folder.
 
     Raises:
-        OSError: the hub cannot be reached, or has no such data set or revision.
+        OSError: The Hub cannot be reached, or has no such data set or revision.
     """
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision))
@@ -56,23 +56,23 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
     choose a `chunk_size` that is short beside the episodes.
 
     Args:
-        root: folder of the data set. It is only read.
-        chunk_size: actions in a chunk, at least 1.
-        episodes: indices of the episodes to read, in the order wanted; all by default.
-        image_keys: features to read as images, in the order wanted; all of dtype `video` or `image` by default.
-        cache_dir: where decoded frames are kept; `smolandfast` in `$XDG_CACHE_HOME` or `~/.cache` by default. It may
+        root: Folder of the data set. It is only read.
+        chunk_size: Actions in a chunk, at least 1.
+        episodes: Indices of the episodes to read, in the order wanted; all by default.
+        image_keys: Features to read as images, in the order wanted; all of dtype `video` or `image` by default.
+        cache_dir: Where decoded frames are kept; `smolandfast` in `$XDG_CACHE_HOME` or `~/.cache` by default. It may
             be deleted at any time. A file whose path, size or modification time changed is decoded again.
 
     Attributes:
-        info, stats: `meta/info.json`; `meta/stats.json` as arrays, over all episodes whichever are chosen.
-        image_keys, state_dim, action_dim, fps: what a sample looks like.
+        info: `meta/info.json`.
+        image_keys, state_dim, action_dim, fps: What a sample looks like.
         states, actions: `(N, state_dim)` and `(N, action_dim)` float32 of the chosen frames.
-        tasks: the sentences of the chosen frames, each once.
+        tasks: The sentences of the chosen frames, each once.
         episode_index, frame_index: `(N,)`, the episode of each frame and its place there.
 
     Raises:
-        ValueError: an argument or the content of a file is wrong.
-        OSError: a file is missing or unreadable, or the cache cannot be written.
+        ValueError: An argument or the content of a file is wrong.
+        OSError: A file is missing or unreadable, or the cache cannot be written.
     """
 
     def __init__(
@@ -83,21 +83,25 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         image_keys: Sequence[str] | None = None,
         cache_dir: str | Path | None = None,
     ):
-        is_count = isinstance(chunk_size, (int, np.integer)) and chunk_size >= 1
-        _expect(is_count, f"chunk_size is {chunk_size!r}, expected a whole number of actions, at least 1.")
+        check_whole(chunk_size, "chunk_size")
         self.root = Path(root).expanduser()
         self.chunk_size = int(chunk_size)
         self.info = _read_info(self.root)
         self.fps = self.info["fps"]
-        self.stats = _read_stats(self.root / "meta/stats.json")
         features = self.info["features"]
         self.image_keys = _choose_image_keys(image_keys, features)
-        self.state_dim, self.action_dim = (_vector_dim(features, key) for key in (STATE_KEY, ACTION_KEY))
+        self.state_dim, self.action_dim = (_vector_dim(features, key) for key in (STATE, ACTION))
 
         table = self._read_episodes()
         chosen = _choose_episodes(episodes, len(table["length"]))
         self._read_rows(table, chosen)
-        self._read_images(table, chosen, _cache_folder(cache_dir, self.root))
+        folder = _cache_folder(cache_dir, self.root)
+        self._clips = {}  # (length, H, W, 3) frames by image key and episode
+        for key in self.image_keys:
+            paths, starts, n_frames = self._locate_images(key, table)
+            frames = {path: _open_frames(path, key, n_frames[path], folder) for path in {paths[e] for e in chosen}}
+            for e in chosen.tolist():
+                self._clips[key, e] = frames[paths[e]][starts[e] : starts[e] + table["length"][e]]
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -138,7 +142,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
     def _read_rows(self, table: dict[str, np.ndarray], chosen: np.ndarray) -> None:
         """Read `data/`, check it against the episodes table and keep the chosen rows."""
         folder, lengths, total = self.root / "data", table["length"], self.info["total_frames"]
-        widths = {STATE_KEY: self.state_dim, ACTION_KEY: self.action_dim, "episode_index": 1, "frame_index": 1}
+        widths = {STATE: self.state_dim, ACTION: self.action_dim, "episode_index": 1, "frame_index": 1}
         data = _read_numbers(list(dict.fromkeys(self._files("data", table))), {**widths, "task_index": 1})
         n_rows = len(data["task_index"])
         _expect(
@@ -158,8 +162,8 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         )
         rows = np.concatenate([np.arange(first[e], first[e] + lengths[e]) for e in chosen])
         self.episode_index, self.frame_index = expected[rows].T
-        self.states, self.actions = (data[key][rows].astype(np.float32) for key in (STATE_KEY, ACTION_KEY))
-        for key, values in ((STATE_KEY, self.states), (ACTION_KEY, self.actions)):
+        self.states, self.actions = (data[key][rows].astype(np.float32) for key in (STATE, ACTION))
+        for key, values in ((STATE, self.states), (ACTION, self.actions)):
             i = (~np.isfinite(values)).any(axis=1).argmax()
             _expect(
                 np.isfinite(values[i]).all(),
@@ -169,18 +173,6 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         self._last = np.repeat(np.cumsum(lengths[chosen]) - 1, lengths[chosen])  # (N,) where its episode ends
         self._texts = _read_texts(self.root / "meta/tasks.parquet", data["task_index"][rows, 0].tolist())
         self.tasks = list(dict.fromkeys(self._texts))
-
-    def _read_images(self, table: dict[str, np.ndarray], chosen: np.ndarray, cache_dir: Path) -> None:
-        """Decode what is not in the cache yet, and open the frames of every chosen episode."""
-        clips, n_bytes = {}, 0  # by (key, episode)
-        for key in self.image_keys:
-            paths, starts, n_frames = self._locate_images(key, table)
-            arrays = {path: _open_frames(path, key, n_frames[path], cache_dir) for path in {paths[e] for e in chosen}}
-            for e in chosen.tolist():
-                clips[key, e] = (arrays[paths[e]], int(starts[e]), int(table["length"][e]))
-                n_bytes += arrays[paths[e]][0].nbytes * int(table["length"][e])
-        in_memory = n_bytes < IN_MEMORY_BYTES
-        self._clips = {source: _read_clip(*clip, in_memory) for source, clip in clips.items()}
 
     def _locate_images(self, key: str, table: dict[str, np.ndarray]) -> tuple[list[Path], np.ndarray, dict[Path, int]]:
         """The file of each episode, the index of its first frame there, and the number of frames of each file."""
@@ -209,15 +201,6 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
 def _expect(holds: object, message: str) -> None:
     if not holds:
         raise ValueError(message)
-
-
-@contextlib.contextmanager
-def _naming(path: Path, mend: str = AGAIN) -> Iterator[None]:
-    """Turn what a library says of a broken file into an OSError with the file's name and the mend."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, pa.ArrowException, av.FFmpegError) as error:
-        raise OSError(f"{path} cannot be used: {error}. {mend}") from error
 
 
 def _choose_episodes(episodes: Sequence[int] | None, n_episodes: int) -> np.ndarray:
@@ -250,17 +233,10 @@ def _vector_dim(features: dict, key: str) -> int:
     return shape[0]
 
 
-def _read_json(path: Path) -> dict:
-    with _naming(path, f"Pass the folder of a LeRobot v3.0 data set. {AGAIN}"):
-        content = json.loads(path.read_bytes())
-    _expect(isinstance(content, dict), f"{path} holds a {type(content).__name__}, expected a JSON object. {AGAIN}")
-    return content
-
-
 def _read_info(root: Path) -> dict:
     _expect(root.is_dir(), f"root is {root}, which is no folder. Pass a data set's, or use `download_dataset`.")
     path = root / "meta/info.json"
-    info = _read_json(path)
+    info = read_json(path, f"Pass the folder of a LeRobot v3.0 data set. {AGAIN}")
     version, features = info.get("codebase_version"), info.get("features")
     _expect(
         version == "v3.0",
@@ -270,25 +246,17 @@ def _read_info(root: Path) -> dict:
     for name in ("fps", "total_frames"):
         number = info.get(name)
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < float("inf")
-        _expect(is_number, f"{name} in {path} is {info.get(name)!r}, expected a number above 0. {AGAIN}")
+        _expect(is_number, f"{name} in {path} is {number!r}, expected a number above 0. {AGAIN}")
     is_described = isinstance(features, dict) and all(isinstance(feature, dict) for feature in features.values())
     _expect(is_described, f"features in {path} is {features!r}, expected a JSON object for each feature. {AGAIN}")
     return info
-
-
-def _read_stats(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    content = _read_json(path)
-    for key in (STATE_KEY, ACTION_KEY):
-        _expect(key in content, f"{path} has statistics of {list(content)}, expected {key!r} among them. {AGAIN}")
-    with _naming(path):
-        return {key: {name: np.asarray(v, np.float64) for name, v in stats.items()} for key, stats in content.items()}
 
 
 def _read_numbers(paths: list[Path], widths: dict[str, int]) -> dict[str, np.ndarray]:
     """Each column of all files as `(rows, width)`. Where the width is 1, plain numbers do as well as lists of one."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in widths}
     for path in paths:
-        with _naming(path), pq.ParquetFile(path) as file:
+        with naming_errors(path, AGAIN), pq.ParquetFile(path) as file:
             table = file.read(columns=list(widths))
         for name, width in widths.items():
             _expect(name in table.column_names, f"{path} has no column {name!r}, only {table.column_names}. {AGAIN}")
@@ -306,7 +274,7 @@ def _read_numbers(paths: list[Path], widths: dict[str, int]) -> dict[str, np.nda
 
 
 def _read_texts(path: Path, task_index: list[int]) -> list[str]:
-    with _naming(path):
+    with naming_errors(path, AGAIN):
         table = pq.read_table(path).to_pydict()
         name = "task" if "task" in table else "__index_level_0__"  # what pandas calls an index without a name
         tasks = dict(zip(table["task_index"], table[name], strict=True))
@@ -321,56 +289,43 @@ def _cache_folder(cache_dir: str | Path | None, root: Path) -> Path:
     folder = Path(cache_dir or default).expanduser()
     is_inside = folder.resolve().is_relative_to(root.resolve())
     _expect(not is_inside, f"cache_dir is {folder}, inside the data set, which is only read. Choose another.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cache_dir is {folder}, which cannot be made: {error.strerror}. Choose another.") from error
     return folder
 
 
 def _open_frames(path: Path, key: str, n_frames: int, folder: Path) -> np.memmap:
     """The frames of a file, `(n_frames, H, W, 3)` uint8, decoded into a `.npy` file in `folder` unless it is there."""
-    with _naming(path):
-        stat = path.stat()
+    stat = path.stat()
     fingerprint = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{key}"
     target = folder / f"{key.replace('/', '_')}-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         frames = np.load(target, mmap_mode="r")  # refuses a file that was cut off
         if len(frames) == n_frames:
             return frames
-    mend = "Choose a cache_dir that can be written and has room."
-    with _naming(folder, mend):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False)  # noqa: SIM115
-    try:
+    no_room = naming_errors(folder, "Choose a cache_dir that can be written and has room.", passing=(ValueError,))
+    with no_room, written_whole(target) as unfinished, open(unfinished, "wb") as file:
         count, shape = 0, None
-        with file:
-            for frame in _decode_frames(path, key):
-                if shape is None:
-                    shape = frame.shape
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (n_frames, *shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                _expect(frame.shape == shape, f"Frame {count} of {path} is {frame.shape}, expected {shape}. {AGAIN}")
-                with _naming(folder, mend):
-                    file.write(frame.tobytes())
-                count += 1
+        for frame in _decode_frames(path, key):
+            if shape is None:
+                shape = frame.shape
+                header = {"descr": "|u1", "fortran_order": False, "shape": (n_frames, *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+            _expect(frame.shape == shape, f"Frame {count} of {path} is {frame.shape}, expected {shape}. {AGAIN}")
+            file.write(frame.tobytes())
+            count += 1
         _expect(
             count == n_frames,
             f"{path} has {count} frames, expected {n_frames} by the lengths in meta/episodes. {AGAIN}",
         )
-        os.replace(file.name, target)  # at once: another process sees all frames or none
-    finally:
-        Path(file.name).unlink(missing_ok=True)
     return np.load(target, mmap_mode="r")
-
-
-def _read_clip(frames: np.memmap, start: int, length: int, in_memory: bool) -> np.ndarray:
-    if not in_memory:
-        return frames[start : start + length]
-    size = frames[0].size
-    clip = np.fromfile(frames.filename, np.uint8, length * size, offset=frames.offset + start * size)
-    return clip.reshape(length, *frames.shape[1:])
 
 
 def _decode_frames(path: Path, key: str) -> Iterator[np.ndarray]:
     """The frames of a video, or of the image column `key` of a parquet file, as uint8 `(H, W, 3)`."""
-    with _naming(path):
+    with naming_errors(path, AGAIN):
         if path.suffix == ".mp4":
             with av.open(str(path)) as video:
                 for frame in video.decode(video=0):

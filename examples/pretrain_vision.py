@@ -1,17 +1,16 @@
-"""Teach the tiny vision tower to see: where agent, T and target are, in scenes rendered at random poses.
+"""Pretrain the tiny vision tower: find the agent, the T and the target in scenes rendered at random poses.
 
     python examples/pretrain_vision.py --output_dir outputs/vision
     python examples/pretrain_vision.py --output_dir outputs/vision2 --near_target 0.6 --num_scenes 60000 \\
         --learning_rate 7e-4 --seed 10 --vision_weights outputs/vision/vision.safetensors
 
-SmolVLM's vision tower comes pretrained; the tiny one does not, and inside the policy's loss it hardly learns to see.
-Scenes and labels come from the simulator alone; no demonstration and no action is used. Writes `vision.safetensors`
-with the weights of the vision tower and the connector, for `train_pusht.py --vision_weights`. The second command goes
-on from there, with more scenes in which the T lies near its target: a pixel decides there.
+SmolVLM's vision tower comes pretrained; the tiny one does not, and from the policy's loss alone it hardly learns to
+see. Scenes and labels come from the simulator; no demonstrations or actions are used. Writes `vision.safetensors`, the
+weights of the vision tower and the connector, for `train_pusht.py --vision_weights`. The second command continues from
+there, with more scenes in which the T lies near its target, where one pixel matters.
 """
 
 import argparse
-import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,19 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from smolandfast.tiny_smolandfast import make_tiny_vision
-from smolandfast.trainer_smolandfast import WholeCheckpointTrainer
-from smolandfast.training_smolandfast import bf16_is_faster, keep_freed_memory
+from smolandfast.files_smolandfast import written_whole
+from smolandfast.training import WholeCheckpointTrainer, bf16_is_faster, make_tiny_vision
 
 HARMONICS = 4  # of the T's angle, in the labels
 
 
 def make_labels(points: np.ndarray) -> np.ndarray:
-    """What to read off an image: `(5, 2)` points -> 18 numbers.
+    """What the model learns to predict from an image: `(5, 2)` points -> 18 numbers.
 
-    The points, in [-1, 1]; then cosine and sine of the T's angle, of twice, three and four times that angle. Points
-    alone teach the direction late: an axis known but for its sign, or a T known but for thirds of a turn, lowers no
-    error of theirs. It does lower that of the second or third harmonic.
+    The points, in [-1, 1]; then cosine and sine of one to four times the T's angle. From the points alone, the
+    direction is learnt late: to know the axis but not its sign, or the angle up to a third of a turn, does not lower
+    their error. It does lower that of the second or third harmonic.
     """
     x, y = points[2] - points[1]
     angles = np.arctan2(y, x) * np.arange(1, HARMONICS + 1)
@@ -46,7 +44,7 @@ def make_labels(points: np.ndarray) -> np.ndarray:
 
 
 class PoseRegressor(nn.Module):
-    """The vision tower and connector of the tiny model, and a linear layer that reads poses off their tokens."""
+    """The vision tower and connector of the tiny model, with a linear layer that predicts the labels."""
 
     def __init__(self, vision_model: nn.Module, connector: nn.Module, num_features: int):
         super().__init__()
@@ -55,7 +53,7 @@ class PoseRegressor(nn.Module):
         self.head = nn.Linear(num_features, NUM_POINTS * 2 + HARMONICS * 2)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`(B, 3, 96, 96)`, labels `(B, 18)` -> loss and positions `(B, 10)`."""
+        """`(B, 3, 96, 96)` and labels `(B, 18)` -> loss and positions `(B, 10)`."""
         tokens = self.connector(self.vision_model(pixel_values).last_hidden_state)
         poses = self.head(tokens.flatten(1)).float()
         errors = (poses - labels) ** 2
@@ -64,7 +62,7 @@ class PoseRegressor(nn.Module):
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Scenes with their positions as labels; while training, another variation of each in every epoch."""
+    """Scenes and their labels, varied anew in every epoch of the training."""
 
     def __init__(self, images: np.ndarray, points: np.ndarray, seed: int):
         self.images, self.points, self.seed, self.epoch = images, points, seed, 0
@@ -77,25 +75,24 @@ class Scenes(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         rng = np.random.default_rng((self.seed, self.epoch, i))
-        image, points = vary_scene(
-            self.images[i], self.points[i], rng, turn_probability=0.5, max_shift=6, max_angle=15
-        )
+        options = {"turn_probability": 0.5, "max_shift": 6, "max_angle": 15}
+        image, points = vary_scene(self.images[i], self.points[i], rng, **options)
         pixels = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1  # as the processor normalises
         return {"pixel_values": pixels, "labels": torch.from_numpy(make_labels(points))}
 
 
 class SaveVision(TrainerCallback):
-    """Writes the weights that the policy starts from beside each checkpoint."""
+    """Writes `vision.safetensors` with each checkpoint."""
 
     def on_save(self, args, state, control, model, **kwargs):
         save_vision(model, args.output_dir)
 
 
 def load_vision(model: nn.Module, path: str) -> None:
-    """Start from the weights of an earlier run; the linear layer on top, which is not among them, stays random.
+    """Load what [`save_vision`] wrote; the linear layer stays as it is.
 
     Raises:
-        ValueError: A file with other weights.
+        ValueError: a damaged file, or one with other weights.
     """
     try:
         tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
@@ -105,23 +102,18 @@ def load_vision(model: nn.Module, path: str) -> None:
 
 
 def save_vision(model: nn.Module, folder: str) -> None:
-    """Write all of `vision.safetensors` or none of it."""
+    """Write the vision tower and the connector to `vision.safetensors`: all of the file or none of it."""
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
-    target = Path(folder) / "vision.safetensors"
-    save_file(tensors, f"{target}.partial")
-    os.replace(f"{target}.partial", target)
+    with written_whole(Path(folder) / "vision.safetensors") as path:
+        save_file(tensors, path)
 
 
 def mean_error_pixels(prediction) -> dict[str, float]:
-    """Mean distance of each point from its true place, in the simulator's pixels (512 a side)."""
+    """Mean distance between each point's prediction and its label, in the simulator's pixels (512 along each side)."""
     errors = prediction.predictions - prediction.label_ids[:, : NUM_POINTS * 2]
     distances = np.linalg.norm(errors.reshape(-1, NUM_POINTS, 2) * (WORLD_SIZE / 2), axis=2).mean(axis=0)
-    return {
-        "agent_px": distances[0],
-        "bar_px": distances[1],
-        "stem_px": distances[2],
-        "target_px": distances[3:].mean(),
-    }
+    agent, bar, stem, *target = distances
+    return {"agent_px": agent, "bar_px": bar, "stem_px": stem, "target_px": np.mean(target)}
 
 
 def main() -> None:
@@ -132,12 +124,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--near_target", type=float, default=0.3, help="share of scenes with the T near its target")
-    parser.add_argument("--vision_weights", help="vision.safetensors of an earlier run, to go on from")
+    parser.add_argument("--vision_weights", help="vision.safetensors of an earlier run to continue from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    keep_freed_memory()
     with ProcessPoolExecutor(2) as pool:
         render = partial(render_scenes, args.num_scenes // 2, near_target=args.near_target)
         parts = list(pool.map(render, [args.seed, args.seed + 1]))
@@ -174,7 +165,7 @@ def main() -> None:
         callbacks=[EpochSetter(), SaveVision()],
     )
     trainer.train(resume_from_checkpoint="last")
-    save_vision(model, args.output_dir)  # a run that was killed after its last checkpoint may have none yet
+    save_vision(model, args.output_dir)  # a run killed during its last save may not have written it
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ import gym_pusht  # noqa: E402, F401  (registers the environment)
 
 ENV_ID = "gym_pusht/PushT-v0"
 TASK = "Push the T-shaped block onto the T-shaped target."
-# Other ways to say it, for training: a policy that only ever read one sentence does not know what another one means.
-STARTS = ("Push", "Move", "Slide", "Please bring", "Use the pusher to shove", "carefully guide")
+# Other wordings of the task, for training: a policy that has only ever read one sentence understands no other.
+VERBS = ("Push", "Move", "Slide", "Please bring", "Use the pusher to shove", "carefully guide")
 BLOCKS = ("the T-shaped block", "the T", "the grey T", "the letter T", "the grey piece")
-ENDS = (
+GOALS = (
     "onto the T-shaped target.",
     "onto the green T",
     "into the green outline.",
@@ -41,21 +41,23 @@ ENDS = (
     "until it covers the goal.",
     "to where it belongs",
 )
-WORDINGS = [" ".join(words) for words in itertools.product(STARTS, BLOCKS, ENDS)]
+WORDINGS = [" ".join(words) for words in itertools.product(VERBS, BLOCKS, GOALS)]
 MAX_EPISODE_STEPS = 300
 CONTROL_HZ = 10
 ACTION_DIM = 2
-FRAME_SIZE = 384  # pixels a side of a recorded frame; the policy's own images have 96
+FRAME_SIZE = 384  # pixels along each side of a filmed scene; the policy's own images have 96
 Z_95 = NormalDist().inv_cdf(0.975)
 BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 130, 50)
 
 # (list of B uint8 images (96, 96, 3), float32 states (B, 2)) -> action chunks (B, H, 2)
 Predict = Callable[[list[np.ndarray], np.ndarray], np.ndarray]
+# (the episode after a step, image (96, 96, 3) and state (2,) before it, its action (2,))
+OnStep = Callable[["Episode", np.ndarray, np.ndarray, np.ndarray], None]
 
 
 @dataclass
 class Episode:
-    """One episode: its scores, and, if it is filmed, its scenes as PNG files (raw, six would take 800 MB)."""
+    """One episode and its scores; if filmed, also its scenes, as PNG: six episodes of raw pixels would take 800 MB."""
 
     seed: int
     is_filmed: bool
@@ -75,7 +77,7 @@ class Episode:
 
 @dataclass
 class RolloutResult:
-    """Scores of the episodes, in the order of their seeds."""
+    """Scores of the episodes, in the order of the seeds."""
 
     seeds: list[int]
     max_rewards: list[float]
@@ -85,15 +87,16 @@ class RolloutResult:
     lengths: list[int]
     block_poses: list[np.ndarray]  # (steps, 3) each: x, y, angle in radians
     num_requested: int  # chunks the policy was asked for
-    num_chunks: int  # chunks that came back whole and finite
+    num_chunks: int  # chunks that came back complete and finite
     predict_seconds: float  # wall time inside `predict`
-    recordings: list[Episode]  # the filmed ones
+    recordings: list[Episode]  # the filmed episodes
 
     def metrics(self) -> dict[str, float | list]:
-        """Plain numbers, for JSON. Intervals are 95 %: Wilson's for the success rate, normal for the reward."""
+        """The scores as JSON values. Intervals are 95 %: Wilson's for the success rate, normal for the reward."""
         num_episodes, mean = len(self.seeds), float(np.mean(self.max_rewards))
         low, high = wilson_interval(sum(self.successes), num_episodes)
-        spread = float(np.std(self.max_rewards, ddof=1)) if num_episodes > 1 else 1.0  # one episode: anything goes
+        # One episode says nothing about the spread: the interval is then all of [0, 1].
+        spread = float(np.std(self.max_rewards, ddof=1)) if num_episodes > 1 else 1.0
         margin = Z_95 * spread / math.sqrt(num_episodes)
         return {
             "avg_max_reward": mean,
@@ -116,7 +119,7 @@ class RolloutResult:
 
 
 def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a success rate, as fractions: inside [0, 1], and not empty at 0 or 1."""
+    """The 95 % Wilson score interval of a success rate: within [0, 1], and not empty at 0 or 1."""
     z2, failures = Z_95**2, num_trials - num_successes
     centre = (num_successes + z2 / 2) / (num_trials + z2)
     margin = Z_95 * math.sqrt(num_successes * failures / num_trials + z2 / 4) / (num_trials + z2)
@@ -131,18 +134,21 @@ def rollout(
     max_steps: int = MAX_EPISODE_STEPS,
     record: int = 0,
     progress: bool = False,
+    on_step: OnStep | None = None,
 ) -> RolloutResult:
-    """Play one episode a seed, up to `num_envs` of them side by side; one that ends makes room for the next.
+    """Play one episode for each seed, up to `num_envs` side by side; an episode that ends makes room for the next.
 
     Args:
-        predict: Called at most once a simulation step, with the images (list of uint8 `(96, 96, 3)`) and the states
-            (float32 `(B, 2)`, the pusher's position) of those episodes that have executed their chunk. Returns their
+        predict: Called at most once per simulation step, with the images (list of uint8 `(96, 96, 3)`) and states
+            (float32 `(B, 2)`, the pusher's position) of the episodes that have executed their chunk. Returns their
             next chunks, `(B, H, 2)` with `H >= n_action_steps`, in the simulator's units; nothing is clipped.
         seeds: Episode i resets its environment with `seeds[i]`.
         n_action_steps: Actions of each chunk that are executed before the next prediction.
-        num_envs: Decides how many observations `predict` gets at once, and nothing else.
+        num_envs: Affects only how many observations `predict` gets at once.
         max_steps: Steps after which an episode ends unsolved.
         record: The first `record` episodes are filmed.
+        progress: Show a progress bar.
+        on_step: Called after each step of each episode.
 
     Raises:
         ValueError: an argument out of range, or a chunk of the wrong shape or with a value that is not finite.
@@ -150,20 +156,22 @@ def rollout(
     if min(counts := (len(seeds), n_action_steps, num_envs, max_steps)) < 1:
         raise ValueError(f"len(seeds), n_action_steps, num_envs, max_steps are {counts}, expected at least 1 each.")
     episodes = [Episode(int(seed), is_filmed=i < record) for i, seed in enumerate(seeds)]
-    to_come, playing = deque(episodes), [Episode(0, is_filmed=False, done=True)] * min(num_envs, len(episodes))
-    envs = SyncVectorEnv([partial(_make_env, max_steps)] * len(playing), autoreset_mode=AutoresetMode.DISABLED)
+    idle = Episode(0, is_filmed=False, done=True)
+    to_come, playing = deque(episodes), [idle] * min(num_envs, len(episodes))
+    sizes = {"visualization_width": FRAME_SIZE, "visualization_height": FRAME_SIZE}
+    make = partial(gymnasium.make, ENV_ID, obs_type="pixels_agent_pos", max_episode_steps=max_steps, **sizes)
+    envs = SyncVectorEnv([make] * len(playing), autoreset_mode=AutoresetMode.DISABLED)
     num_requested, num_chunks, predict_seconds = 0, 0, 0.0
     with contextlib.closing(envs), tqdm(total=len(episodes), unit="episode", disable=not progress) as bar:
-        while True:
+        while to_come or not all(episode.done for episode in playing):
             free = np.array([episode.done for episode in playing])
-            if free.all() and not to_come:
-                break
             if free.any():
-                # Once no seed is left, an environment that is done plays on for nobody: a vector steps them all.
-                for slot in np.flatnonzero(free).tolist():
-                    playing[slot] = to_come.popleft() if to_come else Episode(0, is_filmed=False, done=True)
+                # When no seed is left, a free environment idles: a vector environment steps all of them.
+                slots = np.flatnonzero(free).tolist()
+                for slot in slots:
+                    playing[slot] = to_come.popleft() if to_come else idle
                 observations, _ = envs.reset(seed=[e.seed for e in playing], options={"reset_mask": free})
-                for slot in np.flatnonzero(free).tolist():
+                for slot in slots:
                     playing[slot].film(envs.envs[slot])
 
             waiting = [slot for slot, episode in enumerate(playing) if not episode.queue and not episode.done]
@@ -176,8 +184,10 @@ def rollout(
                 for slot, chunk in zip(waiting, check_chunks(chunks, len(waiting), n_action_steps), strict=True):
                     playing[slot].queue.extend(chunk[:n_action_steps])
                 num_chunks += len(waiting)
+
             rest = np.zeros(ACTION_DIM, dtype=np.float32)
             actions = np.stack([rest if episode.done else episode.queue.popleft() for episode in playing])
+            images, states = observations["pixels"], observations["agent_pos"].astype(np.float32)
             observations, rewards, terminated, truncated, infos = envs.step(actions)
             for slot, episode in enumerate(playing):
                 if not episode.done:
@@ -187,6 +197,8 @@ def rollout(
                     episode.done = bool(terminated[slot] or truncated[slot])
                     episode.film(envs.envs[slot])
                     bar.update(episode.done)
+                    if on_step is not None:
+                        on_step(episode, images[slot], states[slot], actions[slot])
 
     return RolloutResult(
         seeds=[episode.seed for episode in episodes],
@@ -203,31 +215,28 @@ def rollout(
     )
 
 
-def _make_env(max_steps: int) -> gymnasium.Env:
-    size = {"visualization_width": FRAME_SIZE, "visualization_height": FRAME_SIZE}
-    return gymnasium.make(ENV_ID, obs_type="pixels_agent_pos", max_episode_steps=max_steps, **size)
-
-
 def check_chunks(chunks: np.ndarray, num_asked: int, n_action_steps: int) -> np.ndarray:
-    """The predicted chunks as float32, the simulator's type, or a ValueError: a robot is never sent garbage."""
+    """The predicted chunks as float32, the simulator's type; a ValueError if their shape or a value is wrong."""
     chunks = np.asarray(chunks)
     if chunks.shape[:1] + chunks.shape[2:] != (num_asked, ACTION_DIM) or chunks.shape[1] < n_action_steps:
         raise ValueError(
             f"predict returned chunks of shape {chunks.shape}, expected ({num_asked}, at least {n_action_steps}, "
-            f"{ACTION_DIM}). Lower n_action_steps, or use a policy that was trained for PushT."
+            f"{ACTION_DIM}). Lower n_action_steps, or use a policy trained for PushT."
         )
     chunks = chunks.astype(np.float32)
     if not np.isfinite(chunks).all():
         index = tuple(np.argwhere(~np.isfinite(chunks))[0].tolist())
-        raise ValueError(f"predict returned {chunks[index]} at {index}, expected finite numbers. Mend the policy.")
+        raise ValueError(f"predict returned {chunks[index]} at {index}, expected finite numbers. Fix the policy.")
     return chunks
 
 
 def _tile(episode: Episode, step: int, size: int, title: str) -> Image.Image:
-    """The scene at `step` (past the end: the last one), under it `title` on the left and the score on the right."""
+    """The scene at `step`, or the last one, above `title` on the left and the score on the right."""
     last = len(episode.frames) - 1
     step, solved = min(step, last), episode.success and step >= last
-    best = f"best {int(100 * max(episode.rewards[:step])) / 100:.2f}" if step else "start"  # cut: 1.00 is for success
+    best = (
+        f"best {int(100 * max(episode.rewards[:step])) / 100:.2f}" if step else "start"
+    )  # rounded down: only success is 1.00
     score = f"solved at {last / CONTROL_HZ:.1f} s" if solved else best
     height = size // 12 + 12
     tile = Image.new("RGB", (size, size + height), "white")
@@ -240,7 +249,7 @@ def _tile(episode: Episode, step: int, size: int, title: str) -> Image.Image:
 
 
 def _grid(tiles: list[Image.Image], columns: int, gap: int = 12) -> Image.Image:
-    """Tiles of one size on white, row by row; sides are even, as the video codec asks."""
+    """Tiles of equal size on white, row by row; width and height are even, as the video codec requires."""
     width, height = tiles[0].width + gap, tiles[0].height + gap
     size = columns * width + gap, math.ceil(len(tiles) / columns) * height + gap
     canvas = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), "white")
@@ -250,7 +259,7 @@ def _grid(tiles: list[Image.Image], columns: int, gap: int = 12) -> Image.Image:
 
 
 def write_video(path: str | Path, recordings: Sequence[Episode], fps: int = CONTROL_HZ) -> None:
-    """Write an H.264 MP4 that browsers play: all recordings side by side, the shorter ones hold their last frame."""
+    """Write an H.264 MP4 that browsers play: all recordings in one picture, shorter ones hold their last frame."""
 
     def picture(step: int) -> Image.Image:
         tiles = [_tile(episode, step, FRAME_SIZE, f"seed {episode.seed}") for episode in recordings]
@@ -267,9 +276,9 @@ def write_video(path: str | Path, recordings: Sequence[Episode], fps: int = CONT
 def write_contact_sheet(
     path: str | Path, recordings: Sequence[Episode], moments: int = 7, titles: Sequence[str] | None = None
 ) -> None:
-    """Write one PNG: a row a recording, `moments` scenes from first to last step, labelled with time and score.
+    """Write one PNG: for each recording a row of `moments` scenes, first to last, labelled with time and score.
 
-    The first scene of a row has its title, by default the seed.
+    The first scene of a row shows the title, by default the seed.
     """
     tiles = []
     for i, episode in enumerate(recordings):

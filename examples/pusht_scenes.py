@@ -1,29 +1,25 @@
-"""PushT scenes: rendered at random poses, and moved as a whole.
+"""PushT scenes: rendered at random poses, and turned, mirrored or shifted as a whole.
 
-A scene is a 96x96 image and points in the simulator's coordinates, [0, 512]^2 with y downwards. Turning, mirroring or
-shifting image and points together gives another valid scene, so demonstrations can be varied without being changed.
+A scene is a 96x96 image and points in the simulator's coordinates, [0, 512]^2 with y downwards. Moving both together
+gives another valid scene, so each demonstration stands for many.
 """
 
-import os
-
+import gymnasium
 import numpy as np
 from PIL import Image
+from pusht import ENV_ID
 from transformers import TrainerCallback
 
-os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-
 WORLD_SIZE, IMAGE_SIZE = 512, 96
-# Points that fix the T's pose, in its own frame: middle of the bar, end of the stem.
+# Points that determine the T's pose, in its own frame: middle of the bar, end of the stem.
 T_POINTS = ((0.0, 15.0), (0.0, 120.0))
 NUM_POINTS = 1 + 2 * len(T_POINTS)  # the agent, the T, the target
-# Of the square's symmetries, the one that leaves PushT's target as it is: it mirrors about the target's own axis.
+# The symmetry of the square that keeps PushT's target in place: it mirrors about the target's own axis.
 TARGET_SYMMETRY = 7
 
 
 def render_scenes(num_scenes: int, seed: int, near_target: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
-    """Render PushT at random poses.
-
-    In half of the scenes the agent is near the T.
+    """Render PushT at random poses; in half of the scenes the agent is near the T.
 
     Args:
         near_target: Share of scenes in which the T lies near its target, where precision counts.
@@ -32,10 +28,7 @@ def render_scenes(num_scenes: int, seed: int, near_target: float = 0.3) -> tuple
         Images `(num_scenes, 96, 96, 3)` uint8 and points `(num_scenes, 5, 2)` float32: the agent, the T's bar and
         stem end, the target's bar and stem end.
     """
-    import gym_pusht  # noqa: F401  registers the environment
-    import gymnasium
-
-    env = gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos").unwrapped
+    env = gymnasium.make(ENV_ID, obs_type="pixels_agent_pos").unwrapped
     env.reset(seed=seed)
     rng = np.random.default_rng(seed)
     images = np.empty((num_scenes, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
@@ -47,11 +40,10 @@ def render_scenes(num_scenes: int, seed: int, near_target: float = 0.3) -> tuple
             angle = env.goal_pose[2] + rng.normal(0, 0.3)
         else:
             position, angle = rng.uniform(80, 430, 2), rng.uniform(-np.pi, np.pi)
-        near_the_block = rng.random() < 0.5
-        agent = position + rng.normal(0, 70, 2) if near_the_block else rng.uniform(20, 492, 2)
+        agent = position + rng.normal(0, 70, 2) if rng.random() < 0.5 else rng.uniform(20, 492, 2)
         env.agent.position = tuple(np.clip(agent, 20, 492))
         env.block.position, env.block.angle = tuple(position), angle
-        for body in (env.agent, env.block):  # drawing uses shapes that pymunk moves only when it steps or is told
+        for body in (env.agent, env.block):  # else pymunk moves the shapes, which are drawn, only at its next step
             env.space.reindex_shapes_for_body(body)
         corners = [body.local_to_world(point) for body in (env.block, target) for point in T_POINTS]
         images[i] = env.get_obs()["pixels"]
@@ -61,9 +53,9 @@ def render_scenes(num_scenes: int, seed: int, near_target: float = 0.3) -> tuple
 
 
 def turn_points(points: np.ndarray, symmetry: int) -> np.ndarray:
-    """Move points `(..., 2)` in [0, 512]^2 as one of the square's eight symmetries moves its image.
+    """Move points `(..., 2)` in [0, 512]^2 by one of the square's eight symmetries.
 
-    Symmetry s mirrors left and right where s >= 4, then makes s % 4 quarter turns anticlockwise, like `np.rot90`.
+    Symmetry s swaps left and right if s >= 4, then makes s % 4 quarter turns anticlockwise, like `np.rot90`.
     """
     x, y = points[..., 0], points[..., 1]
     if symmetry >= 4:
@@ -74,7 +66,7 @@ def turn_points(points: np.ndarray, symmetry: int) -> np.ndarray:
 
 
 def turn_image(image: np.ndarray, symmetry: int) -> np.ndarray:
-    """Move an image `(96, 96, 3)` by one of the square's eight symmetries, as [`turn_points`] moves points."""
+    """Move an image `(96, 96, 3)` as [`turn_points`] moves points."""
     return np.rot90(image[:, ::-1] if symmetry >= 4 else image, symmetry % 4)
 
 
@@ -98,13 +90,12 @@ def vary_scene(
     Args:
         image: `(96, 96, 3)` uint8.
         points: `(..., 2)`, [0, 512].
-        rng: Decides everything.
-        turn_probability: Share of scenes that get one of the seven symmetries besides the identity.
-        max_shift: Largest shift along each axis, in image pixels. The border's pixels fill the gap.
-        max_angle: Half of the scenes are also rotated about the image's middle, by up to this many degrees either way.
-            White fills the corners.
-        mirror_probability: Share of scenes that are first mirrored about the target's axis. The task stays the very
-            same, so half of the scenes is as good as twice the demonstrations.
+        turn_probability: Share of scenes that get one of the seven symmetries other than the identity.
+        max_shift: Largest shift along each axis, in image pixels. The gap is filled with the border's pixels.
+        max_angle: Half of the scenes are also rotated about the centre, by up to this many degrees either way. The
+            corners are filled with white.
+        mirror_probability: Share of scenes that are first mirrored about the target's axis. The task stays the same,
+            so 0.5 doubles the demonstrations.
 
     Returns:
         A new image and new points of the same shapes.
@@ -127,7 +118,7 @@ def vary_scene(
 class EpochSetter(TrainerCallback):
     """Calls the training set's `set_epoch` at the start of each epoch.
 
-    What the set draws can then depend on seed, epoch and index alone, so a resumed run, or one on several processes,
+    Its random choices can then depend on seed, epoch and index alone, so a resumed run, or one on several processes,
     sees the same samples as an uninterrupted one.
     """
 

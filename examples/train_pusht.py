@@ -34,13 +34,13 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
-from smolandfast.tiny_smolandfast import make_tiny_model, make_tiny_processor
-from smolandfast.trainer_smolandfast import WholeCheckpointTrainer
-from smolandfast.training_smolandfast import (
+from smolandfast.training import (
     ActionDataCollator,
+    WholeCheckpointTrainer,
     bf16_is_faster,
-    keep_freed_memory,
     make_optimizer,
+    make_tiny_model,
+    make_tiny_processor,
     parameter_groups,
 )
 
@@ -118,10 +118,6 @@ class PolicyArguments:
     n_action_steps: int = 5
     scale_factor: int = field(default=1, metadata={"help": "pixel shuffle of the 256M preset"})
     use_relative_actions: bool = False
-    bf16_weights: bool = field(
-        default=False,
-        metadata={"help": "256M preset: the model in bf16, fp32 master weights in the optimizer, no autocast"},
-    )
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
     vision_weights: str | None = field(
@@ -301,7 +297,7 @@ def make_policy(
             args.vlm,
             **processor.model_kwargs(),
             n_action_steps=args.n_action_steps,
-            dtype=torch.bfloat16 if args.bf16_weights else torch.float32,
+            dtype=torch.float32,
             attn_implementation="bf16_training",
             **frozen,
             **kwargs,
@@ -327,12 +323,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, Training
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(**PRESETS.get(preset, {}), bf16=bf16_is_faster())
     args, training = parser.parse_args_into_dataclasses(argv)
-    if args.bf16_weights:
-        if args.preset == "tiny":
-            raise ValueError(
-                "bf16_weights is set, but the tiny preset's Muon needs fp32 weights. Drop --bf16_weights."
-            )
-        training.bf16 = False
     training.lr_scheduler_kwargs = {"min_lr_rate": args.min_lr_rate}
     return args, training
 
@@ -340,7 +330,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, Training
 def main(argv: list[str] | None = None) -> None:
     args, training = parse_args(argv)
     set_seed(training.seed)
-    keep_freed_memory()
     root = args.dataset_root or download_dataset(args.dataset_repo_id)
     held_out = LeRobotChunkDataset(root, args.chunk_size, [0]).info["total_episodes"] - args.held_out_episodes
     train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))

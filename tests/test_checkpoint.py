@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PYTHON_FILES, TOKENIZER_FILES
 from eval_pusht import main as evaluate
 from eval_pusht import make_predict
 from export_checkpoint import export
@@ -33,9 +34,14 @@ def test_it_is_small_and_in_bf16():
         assert sum(np.prod(tensor.get_shape()) for tensor in tensors) <= 10e6
 
 
-def test_its_code_is_linked_never_copied():
+def test_its_code_is_a_copy_of_the_top_level():
+    """Plain files, which a zip, Windows and an upload keep. After a change at the top: `make copies`."""
     files = list(CHECKPOINT.rglob("*.py"))
-    assert files and all(path.is_symlink() and path.resolve().parent == ROOT for path in files)
+    names = {path.relative_to(CHECKPOINT).as_posix() for path in files}
+    assert names == PYTHON_FILES | {f"action_tokenizer/{name}" for name in TOKENIZER_FILES}
+    assert not any(path.is_symlink() for path in files)
+    stale = [str(path) for path in files if path.read_bytes() != (ROOT / path.name).read_bytes()]
+    assert not stale, f"{stale} are not what lies at the top: run `make copies`"
 
 
 def test_it_pushes_the_block(policy):
@@ -80,4 +86,4 @@ def test_several_checkpoints_become_their_mean(processor, model, tmp_path):
     found = load_file(tmp_path / "mean/model.safetensors")
     for name, tensor in found.items():
         assert torch.equal(tensor, ((weights[0][name] + weights[1][name]) / 2).bfloat16())
-    assert all(path.is_symlink() for path in (tmp_path / "mean").rglob("*.py"))
+    assert {path.name for path in (tmp_path / "mean").glob("*.py")} == PYTHON_FILES

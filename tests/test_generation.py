@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, SmolVLMForConditionalGeneration, StoppingCriteriaList
 
 from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastForActionPrediction
-from smolandfast.generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsWhole
+from smolandfast.generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
 
 FAST_PLUS = Path(__file__).parents[2] / "shared" / "assets" / "fast_plus"
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
@@ -100,7 +100,7 @@ def write_strings(policy, kind, do_sample, batch_size=128):
     """Decode as `generate()` does, with random logits where it has a model."""
     grammar, band = policy.grammar, policy.band
     reader = ActionReader(grammar, 1)
-    processor, is_whole = ActionLogitsProcessor(reader, EOS), ChunkIsWhole(reader)
+    processor, is_whole = ActionLogitsProcessor(reader, EOS), ChunkIsComplete(reader)
     likings = token_likings(policy.config, kind).flip(0)
     ids = torch.full((batch_size, 1), BOS)
     finished = is_whole(ids, None)
@@ -152,7 +152,7 @@ def test_no_encoding_is_ever_masked(policy, seed, size, offset):
 
 def accepts(grammar, ids):
     """Whether each of these strings, all of one length, ends just where the grammar says that it is whole."""
-    is_whole = ChunkIsWhole(ActionReader(grammar, 0))
+    is_whole = ChunkIsComplete(ActionReader(grammar, 0))
     left, state = grammar.read(ids)
     return ((left == 0) & (state == 0) & ~is_whole(ids[:, :-1], None)).tolist()
 
@@ -245,7 +245,6 @@ def test_the_model_runs_once_for_each_token_of_the_longest_string(policy, do_sam
 
 
 def test_greedy_and_sampled_strings_are_those_of_stock_generate(policy):
-    """Ours computes the scores of the action tokens alone; stock those of the whole vocabulary, and masks them."""
     model = policy.make_model()
     for options in ({}, {"do_sample": True, "temperature": 2.0}, {"do_sample": True, "top_k": 3}, {"num_beams": 3}):
         torch.manual_seed(0)
@@ -257,39 +256,12 @@ def test_greedy_and_sampled_strings_are_those_of_stock_generate(policy):
             input_ids=PROMPTS,
             attention_mask=MASK,
             logits_processor=LogitsProcessorList([ActionLogitsProcessor(reader, EOS)]),
-            stopping_criteria=StoppingCriteriaList([ChunkIsWhole(reader)]),
+            stopping_criteria=StoppingCriteriaList([ChunkIsComplete(reader)]),
             max_new_tokens=policy.grammar.max_new_tokens,
             pad_token_id=PAD,
             **options,
         )
         assert torch.equal(ours, stock), options
-
-
-def test_scores_are_those_of_the_whole_head_among_what_may_follow(policy):
-    model = policy.make_model()
-    options = {"return_dict_in_generate": True, "output_scores": True}
-    ours = model.generate(input_ids=PROMPTS, attention_mask=MASK, **options)
-    whole = model.generate(input_ids=PROMPTS, attention_mask=MASK, output_logits=True, **options)
-    assert torch.equal(ours.sequences, whole.sequences)
-    for found, expected, logits in zip(ours.scores, whole.scores, whole.logits, strict=True):
-        torch.testing.assert_close(found, expected)
-        assert torch.isfinite(logits).all()  # who asks for logits gets all of them
-
-
-def test_a_head_that_was_wrapped_is_used_as_a_whole():
-    """An adapter around the head adds to what its weight gives."""
-
-    class Shifted(torch.nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + shift
-
-    policy = Policy(10, 2, 300)
-    model = policy.make_model()
-    favourite = policy.band.stop - 1 - policy.config.fast_token_lengths.index(1)
-    shift = torch.nn.functional.one_hot(torch.tensor(favourite), model.lm_head.out_features) * 1e6
-    model.lm_head.__class__ = Shifted
-    ids = model.generate(input_ids=PROMPTS, attention_mask=MASK)
-    assert (ids[:, PROMPTS.shape[1] :] == favourite).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"do_sample": True}])

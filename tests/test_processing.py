@@ -17,7 +17,7 @@ from smolandfast import (
     compute_statistics,
     processing_smolandfast,
 )
-from smolandfast.tiny_smolandfast import make_tiny_model
+from smolandfast.training import make_tiny_model
 
 
 def without_actions(batch):
@@ -230,7 +230,7 @@ def test_a_smaller_square_makes_fewer_visual_tokens(real_processor, smolvlm_asse
     config = SmolAndFastConfig.from_pretrained(smolvlm_assets, **processor.model_kwargs())
     assert config.image_seq_len == 16 and config.vision_config.image_size == 512
     for wrong, message in {
-        500: "500 pixels does not divide into patches of 16.*Make image_size a multiple of 64",
+        500: "image_size 500 does not divide into patches of 16.*Make image_size a multiple of 64",
         576: "image_size is 576, expected a whole number of pixels, at most the vision tower's 512",
         0: "image_size is 0",
     }.items():
@@ -262,7 +262,7 @@ def test_a_smaller_square_is_seen_with_the_position_embeddings_of_its_places(pro
     grid = embeddings.position_embedding.weight.view(6, 6, -1)
     torch.testing.assert_close(positions[0][0], grid[::2, ::2].flatten(0, 1), rtol=0, atol=1e-5)
     small.check_model(model)
-    with pytest.raises(ValueError, match="belongs to another model: image_size differ"):
+    with pytest.raises(ValueError, match="belongs to another model: image_size, processor_fingerprint differ"):
         processor.check_model(model)
 
 

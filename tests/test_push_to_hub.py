@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PYTHON_FILES
+from conftest import PYTHON_FILES, TOKENIZER_FILES
 from huggingface_hub import ModelCard, constants
 from model_card import read_metrics, read_trainer_state
 from PIL import Image
@@ -22,7 +22,7 @@ from train_pusht import main as train
 from transformers import TrainingArguments
 from transformers.utils import hf_api
 
-from smolandfast.weights_smolandfast import SUMS, check_checksums, read_checksums
+from smolandfast.files_smolandfast import SUMS, check_checksums, read_checksums
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
@@ -112,11 +112,8 @@ def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, argumen
         "LICENSE",
         "evaluation.json",
         "observation.png",
-        "action_tokenizer/automaton_smolandfast.py",
-        "action_tokenizer/errors_smolandfast.py",
-        "action_tokenizer/hub_smolandfast.py",
-        "action_tokenizer/tokenization_fast_action.py",
         "action_tokenizer/tokenizer_config.json",
+        *(f"action_tokenizer/{name}" for name in TOKENIZER_FILES),
     }
     assert len(hub.commits) == 1
     for name in PYTHON_FILES | MODEL - {"README.md"}:
@@ -165,7 +162,7 @@ def test_a_file_is_found_on_the_hub_in_the_cache_or_nowhere(hub, tmp_path):
         hub,
         f"""
 sys.path.append({str(ROOT)!r})
-from hub_smolandfast import find_file
+from files_smolandfast import find_file
 
 def refusal(name, **place):
     try:
@@ -176,7 +173,7 @@ def refusal(name, **place):
 assert find_file("user/policy", "config.json").read_bytes() == b"{{}}"
 assert find_file("user/policy", "tokenizer.json", subfolder="parts").read_bytes() == b"[]"
 assert find_file("user/policy", "SHA256SUMS") is None
-assert "config.json of user/another cannot be had from the hub" in refusal("user/another")
+assert "config.json of user/another cannot be downloaded from the hub" in refusal("user/another")
 assert "neither a folder nor a hub id" in refusal("no/such/folder")
 cached = {{"local_files_only": True}}
 assert find_file("user/policy", "config.json", **cached).read_bytes() == b"{{}}"
@@ -258,11 +255,11 @@ def test_the_repository_can_be_looked_at_before(hub, arguments, tmp_path, capsys
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pc_success": None}, "pc_success in .* is None, expected a int or float"),
+        ({"pc_success": None}, "pc_success in .* is None, expected int or float"),
         ({"n_episodes": True}, "n_episodes in .* is True"),
         ({"avg_sum_reward": float("nan")}, "finite"),
-        ({"avg_max_reward": 0.9}, "avg_max_reward in .* is 0.9 over n_episodes 4, but max_rewards, 4 values"),
-        ({"max_rewards": [0.5]}, "max_rewards, 1 values"),
+        ({"avg_max_reward": 0.9}, "avg_max_reward in .* is 0.9, expected 0.5, the mean of its max_rewards"),
+        ({"max_rewards": [0.5]}, r"max_rewards in .* has shape \(1,\), expected \(4\)"),
         ({"max_rewards": [0.5, "a", None, 0.5]}, "max_rewards"),
     ],
 )
@@ -290,8 +287,8 @@ def test_a_file_that_is_no_trainer_state_is_refused(tmp_path, content):
         (["--repo_id", "pusht"], "expected user/name"),
         (["--repo_id", "user/a/b"], "expected user/name"),
         (["--metrics", "missing.json"], "missing.json cannot be read"),
-        (["--contact_sheet", "missing.png"], "missing.png is no picture"),
-        (["--contact_sheet", __file__], "is no picture"),
+        (["--contact_sheet", "missing.png"], "missing.png is not a picture"),
+        (["--contact_sheet", __file__], "is not a picture"),
         (["--trainer_state", "missing.json"], "missing.json cannot be read"),
         (["--checkpoint", "missing"], "not a folder"),
     ],

@@ -309,7 +309,7 @@ def test_sampling_and_n_action_steps_reach_the_policy(checkpoint, tmp_path):
         (["--output_dir", "{tmp}/other/config.json"], "Name another one."),
     ],
 )
-def test_a_wrong_argument_is_an_error_line_that_says_the_mend(checkpoint, tmp_path, capsys, arguments, message):
+def test_a_wrong_argument_is_an_error_line_that_says_how_to_fix_it(checkpoint, tmp_path, capsys, arguments, message):
     contents = {
         "other": '{"model_type": "smolvlm"}',
         "arm": '{"model_type": "smolandfast", "action_dim": 7}',

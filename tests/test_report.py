@@ -129,7 +129,7 @@ def test_a_report_without_scores_or_of_another_state_is_refused(processor, model
         with pytest.raises(ValueError, match="output holds no scores: call model.generate"):
             processor.report(without, batch["state"])
     for state in (batch["state"][:2], batch["state"][0], batch["state"] + 200):
-        with pytest.raises(ValueError, match="does not stand in the prompts"):
+        with pytest.raises(ValueError, match="is not what the prompts say"):
             processor.report(output, state)
     output.scores = [torch.full_like(step, -torch.inf) for step in output.scores]
     with pytest.raises(ValueError, match="output.scores gives"):
@@ -139,9 +139,9 @@ def test_a_report_without_scores_or_of_another_state_is_refused(processor, model
 def test_a_processor_of_another_model_is_refused(processor, model, demonstrations):
     states, chunks = demonstrations
     others = {
-        "normalization_fingerprint": make_processor((states, chunks * 1.001), use_relative_actions=False),
+        "processor_fingerprint": make_processor((states, chunks * 1.001), use_relative_actions=False),
         "fast_token_lengths": make_processor((states, np.cumsum(chunks, axis=1)), use_relative_actions=True),
-        "n_state_bins": make_processor(demonstrations, n_state_bins=128),
+        "action_token_base_id": make_processor(demonstrations, n_state_bins=128),  # a smaller vocabulary of words
     }
     processor.check_model(model)
     for field, other in others.items():
@@ -153,12 +153,12 @@ def test_a_processor_of_another_model_is_refused(processor, model, demonstration
 
 
 def test_a_checkpoint_from_before_the_fingerprint_takes_any_statistics(processor, model):
-    model.config.normalization_fingerprint = None
+    model.config.processor_fingerprint = None
     processor.check_model(model)
 
 
 def test_the_shipped_policy_is_surer_of_demonstrations_than_of_noise(pusht_root, tmp_path):
-    """On average: one chunk alone tells little, as the README says."""
+    """On average: one chunk alone tells little, as docs/safety.md says."""
     folder = ROOT / "checkpoints/pusht-tiny"
     model = SmolAndFastForActionPrediction.from_pretrained(folder, dtype=torch.float32).eval()
     processor = SmolAndFastProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -190,8 +190,8 @@ class Robot:
         self.stopped = report
 
 
-def test_the_readmes_controller_stops_the_arm(processor, model, batch):
-    code = re.search(r"```python\n(def control.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+def test_the_documented_controller_stops_the_arm(processor, model, batch):
+    code = re.search(r"```python\n(def control.*?)```", (ROOT / "docs/safety.md").read_text(), re.S)[1]
     exec(code, names := {})
     robot = Robot(batch["state"][0])
     names["control"](model, processor, robot, TASK, lowest=-np.inf, chunks=2)

@@ -18,7 +18,6 @@ from scipy.fft import idct
 from transformers import PreTrainedTokenizerFast
 
 from smolandfast import FastActionTokenizer
-from smolandfast.tokenization_fast_action import AUTOMATON_FROM, AUTOMATON_ROWS, FIRST_SYMBOL
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 needs_fast_plus = pytest.mark.skipif(not ASSETS.exists(), reason=f"the official FAST+ files are not in {ASSETS}")
@@ -147,38 +146,6 @@ def test_the_round_trip_is_off_by_half_a_unit_of_each_coefficient_at_most(data, 
     assert np.linalg.norm(errors, axis=1).max() <= np.sqrt(horizon) * 0.5 / scale + 1e-9
 
 
-@settings(deadline=None, max_examples=50)
-@given(seed=st.integers(0, 2**32 - 1), vocab_size=st.integers(30, 200), spread=st.sampled_from([1, 2, 9]))
-def test_the_automaton_encodes_as_byte_pair_encoding_does(seed, vocab_size, spread):
-    rng = np.random.default_rng(seed)
-    chunks = idct(rng.integers(-spread, spread + 1, (30, 12, 1)) / 10, axis=1, norm="ortho")
-    tokenizer = FastActionTokenizer.fit(chunks, 10.0, vocab_size)
-    num_symbols = tokenizer.max_coefficient - tokenizer.min_coefficient + 1
-    symbols = rng.integers(0, num_symbols, (200, 40)) * (rng.random((200, 40)) < rng.random((200, 1)))  # long runs too
-    texts = ["".join(chr(FIRST_SYMBOL + symbol) for symbol in row) for row in symbols]
-    expected = [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch(texts)]
-    assert tokenizer._automaton.encode(symbols) == expected
-
-
-def test_a_large_batch_is_encoded_as_its_chunks_are(fitted):
-    chunks = smooth_chunks(AUTOMATON_FROM // 20 + 1, 10, 2)
-    ids = fitted.encode_actions(chunks)
-    assert "_automaton" in vars(fitted) and fitted._automaton is not None
-    assert len(ids) == len(chunks) > AUTOMATON_ROWS  # in several blocks
-    assert ids[:3000] == fitted.encode_actions(chunks[:3000]) and ids[-3000:] == fitted.encode_actions(chunks[-3000:])
-
-
-@needs_fast_plus
-def test_no_automaton_stands_in_for_tokenizers_of_another_kind(fast_plus, fitted, tmp_path):
-    assert fast_plus._automaton is None
-    fitted.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
-    for change in ({"ignore_merges": True}, {"dropout": 0.5}, {"merges": content["model"]["merges"][::-1]}):
-        changed = content | {"model": content["model"] | change}
-        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
-        assert FastActionTokenizer.from_pretrained(tmp_path)._automaton is None
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int64", "bfloat16"])
 def test_arrays_tensors_and_lists_of_any_real_dtype_are_encoded_alike(fitted, dtype):
     values = np.random.default_rng(0).integers(-1, 2, (6, 10, 2)) / (1 if "int" in dtype else 8)  # exact in them all
@@ -204,11 +171,11 @@ def test_saturation_keeps_the_extremes_and_is_counted(one_coefficient):
         (np.where(POSITIONS == 27, np.nan, 0.0), r"actions\[1, 3, 1\] is nan"),
         (np.where(POSITIONS == 40, -np.inf, 0.0), r"actions\[2, 0, 0\] is -inf"),
         (torch.where(torch.tensor(POSITIONS) == 19, torch.inf, 0.0), r"actions\[0, 9, 1\] is inf"),
-        (np.full((1, 10, 2), 3e38, dtype=np.float32), "overflow"),
+        (np.full((1, 10, 2), 1e308), "overflow"),
         (np.zeros((10, 2)), r"shape \(10, 2\), expected \(batch"),
         (np.zeros((2, 9, 2)), r"shape \(2, 9, 2\), expected \(batch, 10, 2\)"),
         (np.zeros((2, 10, 3)), r"shape \(2, 10, 3\), expected \(batch, 10, 2\)"),
-        (np.full((2, 10, 2), "0.5"), "dtype <U3"),
+        (np.full((2, 10, 2), "0.5"), "dtype is <U3"),
         ([], r"shape \(0,\)"),
     ],
 )
@@ -226,7 +193,7 @@ def test_actions_that_are_not_whole_finite_chunks_are_refused(fitted, actions, m
         ([[0] * 19], r"ids\[0\] holds 19 coefficients, expected horizon \* action_dim = 10 \* 2 = 20"),
         ([[0] * 20, [0] * 21], r"ids\[1\] holds 21 coefficients"),
         ([0] * 20, "takes a batch of lists"),
-        ([[0] * 20, [0.0] * 20], r"ids\[1\] is .*expected a list of ids"),
+        ([[0] * 20, [0.0] * 20], r"ids\[1\] has .*expected a list of ids"),
     ],
 )
 def test_ids_that_do_not_hold_one_chunk_each_are_refused(fitted, ids, message):
@@ -254,7 +221,7 @@ def test_relaxed_decoding_cuts_and_fills_what_holds_no_whole_chunk(fitted, fast_
     [
         ([[[-2.0]], [[1.5]]], 10.0, 35, "from -20 to 15: 36 symbols, more than the vocabulary of 35"),
         ([[[0.5]]], float("nan"), 100, "scale is nan"),
-        (np.zeros((0, 10, 2)), 10.0, 100, "chunks is empty"),
+        (np.zeros((0, 10, 2)), 10.0, 100, r"chunks has shape \(0, 10, 2\): pass at least one"),
     ],
 )
 def test_a_fit_that_cannot_work_is_refused(chunks, scale, vocab_size, message):

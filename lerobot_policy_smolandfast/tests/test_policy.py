@@ -192,7 +192,7 @@ def test_data_that_does_not_fit_is_refused(make_policy, dataset, batch, tmp_path
         make_policy(relative_actions=True)  # three numbers of state, four of action
     config = make_config()
     config.input_features = {"observation.state": config.input_features["observation.state"]}
-    with pytest.raises(ValueError, match="no camera"):
+    with pytest.raises(ValueError, match="expected at least one camera"):
         SMOLANDFASTPolicy(config, dataset_stats=dataset.stats, dataset_meta=dataset)
     with pytest.raises(ValueError, match="no parquet files"):
         read_demonstrations(tmp_path, 6)

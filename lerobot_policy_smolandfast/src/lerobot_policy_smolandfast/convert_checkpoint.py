@@ -1,4 +1,4 @@
-"""Turn a LeRobot checkpoint into a Transformers folder, or back. The actions stay equal.
+"""Turn a LeRobot checkpoint into a Transformers folder, or back. Both predict the same actions.
 
     python -m lerobot_policy_smolandfast.convert_checkpoint --to transformers \
         --checkpoint outputs/train/.../checkpoints/last/pretrained_model --output_dir policy
@@ -12,55 +12,41 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 
-from lerobot_policy_smolandfast.configuration_smolandfast import SMOLANDFASTConfig
-from lerobot_policy_smolandfast.modeling_smolandfast import SMOLANDFASTPolicy
-from lerobot_policy_smolandfast.processor_smolandfast import (
-    load_processor,
-    make_smolandfast_pre_post_processors,
-    processor_options,
-)
 from smolandfast import SmolAndFastForActionPrediction
 
+from .configuration_smolandfast import SMOLANDFASTConfig, model_options
+from .modeling_smolandfast import SMOLANDFASTPolicy
+from .processor_smolandfast import load_processor, make_smolandfast_pre_post_processors, processor_options
 
-def to_transformers(checkpoint: str, output_dir: Path) -> None:
-    """Write what `AutoModel` and `AutoProcessor` load, code included.
 
-    Args:
-        checkpoint: Folder (`.../pretrained_model`) or hub id of a LeRobot checkpoint.
-        output_dir: Folder to write.
-    """
+def to_transformers(checkpoint: str | Path, output_dir: Path) -> None:
+    """Write what `AutoModel` and `AutoProcessor` load, code included, from a LeRobot checkpoint's folder or hub id."""
     policy = SMOLANDFASTPolicy.from_pretrained(checkpoint)
     policy.model.save_pretrained(output_dir)
     policy.processor.save_pretrained(output_dir)
 
 
 def to_lerobot(checkpoint: Path, output_dir: Path, image_keys: Sequence[str] = (OBS_IMAGE,)) -> None:
-    """Write what `--policy.path` loads.
+    """Write what `--policy.path` loads, from a folder that a SmolAndFast model and processor were saved in.
 
-    Args:
-        checkpoint: Folder that a SmolAndFast model and processor were saved in.
-        output_dir: Folder to write.
-        image_keys: LeRobot's names of the cameras, in the order the policy was trained with.
+    `image_keys` are LeRobot's names of the cameras, in the order the policy was trained with.
     """
     model = SmolAndFastForActionPrediction.from_pretrained(checkpoint)
     processor = load_processor(checkpoint)
-    side = model.config.image_size or model.config.vision_config.image_size
-    state_dim, action_dim = processor.normalizer.state_dim, processor.normalizer.action_dim
+    normalizer, side = processor.normalizer, processor.image_processor.max_image_size["longest_edge"]
     config = SMOLANDFASTConfig(
         input_features={
-            OBS_STATE: PolicyFeature(FeatureType.STATE, (state_dim,)),
+            OBS_STATE: PolicyFeature(FeatureType.STATE, (normalizer.state_dim,)),
             **{key: PolicyFeature(FeatureType.VISUAL, (3, side, side)) for key in image_keys},
         },
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (action_dim,))},
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (normalizer.action_dim,))},
         vlm_model_name=str(checkpoint),
-        n_action_steps=model.config.n_action_steps,
-        freeze_vision_tower=model.config.freeze_vision_tower,
-        freeze_connector=model.config.freeze_connector,
         default_task=processor.default_task,
         push_to_hub=False,
+        **model_options(model.config),
         **processor_options(processor),
     )
     SMOLANDFASTPolicy(config, parts=(model, processor)).save_pretrained(output_dir)
@@ -76,7 +62,7 @@ def main() -> None:
     parser.add_argument("--image_keys", nargs="+", default=[OBS_IMAGE], help="LeRobot's names of the cameras")
     args = parser.parse_args()
     if args.output_dir.exists():
-        parser.error(f"--output_dir {args.output_dir} is there already. Name a new one.")
+        parser.error(f"--output_dir {args.output_dir} already exists. Choose a new one.")
     if args.to == "transformers":
         to_transformers(args.checkpoint, args.output_dir)
     else:

@@ -1,9 +1,6 @@
-"""SmolAndFast behind LeRobot's policy interface.
+"""SmolAndFast behind LeRobot's policy interface: everything is left to the model and its processor."""
 
-Everything is handed to [`SmolAndFastForActionPrediction`] and its processor. Observations come, and actions go, in the
-robot's units.
-"""
-
+import json
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,38 +8,26 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from lerobot.configs.policies import PreTrainedConfig
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lerobot_policy_smolandfast.configuration_smolandfast import TINY, SMOLANDFASTConfig
-from lerobot_policy_smolandfast.processor_smolandfast import (
-    load_processor,
-    make_processor,
-    processor_options,
-    save_processor,
-)
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.tiny_smolandfast import make_tiny_model
-from smolandfast.training_smolandfast import parameter_groups
+from smolandfast.training import make_tiny_model, parameter_groups
+
+from .configuration_smolandfast import TINY, SMOLANDFASTConfig, model_options
+from .processor_smolandfast import load_processor, make_processor, processor_options
 
 FOLDER = "smolandfast"  # in a LeRobot checkpoint: the model's configuration and the processor
 
 
 class SMOLANDFASTPolicy(PreTrainedPolicy):
-    """A SmolAndFast model and its processor as a LeRobot policy.
+    """A SmolAndFast model and its processor as a LeRobot policy. Observations and actions are in the robot's units.
 
-    Args:
-        config: Options, with the features that LeRobot filled in.
-        dataset_stats: `meta/stats.json` of the data set that a new policy is for.
-        dataset_meta: That data set.
-        parts: Model and processor of a policy that is not new.
-
-    Raises:
-        ValueError: No data set for a new policy, or parts that contradict the options.
+    A new policy is built from the statistics and metadata of its data set, a loaded one from its model and processor.
     """
 
     config_class = SMOLANDFASTConfig
@@ -57,39 +42,35 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
     ):
         super().__init__(config)
         config.validate_features()
-        if parts is None:
-            if dataset_stats is None or dataset_meta is None:
-                raise ValueError(
-                    "A new policy needs a data set: its statistics, tasks and actions. Train one with lerobot-train, "
-                    "or load a checkpoint with --policy.path."
-                )
-            processor = make_processor(config, dataset_stats, dataset_meta)
-            parts = _make_model(config, processor), processor
-            config.scale_factor = processor.scale_factor
-        self.model, self.processor = parts
+        if parts is not None:
+            self.model, self.processor = parts
+        elif dataset_stats is None or dataset_meta is None:
+            raise ValueError(
+                "A new policy needs a data set: its statistics, tasks and actions. Train one with lerobot-train, or "
+                "load a checkpoint with --policy.path."
+            )
+        else:
+            self.processor = make_processor(config, dataset_stats, dataset_meta)
+            self.model = _make_model(config, self.processor)
         if config.default_task is None:
             config.default_task = self.processor.default_task
         self.processor.default_task = config.default_task
-        self._check_parts()
+        self._check_processor()
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.reset()
 
-    def _check_parts(self) -> None:
-        normalizer = self.processor.normalizer
-        found = processor_options(self.processor) | {
-            f"the dimension of {OBS_STATE}": normalizer.state_dim,
-            f"the dimension of {ACTION}": normalizer.action_dim,
-        }
-        expected = {name: getattr(self.config, name) for name in processor_options(self.processor)} | {
-            f"the dimension of {OBS_STATE}": self.config.robot_state_feature.shape[0],
-            f"the dimension of {ACTION}": self.config.action_feature.shape[0],
-        }
-        for name, value in found.items():
-            if value != expected[name]:
+    def _check_processor(self) -> None:
+        """Refuse options and features other than those that the weights were trained for."""
+        config, normalizer = self.config, self.processor.normalizer
+        pairs = {name: (getattr(config, name), value) for name, value in processor_options(self.processor).items()}
+        pairs[f"the dimension of {OBS_STATE}"] = config.robot_state_feature.shape[0], normalizer.state_dim
+        pairs[f"the dimension of {ACTION}"] = config.action_feature.shape[0], normalizer.action_dim
+        for name, (asked, trained) in pairs.items():
+            if asked != trained:
                 raise ValueError(
-                    f"{name} is {expected[name]!r}, but {value!r} in the checkpoint, whose weights are for that. "
-                    "Leave it as it is, or train a new policy with --policy.type=smolandfast."
+                    f"{name} is {asked!r}, but {trained!r} in the checkpoint, which its weights were trained with. "
+                    "Use the same, or train a new policy with --policy.type=smolandfast."
                 )
 
     @classmethod
@@ -102,18 +83,14 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         dataset_meta: LeRobotDatasetMetadata | None = None,
         **hub_kwargs: Any,
     ) -> "SMOLANDFASTPolicy":
-        """Load a checkpoint that LeRobot saved, to evaluate it, to resume or to fine-tune it.
+        """Load a checkpoint that LeRobot saved: a folder (`.../pretrained_model`) or hub id.
 
-        Statistics and tokenizer stay the checkpoint's, whatever data set it is trained on next: the weights are for
-        them. So `dataset_stats` and `dataset_meta` are of no use here.
+        `dataset_stats` and `dataset_meta` are ignored: also when fine-tuned on another data set, the policy keeps the
+        statistics and the tokenizer that its weights were trained with.
 
         Args:
-            pretrained_name_or_path: Folder (`.../pretrained_model`) or hub id.
             config: Options to use instead of the checkpoint's.
             hub_kwargs: Those of `huggingface_hub.snapshot_download`, such as `revision`.
-
-        Raises:
-            ValueError: A folder of another kind, or options that contradict the checkpoint.
         """
         folder = Path(pretrained_name_or_path)
         if not folder.is_dir():
@@ -121,11 +98,11 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
             folder = Path(snapshot_download(str(pretrained_name_or_path), allow_patterns=files, **hub_kwargs))
         if not (folder / FOLDER / "config.json").is_file():
             raise ValueError(
-                f"{pretrained_name_or_path} has no {FOLDER}/config.json: it is no LeRobot checkpoint of this policy. "
-                "Convert a Transformers folder with python -m lerobot_policy_smolandfast.convert_checkpoint."
+                f"{pretrained_name_or_path} has no {FOLDER}/config.json, so it is not a LeRobot checkpoint of this "
+                "policy. Convert a Transformers folder with python -m lerobot_policy_smolandfast.convert_checkpoint."
             )
-        config = PreTrainedConfig.from_pretrained(folder) if config is None else config
-        model_config = SmolAndFastConfig.from_pretrained(folder / FOLDER, **_model_options(config))
+        config = config or PreTrainedConfig.from_pretrained(folder)
+        model_config = SmolAndFastConfig.from_pretrained(folder / FOLDER, **model_options(config))
         model = SmolAndFastForActionPrediction(model_config)
         model.generation_config = GenerationConfig.from_pretrained(folder / FOLDER)
         parts = model, load_processor(folder / FOLDER)
@@ -133,45 +110,38 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
         super()._save_pretrained(save_directory, **kwargs)
-        self.model.config.save_pretrained(save_directory / FOLDER)
-        self.model.generation_config.save_pretrained(save_directory / FOLDER)
-        save_processor(self.processor, save_directory / FOLDER)
+        folder = save_directory / FOLDER
+        for part in (self.model.config, self.model.generation_config, self.processor):
+            part.save_pretrained(folder)
+        # JSON alone: `push_model_to_hub` uploads nothing else from here, and the code is in the installed package.
+        template = json.dumps({"chat_template": self.processor.chat_template})
+        (folder / "chat_template.json").write_text(template, encoding="utf-8")
+        for path in (folder / "chat_template.jinja", *folder.rglob("*.py")):
+            path.unlink()
 
     def get_optim_params(self) -> list[dict]:
-        """Groups of what is trained, with the learning rates of vision tower, connector and language model."""
-        return parameter_groups(
-            self.model,
-            self.config.vision_learning_rate,
-            self.config.connector_learning_rate,
-            self.config.text_learning_rate,
-            self.config.optimizer_weight_decay,
-        )
+        config = self.config
+        rates = config.vision_learning_rate, config.connector_learning_rate, config.text_learning_rate
+        return parameter_groups(self.model, *rates, config.optimizer_weight_decay)
 
     def reset(self) -> None:
-        """Forget the actions still to execute: to be called when an episode begins."""
+        """Drop the actions left to execute, when an episode begins."""
         self._action_queue: deque[Tensor] = deque()
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, None]:
-        """The loss of a batch.
+        """The loss of a batch: cross-entropy of the action tokens, a scalar, and nothing more to log.
 
         Args:
             batch: For each camera `(B, 3, H, W)` floats in [0, 1], `observation.state` `(B, state_dim)`, `action`
-                `(B, chunk_size, action_dim)` and `task`, B sentences.
-
-        Returns:
-            Cross-entropy of the action tokens, a scalar; nothing more to log.
+                `(B, chunk_size, action_dim)` and `task`, B sentences; the default task stands in for an empty or
+                missing one.
         """
         inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.model.device)
         with self._autocast():
             return self.model(**inputs, use_cache=False).loss, None
 
     def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """Predict the next actions: observations as in `forward` -> `(B, chunk_size, action_dim)`, robot units.
-
-        Args:
-            batch: Observations. Without `task`, or where it is empty, the default task is used.
-            kwargs: Options of `generate()`, such as `do_sample` and `temperature`.
-        """
+        """Predict chunks: observations as in `forward` -> `(B, chunk_size, action_dim)`; kwargs go to `generate()`."""
         self.eval()
         inputs = self.processor(**self._read_observation(batch)).to(self.model.device)
         relaxed = self.config.relaxed_decoding
@@ -180,42 +150,31 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         return torch.from_numpy(self.processor.post_process_actions(ids, relaxed)).to(self.model.device)
 
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """The next action of each environment: observations as in `forward` -> `(B, action_dim)`, robot units.
-
-        A chunk is predicted when `n_action_steps` of the last one have been executed.
-        """
+        """The next action of each environment: `(B, action_dim)`. A new chunk is predicted every `n_action_steps`."""
         if not self._action_queue:
             chunk = self.predict_action_chunk(batch, **kwargs)[:, : self.config.n_action_steps]
             self._action_queue.extend(chunk.transpose(0, 1))  # (B, n, D) -> n times (B, D)
         return self._action_queue.popleft()
 
     def _read_observation(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The processor's arguments."""
-        keys = [*self.config.image_features, OBS_STATE]
-        missing = [key for key in keys if key not in batch]
+        missing = [key for key in (*self.config.image_features, OBS_STATE) if key not in batch]
         if missing:
             raise ValueError(
-                f"The batch has no {', '.join(missing)}, only {sorted(batch)}. Rename what is there with "
-                "--rename_map, or train a policy for these cameras."
+                f"The batch has no {', '.join(missing)}, only {sorted(batch)}. Rename features with --rename_map, or "
+                "train a policy for these."
             )
         images = zip(*(batch[key] for key in self.config.image_features), strict=True)  # one tuple a sample
         return {"images": list(images), "text": batch.get("task"), "state": batch[OBS_STATE]}
 
     def _autocast(self) -> AbstractContextManager:
-        # With float32, what `accelerate launch --mixed_precision` set up stays in force.
-        is_bfloat16 = self.config.dtype == "bfloat16"
-        return torch.autocast(self.model.device.type, torch.bfloat16) if is_bfloat16 else nullcontext()
-
-
-def _model_options(config: SMOLANDFASTConfig) -> dict[str, Any]:
-    """The fields of [`SmolAndFastConfig`] that may change from run to run."""
-    names = ("n_action_steps", "freeze_vision_tower", "freeze_connector")
-    return {name: getattr(config, name) for name in names}
+        if self.config.dtype == "bfloat16":
+            return torch.autocast(self.model.device.type, torch.bfloat16)
+        return nullcontext()  # leaves in force what `accelerate launch --mixed_precision` set up
 
 
 def _make_model(config: SMOLANDFASTConfig, processor: SmolAndFastProcessor) -> SmolAndFastForActionPrediction:
     if config.vlm_model_name == TINY:
-        return make_tiny_model(processor, **_model_options(config))
+        return make_tiny_model(processor, **model_options(config))
     return SmolAndFastForActionPrediction.from_pretrained(
-        config.vlm_model_name, **processor.model_kwargs(), **_model_options(config), dtype=torch.float32
+        config.vlm_model_name, **processor.model_kwargs(), **model_options(config), dtype=torch.float32
     )

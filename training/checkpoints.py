@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from .weights_smolandfast import SUMS, check_checksums, compute_checksums, read_checksums, write_checksums
+from ..files_smolandfast import SUMS, check_checksums, read_checksums, write_checksums
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +68,7 @@ class CheckpointSealer(TrainerCallback):
 
     def on_push_begin(self, args, state, control, **kwargs):
         if self.folder is not None and (self.folder / SUMS).is_file():  # the checkpoint's weights are what is pushed
-            write_checksums(Path(args.output_dir), read_checksums(self.folder / SUMS))
+            shutil.copyfile(self.folder / SUMS, Path(args.output_dir, SUMS))
 
     def on_save(self, args, state, control, **kwargs):
         folder = self.folder
@@ -78,7 +78,7 @@ class CheckpointSealer(TrainerCallback):
         PartialState().wait_for_everyone()  # each process writes its own random state
         if args.should_save:
             names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-            write_checksums(folder, compute_checksums(folder, names - {SUMS}))
+            write_checksums(folder, names - {SUMS})
             shutil.rmtree(folder.parent / UNFINISHED, ignore_errors=True)
             if self.save_total_limit:
                 checkpoints, best = find_checkpoints(folder.parent), Path(state.best_model_checkpoint or folder).name

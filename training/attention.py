@@ -3,15 +3,19 @@
 PyTorch's fused CPU kernel spends most of the backward pass outside of its matrix products. Here the probabilities are
 computed anew from the forward pass's log-sum-exp, as in FlashAttention (Dao et al. 2022), but a few heads at a time,
 with five large bf16 products and two passes over the scores: `exp` and a multiplication. What would be further passes
-(subtracting the log-sum-exp, subtracting each row's mean gradient) rides along in the products as two more columns.
+(subtracting the log-sum-exp, subtracting each row's mean gradient) is part of the products, as two more columns.
 
-`training_smolandfast.py` registers it with Transformers as `attn_implementation="bf16_training"`.
+Importing this file registers it with Transformers as `attn_implementation="bf16_training"`. What it cannot do, and a
+PyTorch without the forward kernel, is left to the stock `sdpa`. `benchmarks/bench_training_256m.py` measures what it
+brings.
 """
 
 import math
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 # Query rows handled at once where attention is causal: keys after the last of them are left out.
 CAUSAL_ROWS = 256
@@ -19,7 +23,7 @@ CAUSAL_ROWS = 256
 NUM_SCORES = 4 * 1024 * 1024
 # Probabilities are kept times 32. bf16 has 8 bits, so an exponent near 0 is exact to more digits than one near -7.
 LOG_SHIFT = 5 * math.log(2)
-# What Transformers passes on to every attention and attention without a mask has no use for.
+# Arguments that Transformers passes to every attention function and that mean nothing without a mask.
 UNUSED = ("position_ids", "use_cache", "output_hidden_states")
 
 
@@ -116,7 +120,7 @@ def bf16_training_attention(
 ):
     """Transformers' `sdpa` attention, with the other backward pass where it applies: in bf16 on a CPU, without a mask.
 
-    An argument that is not known here, or a PyTorch without the kernel, is `sdpa`'s.
+    Everything else is left to `sdpa`: an unknown argument too, and a PyTorch without the kernel.
 
     Args and Returns: those of Transformers' attention functions.
     """
@@ -133,3 +137,7 @@ def bf16_training_attention(
         )
     output = _attend(query.to(dtype), key.to(dtype), value.to(dtype), scaling or query.shape[-1] ** -0.5, is_causal)
     return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("bf16_training", bf16_training_attention)
+AttentionMaskInterface.register("bf16_training", sdpa_mask)

@@ -1,17 +1,12 @@
-"""Training in bf16: the attention's backward pass, AdamW with fp32 master weights, and both in a whole model."""
+"""Training in bf16 on a CPU: the attention's backward pass, alone and in a whole model."""
 
-import platform
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from smolandfast import attention_smolandfast, training_smolandfast
-from smolandfast.attention_smolandfast import bf16_training_attention
-from smolandfast.training_smolandfast import MasterWeightsAdamW, make_optimizer
+from smolandfast.training import attention, bf16_training_attention
 
 
 class Attention(torch.nn.Module):
@@ -68,7 +63,7 @@ def test_the_backward_pass_is_fp32s_within_what_bf16_resolves(is_causal, heads, 
 
 def test_an_unknown_argument_takes_the_stock_path(monkeypatch):
     stock = Mock(return_value=(None, None))
-    monkeypatch.setattr(attention_smolandfast, "sdpa_attention_forward", stock)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", stock)
     query = torch.randn(1, 2, 8, 16).bfloat16().requires_grad_()
     module = Attention(True, 1)
     bf16_training_attention(module, query, query, query, None, position_ids=torch.arange(8), sliding_window=None)
@@ -77,8 +72,8 @@ def test_an_unknown_argument_takes_the_stock_path(monkeypatch):
     assert stock.call_args.kwargs["sliding_window"] == 4
 
 
-def with_gradients(model, inputs, attention):
-    model.set_attn_implementation(attention)
+def with_gradients(model, inputs, implementation):
+    model.set_attn_implementation(implementation)
     model.train().zero_grad()
     loss = model(**inputs).loss
     loss.backward()
@@ -87,7 +82,7 @@ def with_gradients(model, inputs, attention):
 
 def test_a_model_in_training_takes_the_fast_path(processor, model, batch, monkeypatch):
     stock = Mock()
-    monkeypatch.setattr(attention_smolandfast, "sdpa_attention_forward", stock)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", stock)
     with_gradients(model.to(torch.bfloat16), processor(**batch), "bf16_training")
     assert not stock.called
 
@@ -120,64 +115,3 @@ def test_a_model_in_bf16_has_fp32s_gradients_roughly(processor, model, batch, au
     assert abs(bf16_loss - loss) < 0.02 * loss
     expected, found = (torch.cat([g.flatten() for g in grads.values()]) for grads in (expected, found))
     assert torch.cosine_similarity(expected, found, dim=0) > 0.99
-
-
-@pytest.mark.parametrize("elements", [2**18, 90, 1], ids=["at once", "a few rows at once", "row by row"])
-def test_master_weights_are_those_of_adamw_in_fp32(elements, monkeypatch):
-    monkeypatch.setattr(training_smolandfast, "NUM_ELEMENTS", elements)
-    torch.manual_seed(0)
-    start = torch.randn(40, 30).bfloat16()
-    rounded, exact = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
-    options = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    ours, reference = MasterWeightsAdamW([rounded], **options), torch.optim.AdamW([exact], fused=True, **options)
-    for _ in range(50):  # each step far below bf16's resolution
-        rounded.grad = torch.randn(40, 30).bfloat16()
-        exact.grad = rounded.grad.float()
-        ours.step()
-        reference.step()
-    assert torch.equal(ours.state[rounded]["master"], exact)
-    assert torch.equal(rounded, exact.bfloat16()) and not torch.equal(rounded, start)
-
-
-def test_a_saved_optimizer_goes_on_with_its_fp32_values():
-    torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(5, 4).bfloat16()) for _ in range(2)]
-    optimizer = MasterWeightsAdamW(parameters)
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    again = MasterWeightsAdamW(parameters)
-    again.load_state_dict(optimizer.state_dict())
-    for parameter in parameters:
-        for name, value in optimizer.state[parameter].items():
-            assert again.state[parameter][name].dtype == torch.float32
-            assert torch.equal(again.state[parameter][name], value)
-
-
-def test_make_optimizer_keeps_master_weights_for_a_model_in_bf16_only(model):
-    assert isinstance(make_optimizer(model), torch.optim.AdamW)
-    assert isinstance(make_optimizer(model.to(torch.bfloat16)), MasterWeightsAdamW)
-
-
-FAULTS = """
-import resource, sys, torch
-from smolandfast.training_smolandfast import keep_freed_memory
-if sys.argv[1] == "keep":
-    print(keep_freed_memory(), end=" ")
-for _ in range(10):  # until a piece that was freed fits
-    torch.zeros(2**24)  # 64 MB
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    torch.zeros(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone can be told")
-def test_freed_memory_is_kept_for_the_next_tensors():
-    default, kept = (
-        subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True).stdout.split()
-        for way in ("default", "keep")
-    )
-    assert int(default[0]) > 3 * 2**26 / 2**12 / 2  # pages; fewer where they are large
-    assert kept[0] == "True" and int(kept[1]) < 100

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil, SmolVLMModel
 
-from .configuration_smolandfast import SmolAndFastConfig
-from .modeling_smolandfast import SmolAndFastForActionPrediction
-from .processing_smolandfast import PROMPT, SmolAndFastProcessor
-from .tokenization_fast_action import FastActionTokenizer
+from ..configuration_smolandfast import SmolAndFastConfig
+from ..modeling_smolandfast import SmolAndFastForActionPrediction
+from ..processing_smolandfast import PROMPT, SmolAndFastProcessor
+from ..tokenization_fast_action import FastActionTokenizer
 
 IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}

@@ -1,0 +1,77 @@
+"""Draw the README's pictures: the architecture, and the shipped policy at work.
+
+    python benchmarks/pictures.py
+
+Writes `assets/architecture.png` and `assets/pusht.gif`, three episodes side by side at twice the simulator's speed.
+"""
+
+import io
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from eval_pusht import load_policy, make_predict  # noqa: E402
+from pusht import CONTROL_HZ, rollout  # noqa: E402
+
+SEEDS = range(1000, 1003)
+TILE, GAP = 224, 8  # pixels
+# Left, centre y, width, text, colour; all are of one height.
+HEIGHT, INPUT, LEARNT, FIXED = 0.95, "#e8e8e8", "#cfe3ff", "#ffe3c2"
+BOXES = [
+    (0.1, 2.6, 2.0, "image", INPUT),
+    (0.1, 1.1, 2.0, "task sentence,\nrobot's state", INPUT),
+    (2.6, 2.6, 2.3, "SigLIP, pixel shuffle,\nlinear layer", LEARNT),
+    (2.6, 1.1, 2.3, "state in bins,\nchat template", FIXED),
+    (6.2, 1.85, 1.5, "SmolLM2", LEARNT),
+    (8.3, 1.85, 2.2, "FAST tokens: only\nthose that still fit", FIXED),
+    (11.1, 1.85, 2.0, "integers,\ninverse DCT", FIXED),
+    (13.7, 1.85, 1.6, "action chunk\n(H, D)", INPUT),
+]
+ARROWS = [(0, 2), (1, 3), (2, 4), (3, 4), (4, 5), (5, 6), (6, 7)]
+
+
+def draw_architecture(path: Path) -> None:
+    figure = Figure(figsize=(12.4, 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, 15.4), ylim=(0.3, 3.4), aspect="equal")
+    axes.axis("off")
+    for left, y, width, text, colour in BOXES:
+        corner, style = (left, y - HEIGHT / 2), "round,pad=0,rounding_size=0.12"
+        axes.add_patch(FancyBboxPatch(corner, width, HEIGHT, style, facecolor=colour, edgecolor="#444444"))
+        axes.text(left + width / 2, y, text, ha="center", va="center", fontsize=10, linespacing=1.5)
+    for source, target in ARROWS:
+        (left, y, width, *_), (next_left, next_y, *_) = BOXES[source], BOXES[target]
+        axes.annotate("", (next_left, next_y), (left + width, y), arrowprops={"arrowstyle": "->", "color": "#444444"})
+    axes.text(5.5, 2.5, "visual tokens", fontsize=9)
+    axes.text(5.5, 1.1, "text tokens", fontsize=9)
+    back = {"arrowstyle": "->", "color": "#444444", "connectionstyle": "arc3,rad=-0.35"}
+    axes.annotate("", (7.1, 1.35), (9.2, 1.35), arrowprops=back)
+    axes.text(8.15, 0.62, "one by one", ha="center", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def film(path: Path) -> None:
+    model, processor = load_policy(str(ROOT / "checkpoints/pusht-tiny"))
+    result = rollout(make_predict(model, processor), SEEDS, model.config.n_action_steps, record=len(SEEDS))
+    episodes = [episode.frames for episode in result.recordings]
+    pictures = []
+    for step in range(0, max(map(len, episodes)) + 10, 2):  # the end is held for a second
+        picture = Image.new("RGB", (len(episodes) * (TILE + GAP) - GAP, TILE), "white")
+        for i, frames in enumerate(episodes):
+            scene = Image.open(io.BytesIO(frames[min(step, len(frames) - 1)]))
+            picture.paste(scene.resize((TILE, TILE), Image.Resampling.LANCZOS), (i * (TILE + GAP), 0))
+        pictures.append(picture.quantize(48, dither=Image.Dither.NONE))
+    duration = 1000 // CONTROL_HZ  # of two steps
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=True)
+    print(path, [f"seed {e.seed}: {'solved' if e.success else 'not solved'}" for e in result.recordings])
+
+
+if __name__ == "__main__":
+    draw_architecture(ROOT / "assets/architecture.png")
+    film(ROOT / "assets/pusht.gif")
