@@ -107,6 +107,18 @@ def test_your_own_robot_works_as_it_is_written(vlm, tmp_path, monkeypatch):
     assert actions.shape == (1, 10, 2) and np.isfinite(actions).all()
 
 
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="no bf16 products")
+def test_the_real_sizes_snippet_packs_the_shipped_policy_too():
+    exec(snippets("real_size.md", "python")[0], names := {"folder": str(ROOT / "checkpoints/pusht-tiny")})
+    assert names["model"].is_packed
+
+
+def test_no_python_snippet_is_left_out():
+    """Two of them are run elsewhere: the README's ten lines in test_auto_classes, the controller in test_report."""
+    counts = {page: len(snippets(page, "python")) for page in PAGES if snippets(page, "python")}
+    assert counts == {"README.md": 1, "safety.md": 1, "your_robot.md": 5, "training.md": 1, "real_size.md": 1}
+
+
 def test_every_command_is_known_here_or_tested_elsewhere():
     for page in PAGES:
         for command in filter(None, commands(page)):
