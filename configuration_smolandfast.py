@@ -183,7 +183,7 @@ class SmolAndFastConfig(SmolVLMConfig):
             token is not None and not re.fullmatch("([0-9a-f]{2})+", token) for token in self.fast_token_bytes or ()
         ):
             raise ValueError("fast_token_bytes holds a string that is not hexadecimal. Take it from token_grammar().")
-        if self.chunk_size * self.action_dim > self.text_config.max_position_embeddings:
+        if self.num_coefficients > self.text_config.max_position_embeddings:
             raise ValueError(
                 f"A chunk holds chunk_size * action_dim = {self.chunk_size} * {self.action_dim} coefficients, that is "
                 f"more than text_config.max_position_embeddings, {self.text_config.max_position_embeddings}, so not "
@@ -201,6 +201,11 @@ class SmolAndFastConfig(SmolVLMConfig):
     def num_action_tokens(self) -> int:
         """Size of the FAST vocabulary, 0 where none is chosen."""
         return len(self.fast_token_lengths or self.fast_token_bytes or ())
+
+    @property
+    def num_coefficients(self) -> int:
+        """FAST coefficients in a chunk."""
+        return self.chunk_size * self.action_dim
 
     @property
     def image_seq_len(self) -> int:

@@ -47,7 +47,7 @@ class ActionGrammar:
             )
         self.base_id = config.action_token_base_id
         self.band = slice(action_token_map(config.num_action_tokens - 1, self.base_id), self.base_id + 1)
-        self.num_coefficients = config.chunk_size * config.action_dim
+        self.num_coefficients = config.num_coefficients
         if config.fast_token_lengths is not None:
             self.started = torch.tensor(config.fast_token_lengths)
             self.next_state = torch.zeros(1, config.num_action_tokens, dtype=torch.long)

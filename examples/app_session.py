@@ -6,8 +6,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from app_views import WORLD, draw_coverage, draw_image, draw_scene, draw_tokens
-from pusht import CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, check_chunks
+from app_views import draw_coverage, draw_image, draw_scene, draw_tokens
+from pusht import CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, WORLD_SIZE, check_chunks
 from transformers import AutoModel, AutoProcessor
 
 SEED = 1000
@@ -79,9 +79,9 @@ class Session:
             raise ValueError(f"agent is {agent}, block is {block}, expected 2 and 3 finite numbers. Drag them again.")
         with self.lock:
             self.env.reset()
-            self.env.agent.position = tuple(np.clip(agent, AGENT_MARGIN, WORLD - AGENT_MARGIN))
+            self.env.agent.position = tuple(np.clip(agent, AGENT_MARGIN, WORLD_SIZE - AGENT_MARGIN))
             self.env.block.angle = block[2]  # before the position, since the T turns about its centre of gravity
-            self.env.block.position = tuple(np.clip(block[:2], BLOCK_MARGIN, WORLD - BLOCK_MARGIN))
+            self.env.block.position = tuple(np.clip(block[:2], BLOCK_MARGIN, WORLD_SIZE - BLOCK_MARGIN))
             for body in (self.env.agent, self.env.block):
                 self.env.space.reindex_shapes_for_body(body)
             self.observation = self.env.get_obs()

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import gymnasium
 import numpy as np
 from PIL import Image
+from pusht import WORLD_SIZE
 
-WORLD, AGENT_RADIUS, HANDLE = 512, 15, (0, 120)  # the T is turned by a handle at the end of its stem
+AGENT_RADIUS, HANDLE = 15, (0, 120)  # the T is turned by a handle at the end of its stem
 GOAL, BLOCK, AGENT, AHEAD, SOLVED = "#90ee90", "#778899", "#4169e1", "#ff7f0e", "#1f9d4d"
 
 SCENE_CSS = """
@@ -97,8 +98,8 @@ def draw_scene(
     )
     line = _points([agent, *ahead]) if len(ahead) else ""
     return (
-        f'<svg viewBox="0 0 {WORLD} {WORLD}" role="img" aria-label="The T, its target and the pusher">'
-        f'<rect width="{WORLD}" height="{WORLD}" fill="white"/>'
+        f'<svg viewBox="0 0 {WORLD_SIZE} {WORLD_SIZE}" role="img" aria-label="The T, its target and the pusher">'
+        f'<rect width="{WORLD_SIZE}" height="{WORLD_SIZE}" fill="white"/>'
         f'<rect x="5" y="5" width="501" height="501" fill="none" stroke="{SOLVED if solved else "#d3d3d3"}" '
         f'stroke-width="{8 if solved else 4}"/>'
         f'<g {_transform(*env.goal_pose)} fill="{GOAL}">{tee}</g>'

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from muon import make_muon
-from pusht_scenes import NUM_POINTS, WORLD_SIZE, EpochSetter, render_scenes, vary_scene
+from pusht import WORLD_SIZE
+from pusht_scenes import NUM_POINTS, EpochSetter, render_scenes, vary_scene
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -45,6 +45,7 @@ WORDINGS = [" ".join(words) for words in itertools.product(VERBS, BLOCKS, GOALS)
 MAX_EPISODE_STEPS = 300
 CONTROL_HZ = 10
 ACTION_DIM = 2
+WORLD_SIZE = 512  # the simulator's pixels a side
 FRAME_SIZE = 384  # pixels along each side of a filmed scene; the policy's own images have 96
 Z_95 = NormalDist().inv_cdf(0.975)
 BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 130, 50)
