@@ -140,6 +140,8 @@ class SmolAndFastConfig(SmolVLMConfig):
         """Refuse contradictions. Called on construction, and by the model again."""
         sizes = {name: getattr(self, name) for name in ("scale_factor", "chunk_size", "n_action_steps")}
         for part, names in BACKBONE_SIZES.items():
+            if not isinstance(model_type := getattr(self, part).model_type, str):
+                raise ValueError(f"{part}.model_type is {model_type!r}, expected a string such as 'llama'.")
             sizes |= {f"{part}.{name}": getattr(getattr(self, part), name, None) for name in names}
         optional = ("num_key_value_heads", "head_dim")
         for name, value in sizes.items():
