@@ -11,6 +11,8 @@ from functools import cached_property, wraps
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -86,7 +88,13 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
         kwargs |= {"ignore_mismatched_sizes": is_recreated, "force_download": False}  # everything has come by now
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        (result[0] if isinstance(result, tuple) else result)._freeze()  # loading made new parameters
+        model = result[0] if isinstance(result, tuple) else result
+        model._freeze()  # loading made new parameters
+        if model.dtype == torch.bfloat16 and Version(transformers.__version__) < Version("5.21"):
+            logger.warning(
+                f"In bf16, transformers {transformers.__version__} rounds the places of an image's patches, and "
+                "actions are wrong (PushT: by 22 pixels of 512 on average). Use transformers 5.21 or newer, or float32."
+            )
         return result
 
     @classmethod

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TASK
+from conftest import TASK, warnings_of
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.utils import logging
 
-from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, compute_statistics
+from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, compute_statistics, modeling_smolandfast
 from smolandfast.training import make_tiny_model, make_tiny_processor
 
 
@@ -228,3 +228,14 @@ def test_fast_plus_drives_the_tiny_model(fast_plus, demonstrations, batch):
     for options in ({}, {"do_sample": True}, {"num_beams": 2}):
         actions = processor.post_process_actions(model.generate(**prompts(processor, batch), **options))
         assert actions.shape == (4, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "warnings"), [("5.19.0", "bfloat16", 1), ("5.19.0", "float32", 0), ("5.24.0", "bfloat16", 0)]
+)
+def test_a_release_that_misplaces_patches_in_bf16_is_warned_of(model, tmp_path, monkeypatch, version, dtype, warnings):
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(modeling_smolandfast.transformers, "__version__", version)
+    with warnings_of(modeling_smolandfast) as messages:
+        SmolAndFastForActionPrediction.from_pretrained(tmp_path, dtype=getattr(torch, dtype))
+    assert len([message for message in messages if "rounds the places" in message]) == warnings
