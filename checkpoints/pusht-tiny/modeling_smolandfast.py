@@ -93,7 +93,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         if model.dtype == torch.bfloat16 and Version(transformers.__version__) < Version("5.21"):
             logger.warning(
                 f"In bf16, transformers {transformers.__version__} rounds the places of an image's patches, and "
-                "actions are wrong (PushT: by 22 pixels of 512 on average). Use transformers 5.21 or newer, or float32."
+                "actions are wrong (PushT: by 22 pixels of 512 on average). Use 5.21 or newer, or float32."
             )
         return result
 
