@@ -76,8 +76,7 @@ class ActionGrammar:
             The coefficients left to begin and the state, each `(batch,)`. Once a string is complete, the padding that
             follows does not count; a string outside the grammar has state -1.
         """
-        left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
-        state = torch.zeros_like(left)
+        left, state = self._start(action_ids)
         for ids in action_ids.T:
             left, state = self.step(left, state, ids)
         return left, state
@@ -114,8 +113,7 @@ class ActionGrammar:
         Raises:
             ValueError: Ids that are no whole string of the grammar.
         """
-        left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
-        state, found = torch.zeros_like(left), []
+        (left, state), found = self._start(action_ids), []
         for step, ids in enumerate(action_ids.T):
             complete = is_complete(left, state)
             allowed = self.allowed(left, state) | complete[:, None]  # something finite where nothing is chosen
@@ -124,12 +122,17 @@ class ActionGrammar:
             among = scores[:, step, self.band].flip(1).float().masked_fill(~allowed, -torch.inf).log_softmax(dim=1)
             found.append(among.gather(1, tokens[:, None]).squeeze(1).masked_fill(complete, 0.0))
             left, state = self.step(left, state, ids)
-        if not is_complete(left, state).all():
+        complete = is_complete(left, state)
+        if not complete.all():
             raise ValueError(
-                f"action_ids holds {action_ids[~is_complete(left, state)][0].tolist()}, expected strings of exactly "
+                f"action_ids holds {action_ids[~complete][0].tolist()}, expected strings of exactly "
                 f"{self.num_coefficients} coefficients. Take the labels that the processor makes of actions."
             )
         return torch.stack(found, dim=1)
+
+    def _start(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
+        return left, torch.zeros_like(left)
 
 
 class ActionReader:

@@ -9,6 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from smolandfast import FastActionTokenizer, Normalizer, compute_statistics
 from smolandfast.training import make_tiny_model, make_tiny_processor
@@ -52,6 +53,18 @@ def smolvlm_assets() -> Path:
     if not (SHARED / "assets/smolvlm2_256m").is_dir():
         pytest.skip("SmolVLM2's files are not at hand: they are not part of the repository")
     return SHARED / "assets/smolvlm2_256m"
+
+
+@pytest.fixture
+def vlm(smolvlm_assets, tmp_path) -> Path:
+    """SmolVLM2's real configuration and vocabulary at a small depth, with random weights."""
+    config = SmolVLMConfig.from_pretrained(smolvlm_assets)
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    SmolVLMForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "vlm")
+    for path in smolvlm_assets.glob("*.json"):
+        if path.name != "config.json":
+            (tmp_path / "vlm" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "vlm"
 
 
 @pytest.fixture(scope="session")

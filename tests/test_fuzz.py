@@ -357,16 +357,16 @@ def test_any_fields_in_processor_files(folder, small_policy, observation, name, 
 
 @fuzz
 @given(data=st.data())
-def test_any_field_of_the_configuration_is_kept_or_refused(small_policy, data):
+def test_any_field_of_the_configuration_is_kept_or_refused_by_its_name(small_policy, data):
     content, names = mutate_json(small_policy.config.to_dict(), data.draw)
-    with refusing(*names, "model type", "The configuration cannot be used"):
+    with refusing(*names, "model type", "hidden size"):
         SmolAndFastConfig.from_dict(content)
 
 
 @fuzz
 @given(name=st.sampled_from(sorted(SmolAndFastConfig().to_dict())), value=junk)
-def test_any_argument_of_the_configuration_is_kept_or_refused(name, value):
-    with refusing(name, "The configuration cannot be used"):
+def test_any_argument_of_the_configuration_is_kept_or_refused_by_its_name(name, value):
+    with refusing(name):
         try:
             SmolAndFastConfig(**{name: value})
         except StrictDataclassError as error:  # Transformers' own check of types

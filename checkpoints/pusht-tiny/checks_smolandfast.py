@@ -31,11 +31,12 @@ def as_numbers(values: "np.ndarray | torch.Tensor", name: str, shape: tuple | No
         values = values.astype(np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{name} is not an array of numbers: {error}. Pass real numbers.") from error
-    if shape is not None:
-        sizes = values.shape if values.ndim == len(shape) else ()
-        fits = (isinstance(size, str) or size == found for size, found in zip(shape, sizes, strict=False))
-        if len(sizes) != len(shape) or not all(fits):
-            raise ValueError(f"{name} has shape {values.shape}, expected ({', '.join(map(str, shape))}).")
+    fits = shape is None or (
+        values.ndim == len(shape)
+        and all(isinstance(size, str) or size == found for size, found in zip(shape, values.shape, strict=True))
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {values.shape}, expected ({', '.join(map(str, shape))}).")
     if not np.isfinite(values).all():
         first = tuple(np.argwhere(~np.isfinite(values))[0].tolist())
         raise ValueError(

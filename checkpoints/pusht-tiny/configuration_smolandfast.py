@@ -108,6 +108,10 @@ class SmolAndFastConfig(SmolVLMConfig):
     def __post_init__(self, **kwargs):
         for name in FORMER_FIELDS:
             kwargs.pop(name, None)
+        _check_fields("", {"dtype": self.dtype, "id2label": self.id2label})
+        for name in BACKBONE_SIZES:
+            if isinstance(part := getattr(self, name), dict):
+                _check_fields(f"{name}.", part)
         with naming_errors("The configuration", FIX):
             super().__post_init__(**kwargs)
         self.check()
@@ -140,8 +144,6 @@ class SmolAndFastConfig(SmolVLMConfig):
         """Refuse contradictions. Called on construction, and by the model again."""
         sizes = {name: getattr(self, name) for name in ("scale_factor", "chunk_size", "n_action_steps")}
         for part, names in BACKBONE_SIZES.items():
-            if not isinstance(model_type := getattr(self, part).model_type, str):
-                raise ValueError(f"{part}.model_type is {model_type!r}, expected a string such as 'llama'.")
             sizes |= {f"{part}.{name}": getattr(getattr(self, part), name, None) for name in names}
         optional = ("num_key_value_heads", "head_dim")
         for name, value in sizes.items():
@@ -214,6 +216,18 @@ class SmolAndFastConfig(SmolVLMConfig):
         """Visual tokens of one image (or sub-image)."""
         side = self.image_size or self.vision_config.image_size
         return (side // self.vision_config.patch_size // self.scale_factor) ** 2
+
+
+def _check_fields(prefix: str, fields: dict) -> None:
+    """Name the fields that Transformers would only stumble over."""
+    model_type, dtype, labels = (fields.get(name) for name in ("model_type", "dtype", "id2label"))
+    if not isinstance(model_type, str | None):
+        raise ValueError(f"{prefix}model_type is {model_type!r}, expected a string such as 'llama'.")
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype | None):
+        raise ValueError(f"{prefix}dtype is {dtype!r}, expected a type of PyTorch's, such as 'float32'.")
+    if labels is not None and not (isinstance(labels, dict) and all(str(key).isdecimal() for key in labels)):
+        raise ValueError(f"{prefix}id2label is {labels!r}, expected None, or names by their numbers.")
 
 
 SmolAndFastConfig.register_for_auto_class("AutoConfig")

@@ -99,10 +99,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
         if self.chunk_size is None:
             raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
-        shape, fitted = (
-            (self.chunk_size, self.normalizer.action_dim),
-            (action_tokenizer.horizon, action_tokenizer.action_dim),
-        )
+        shape = self.chunk_size, self.normalizer.action_dim
+        fitted = action_tokenizer.horizon, action_tokenizer.action_dim
         if fitted not in (shape, (None, None)):
             raise ValueError(
                 f"chunk_size is {shape[0]} and the statistics have {shape[1]} action dimensions, but the FAST "
