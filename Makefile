@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 # The demo needs less than the tests do.
-ALL := examples,app,dev
+ALL := examples,metaworld,app,dev
 FOR_EXAMPLES := $(VENV)/for-examples
+FOR_METAWORLD := $(VENV)/for-metaworld
 INSTALLED := $(VENV)/installed
 
 # The releases that the other environments have. `make lock` writes the files; TORCH chooses the locked PyTorch.
@@ -26,10 +27,16 @@ PYTHON_LEROBOT ?= python3.12
 TORCH_LEROBOT ?= torch==2.10.0
 LEROBOT_VERSION ?= 0.6.1
 
-.PHONY: demo test test-all test-oldest test-newest test-lerobot core copies lock fuzz lint bench clean
+.PHONY: demo demo-metaworld test test-all test-oldest test-newest test-lerobot core copies lock fuzz lint bench clean
 
 demo: $(FOR_EXAMPLES)
-	$(VENV)/bin/python examples/eval_pusht.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
+	$(VENV)/bin/python examples/evaluate.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
+
+# Needs Debian's libosmesa6 where there is no screen.
+demo-metaworld: $(FOR_METAWORLD)
+	$(VENV)/bin/python examples/evaluate.py --benchmark metaworld --checkpoint checkpoints/metaworld-tiny --tasks \
+		door-open drawer-close window-open faucet-close handle-press button-press reach coffee-button \
+		--episodes 1 --record 1 --output_dir outputs/demo-metaworld
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
@@ -87,6 +94,7 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/bench_training_256m.py
 
 # The files are constraints: what CUDA needs is pinned too, and comes only with a PyTorch that asks for it.
+comma := ,
 define install
 	$(PYTHON) -m venv $(dir $@)
 	$(dir $@)bin/pip install --constraint $(1) setuptools
@@ -96,6 +104,9 @@ endef
 
 $(FOR_EXAMPLES): pyproject.toml $(LOCKED)
 	$(call install,$(LOCKED),examples)
+
+$(FOR_METAWORLD): pyproject.toml $(LOCKED)
+	$(call install,$(LOCKED),examples$(comma)metaworld)
 
 $(INSTALLED): pyproject.toml $(LOCKED)
 	$(call install,$(LOCKED),$(ALL))

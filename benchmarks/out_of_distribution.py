@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from eval_pusht import load_policy, write_json  # noqa: E402
+from evaluate import load_policy, write_json  # noqa: E402
 from lerobot_dataset import LeRobotChunkDataset  # noqa: E402
 
 FRAMES = 96

@@ -16,8 +16,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from eval_pusht import load_policy, make_predict  # noqa: E402
-from pusht import CONTROL_HZ, rollout  # noqa: E402
+from evaluate import load_policy, make_predict  # noqa: E402
+from pusht import BENCHMARK as PUSHT  # noqa: E402
+from pusht import CONTROL_HZ  # noqa: E402
+from rollouts import rollout  # noqa: E402
 
 SEEDS = range(1000, 1003)
 TILE, GAP = 224, 8  # pixels
@@ -58,7 +60,7 @@ def draw_architecture(path: Path) -> None:
 
 def film(path: Path) -> None:
     model, processor = load_policy(str(ROOT / "checkpoints/pusht-tiny"))
-    result = rollout(make_predict(model, processor), SEEDS, model.config.n_action_steps, record=len(SEEDS))
+    result = rollout(PUSHT, make_predict(model, processor), SEEDS, model.config.n_action_steps, record=len(SEEDS))
     episodes = [episode.frames for episode in result.recordings]
     pictures = []
     for step in range(0, max(map(len, episodes)) + 10, 2):  # the end is held for a second

@@ -15,22 +15,24 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from eval_pusht import load_policy, make_predict
-from pusht import CONTROL_HZ, RolloutResult, rollout, write_contact_sheet
+from evaluate import load_policy, make_predict
+from pusht import BENCHMARK as PUSHT
+from pusht import CONTROL_HZ
+from rollouts import Episode, rollout, write_contact_sheet
 
 NEAR = 0.85  # reward: 81 % covered
 LAST = 5 * CONTROL_HZ  # steps
 
 
-def kind_of_ending(result: RolloutResult, i: int) -> str:
-    """Episode i: solved or not, near the target at its end or not, the T still in motion or not."""
-    if result.successes[i]:
+def kind_of_ending(episode: Episode) -> str:
+    """Solved or not, near the target at its end or not, the T still in motion or not."""
+    if episode.success:
         return "solved"
-    poses = result.block_poses[i][-LAST:]
+    poses = np.array(episode.poses[-LAST:])
     is_still = np.ptp(poses[:, :2], axis=0).max() < 2 and np.ptp(poses[:, 2]) < np.radians(2)
-    if result.last_rewards[i] >= NEAR:
+    if episode.rewards[-1] >= NEAR:
         return "stops near" if is_still else "corrects near"
-    if result.max_rewards[i] >= NEAR:
+    if max(episode.rewards) >= NEAR:
         return "pushed away"
     return "stops far" if is_still else "late"
 
@@ -46,8 +48,8 @@ def main() -> None:
     model, processor = load_policy(args.checkpoint)
     predict = make_predict(model, processor)
     steps = model.config.n_action_steps
-    result = rollout(predict, range(args.seed, args.seed + args.episodes), steps, progress=True)
-    kinds = [kind_of_ending(result, i) for i in range(args.episodes)]
+    result = rollout(PUSHT, predict, range(args.seed, args.seed + args.episodes), steps, progress=True)
+    kinds = [kind_of_ending(episode) for episode in result.episodes]
     chosen = [
         [seed for seed, kind in zip(result.seeds, kinds, strict=True) if kind == name][: args.examples]
         for name in sorted(set(kinds) - {"solved"})
@@ -58,9 +60,9 @@ def main() -> None:
         json.dumps({"counts": counts, "seeds": result.seeds, "kinds": kinds}, indent=2) + "\n"
     )
     if seeds := sum(chosen, []):
-        again = rollout(predict, seeds, steps, record=len(seeds))
-        titles = [f"{seed}: {kind_of_ending(again, i)}" for i, seed in enumerate(seeds)]
-        write_contact_sheet(args.output_dir / "failures.png", again.recordings, titles=titles)
+        again = rollout(PUSHT, predict, seeds, steps, record=len(seeds))
+        titles = [f"{episode.seed}: {kind_of_ending(episode)}" for episode in again.episodes]
+        write_contact_sheet(args.output_dir / "failures.png", again.recordings, PUSHT, titles=titles)
     print(json.dumps(counts))
 
 

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from eval_pusht import installed_versions, load_policy, make_predict, write_json
-from pusht import TASK, rollout
+from evaluate import installed_versions, load_policy, make_predict, write_json
+from pusht import BENCHMARK as PUSHT
+from pusht import TASK
+from rollouts import rollout
 
 # None of them is in `pusht.WORDINGS`. The first is what the README once told a policy that knew only TASK.
 UNSEEN = [
@@ -34,10 +36,10 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     model, processor = load_policy(args.checkpoint)
     results = {"checkpoint": args.checkpoint, "episodes": args.episodes, "seed": args.seed}
-    results |= {"versions": installed_versions(), "sentences": {}}
+    results |= {"versions": installed_versions(PUSHT), "sentences": {}}
     for task in (TASK, *UNSEEN):
         predict, seeds = make_predict(model, processor, task), range(args.seed, args.seed + args.episodes)
-        metrics = rollout(predict, seeds, model.config.n_action_steps, progress=True).metrics()
+        metrics = rollout(PUSHT, predict, seeds, model.config.n_action_steps, progress=True).metrics()
         results["sentences"][task] = {name: round(metrics[name], 3) for name in FIGURES}
         print("{pc_success:5.1f} %  {avg_max_reward:.3f}  {task}".format(**metrics, task=task))
         write_json(args.output_dir / "wordings.json", results)

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from eval_pusht import load_policy, make_predict
-from pusht import rollout
+from evaluate import load_policy, make_predict
+from pusht import BENCHMARK as PUSHT
+from rollouts import rollout
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +62,7 @@ def collect(checkpoint: str, seeds: range, count: int) -> dict[str, np.ndarray]:
         states.extend(observation[1])
         return predict(*observation)
 
-    rollout(watched, seeds, model.config.n_action_steps)
+    rollout(PUSHT, watched, seeds, model.config.n_action_steps)
     chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
     return {"images": np.stack(images)[chosen], "states": np.stack(states)[chosen]}
 

@@ -24,8 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from eval_pusht import load_policy, make_predict, write_json  # noqa: E402
-from pusht import rollout  # noqa: E402
+from evaluate import load_policy, make_predict, write_json  # noqa: E402
+from pusht import BENCHMARK as PUSHT  # noqa: E402
+from rollouts import rollout  # noqa: E402
 
 
 def memory_mb() -> float:
@@ -41,7 +42,7 @@ def play(checkpoint: Path, seeds: range, num_envs: int) -> list[tuple[float, flo
 
 
 def play_round(predict, n_action_steps: int, seeds: range, num_envs: int) -> list[tuple[float, float, int]]:
-    result = rollout(predict, seeds, n_action_steps, num_envs=num_envs)
+    result = rollout(PUSHT, predict, seeds, n_action_steps, num_envs=num_envs)
     return list(zip(result.max_rewards, result.sum_rewards, result.lengths, strict=True))
 
 

@@ -7,7 +7,8 @@ import gymnasium
 import numpy as np
 import torch
 from app_views import draw_coverage, draw_image, draw_scene, draw_tokens
-from pusht import CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, WORLD_SIZE, check_chunks
+from pusht import ACTION_DIM, CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, WORLD_SIZE
+from rollouts import check_chunks
 from transformers import AutoModel, AutoProcessor
 
 SEED = 1000
@@ -29,7 +30,7 @@ class Policy:
         inputs = self.processor(images=image, state=state.astype(np.float32))
         with self._one_at_a_time:
             ids = self.model.generate(**inputs, do_sample=False)
-        chunk = check_chunks(self.processor.post_process_actions(ids), 1, self.n_action_steps)[0]
+        chunk = check_chunks(self.processor.post_process_actions(ids), 1, self.n_action_steps, ACTION_DIM)[0]
         config = self.model.config
         written = config.action_token_base_id - ids[0, inputs["input_ids"].shape[1] :]  # (length,), with padding
         tokens = [token for token in written.tolist() if 0 <= token < config.num_action_tokens]

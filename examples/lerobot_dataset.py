@@ -108,18 +108,26 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         i = range(len(self))[i]  # negative indices count from the end, others outside are an IndexError
-        episode, frame = self.episode_index[i], self.frame_index[i]
         return {
-            "images": [np.array(self._clips[key, episode][frame]) for key in self.image_keys],
+            "images": [self.image(i, key) for key in self.image_keys],
             "text": self._texts[i],
             "state": self.states[i].copy(),
             "actions": self.actions[np.minimum(i + np.arange(self.chunk_size), self._last[i])],
         }
 
+    def image(self, i: int, key: str | None = None) -> np.ndarray:
+        """One camera's frame, by default the first's: uint8 `(H, W, 3)`."""
+        return np.array(self._clips[key or self.image_keys[0], self.episode_index[i]][self.frame_index[i]])
+
     def action_chunks(self) -> np.ndarray:
         """The chunks of all frames, `(N, chunk_size, action_dim)` float32: what a tokenizer is fitted to."""
         rows = np.arange(len(self))[:, None] + np.arange(self.chunk_size)  # (N, chunk_size)
         return self.actions[np.minimum(rows, self._last[:, None])]
+
+    def vectors(self, name: str) -> np.ndarray:
+        """Another feature of the frames, such as `observation.environment_state`: `(N, dim)` float32."""
+        width = _vector_dim(self.info["features"], name)
+        return _read_numbers(self._data_paths, {name: width})[name][self._rows].astype(np.float32)
 
     def _read_episodes(self) -> dict[str, np.ndarray]:
         """The columns of the episodes table that locate rows and images, in order of the episodes."""
@@ -143,7 +151,8 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         """Read `data/`, check it against the episodes table and keep the chosen rows."""
         folder, lengths, total = self.root / "data", table["length"], self.info["total_frames"]
         widths = {STATE: self.state_dim, ACTION: self.action_dim, "episode_index": 1, "frame_index": 1}
-        data = _read_numbers(list(dict.fromkeys(self._files("data", table))), {**widths, "task_index": 1})
+        self._data_paths = list(dict.fromkeys(self._files("data", table)))
+        data = _read_numbers(self._data_paths, {**widths, "task_index": 1})
         n_rows = len(data["task_index"])
         _expect(
             n_rows == total == lengths.sum(),
@@ -161,6 +170,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             f"the lengths in meta/episodes. {AGAIN}",
         )
         rows = np.concatenate([np.arange(first[e], first[e] + lengths[e]) for e in chosen])
+        self._rows = rows
         self.episode_index, self.frame_index = expected[rows].T
         self.states, self.actions = (data[key][rows].astype(np.float32) for key in (STATE, ACTION))
         for key, values in ((STATE, self.states), (ACTION, self.actions)):

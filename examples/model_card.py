@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from eval_pusht import write_json
+from evaluate import write_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from PIL import Image
@@ -41,9 +41,9 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file is missing.
-        ValueError: it is not what `eval_pusht.py` writes, or its numbers contradict each other.
+        ValueError: it is not what `evaluate.py` writes, or its numbers contradict each other.
     """
-    fix = "Give the metrics.json that examples/eval_pusht.py wrote."
+    fix = "Give the metrics.json that examples/evaluate.py wrote."
     metrics = read_json(path, fix)
     for name, kinds in KINDS.items():
         value = metrics.get(name)
@@ -133,7 +133,7 @@ def write_card(
             with Image.open(contact_sheet) as picture:
                 picture.save(folder / "rollouts.png")
         except OSError as error:
-            fix = "Give the rollouts.png that examples/eval_pusht.py wrote."
+            fix = "Give the rollouts.png that examples/evaluate.py wrote."
             raise OSError(f"The contact sheet {contact_sheet} is not a picture ({error}). {fix}") from error
     if trainer_state is not None:
         plot_training(folder / "training_curve.png", trainer_state["log_history"])

@@ -6,7 +6,7 @@
 
 SmolVLM's vision tower comes pretrained; the tiny one does not, and from the policy's loss alone it hardly learns to
 see. Scenes and labels come from the simulator; no demonstrations or actions are used. Writes `vision.safetensors`, the
-weights of the vision tower and the connector, for `train_pusht.py --vision_weights`. The second command continues from
+weights of the vision tower and the connector, for `train.py --vision_weights`. The second command continues from
 there, with more scenes in which the T lies near its target, where one pixel matters.
 """
 

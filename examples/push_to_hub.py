@@ -13,11 +13,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from eval_pusht import check_checkpoint, first_line, load_policy
+from evaluate import check_checkpoint, first_line, load_policy
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import read_metrics, read_trainer_state, write_card
+from pusht import BENCHMARK as PUSHT
 from transformers.dynamic_module_utils import get_relative_imports
 
 from smolandfast.training import find_checkpoints
@@ -121,9 +122,9 @@ def write_repository(args: argparse.Namespace, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Publish a PushT policy on the Hub, with a measured model card.")
-    parser.add_argument("--checkpoint", required=True, help="folder that train_pusht.py or export_checkpoint.py wrote")
+    parser.add_argument("--checkpoint", required=True, help="folder that train.py or export_checkpoint.py wrote")
     parser.add_argument("--repo_id", required=True, help="user/name on the Hub; created if it does not exist")
-    parser.add_argument("--metrics", type=Path, required=True, help="metrics.json that eval_pusht.py wrote")
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics.json that evaluate.py wrote")
     parser.add_argument("--contact_sheet", type=Path, help="picture of the rollouts (rollouts.png beside the metrics)")
     parser.add_argument("--trainer_state", type=Path, help="trainer_state.json for the curve (the checkpoint's)")
     parser.add_argument("--license", default="apache-2.0")
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--output_dir", type=Path, help="new folder for the repository, instead of an upload")
     args = parser.parse_args(argv)
-    check_checkpoint(parser, args)
+    check_checkpoint(parser, args, PUSHT)
     if not Path(args.checkpoint).is_dir():
         parser.error(f"--checkpoint {args.checkpoint} is not a folder. Download it first: `hf download`.")
     if args.repo_id.count("/") != 1:

@@ -7,10 +7,9 @@ gives another valid scene, so each demonstration stands for many.
 import gymnasium
 import numpy as np
 from PIL import Image
-from pusht import ENV_ID, WORLD_SIZE
+from pusht import ENV_ID, IMAGE_SIZE, WORLD_SIZE
 from transformers import TrainerCallback
 
-IMAGE_SIZE = 96
 # Points that determine the T's pose, in its own frame: middle of the bar, end of the stem.
 T_POINTS = ((0.0, 15.0), (0.0, 120.0))
 NUM_POINTS = 1 + 2 * len(T_POINTS)  # the agent, the T, the target

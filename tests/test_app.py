@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from app_session import Policy, Session
 from app_views import draw_coverage
-from eval_pusht import make_predict
+from evaluate import make_predict
 from PIL import Image
-from pusht import rollout
+from pusht import BENCHMARK as PUSHT
+from rollouts import rollout
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
@@ -33,7 +34,7 @@ def test_a_session_plays_what_an_evaluation_plays(policy):
     for _ in range(20):
         session.step()
     predict = make_predict(policy.model, policy.processor)
-    result = rollout(predict, [1003], policy.n_action_steps, max_steps=20)
+    result = rollout(PUSHT, predict, [1003], policy.n_action_steps, max_steps=20)
     assert sum(coverage / 0.95 for coverage in session.coverages) == pytest.approx(result.sum_rewards[0], rel=1e-4)
     assert sum(length for _, length in session.tokens) == 32
 
@@ -122,7 +123,7 @@ def test_the_page_has_its_events_and_no_analytics(policy):
 def space(tmp_path):
     """The page as a Space runs it: the files that the README names, in a folder of their own."""
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[app]'")
-    for name in ("app.py", "app_session.py", "app_views.py", "pusht.py"):
+    for name in ("app.py", "app_session.py", "app_views.py", "pusht.py", "rollouts.py"):
         shutil.copy(ROOT / "examples" / name, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

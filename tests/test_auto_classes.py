@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PYTHON_FILES, warnings_of
-from pusht import rollout
+from pusht import BENCHMARK as PUSHT
+from rollouts import rollout
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,7 +109,7 @@ def test_the_readmes_ten_lines_play(ten_lines, monkeypatch):
     exec(load, names)
     act = compile(f"inputs = {act}", "README.md", "exec")
 
-    def predict(images, states):
+    def predict(images, states, texts):
         chunks = []
         for names["image"], names["state"] in zip(images, states, strict=True):
             exec(act, names)
@@ -116,6 +117,6 @@ def test_the_readmes_ten_lines_play(ten_lines, monkeypatch):
         return np.stack(chunks)
 
     with warnings_of(sys.modules[type(names["processor"]).__module__]) as messages:
-        result = rollout(predict, range(1000, 1004), names["model"].config.n_action_steps)
+        result = rollout(PUSHT, predict, range(1000, 1004), names["model"].config.n_action_steps)
     assert not messages
     assert np.mean(result.max_rewards) > 0.8  # 0.08 is holding still

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import PYTHON_FILES, TOKENIZER_FILES
-from eval_pusht import main as evaluate
-from eval_pusht import make_predict
+from evaluate import main as evaluate
+from evaluate import make_predict
 from export_checkpoint import export
-from pusht import rollout
+from pusht import BENCHMARK as PUSHT
+from rollouts import rollout
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -46,7 +47,7 @@ def test_its_code_is_a_copy_of_the_top_level():
 
 def test_it_pushes_the_block(policy):
     """A guard against a broken checkpoint, not a measurement: seeds it was chosen by, far above holding still."""
-    result = rollout(make_predict(*policy), seeds=range(100_000, 100_006), n_action_steps=8)
+    result = rollout(PUSHT, make_predict(*policy), seeds=range(100_000, 100_006), n_action_steps=8)
     assert np.mean(result.max_rewards) > 0.3
     assert result.metrics()["malformed_chunks"] == 0
 

@@ -20,7 +20,7 @@ from conftest import TASK, make_processor
 from PIL import Image
 from pusht_scenes import render_scenes
 from test_lerobot_dataset import write_table
-from train_pusht import EvaluateLastStep
+from train import EvaluateLastStep
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 
 from smolandfast import SmolAndFastForActionPrediction
@@ -456,7 +456,7 @@ def training_command(dataset, folder, max_steps):
         "resume_from_checkpoint": "last",
     }
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    return [sys.executable, str(ROOT / "examples/train_pusht.py"), *arguments]
+    return [sys.executable, str(ROOT / "examples/train.py"), *arguments]
 
 
 def losses_and_weights(folder):

@@ -19,15 +19,15 @@ ROLLOUTS = Path(__file__).parent / "data/pusht_rollouts"
 # What makes the documented commands short; of an option that is given twice, the last counts.
 SHORT = {
     "pretrain_vision.py": "--num_scenes 24 --max_steps 2 --batch_size 4",
-    "train_pusht.py": "--dataset_root data --max_steps 2 --save_steps 2 --eval_steps 2 --warmup_steps 1 "
+    "train.py": "--dataset_root data --max_steps 2 --save_steps 2 --eval_steps 2 --warmup_steps 1 "
     "--report_to none --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
     "--per_device_eval_batch_size 4 --held_out_episodes 1 --eval_episodes 1 --bf16 False",
-    "eval_pusht.py": "--episodes 2 --record 1",
+    "evaluate.py": "--episodes 2 --record 1",
     "record_rollouts.py": "--episodes 1 --max_steps 20",
     "push_to_hub.py": "--output_dir repository",  # without it, the test of that script has a hub to push to
     "app.py": "--help",
 }
-# Run by `make demo`, CI and the plugin's tests, or for a person with an account.
+# Run by `make demo`, CI, the plugin's tests and test_metaworld.py, or for a person with an account.
 ELSEWHERE = (
     "make ",
     "pip install ",
@@ -36,6 +36,10 @@ ELSEWHERE = (
     "--policy.",
     "python -m lerobot_policy",
     "ACCELERATE",
+    "python examples/collect_metaworld.py",
+    "python examples/pretrain_metaworld.py",
+    "python examples/train.py --benchmark metaworld",
+    "python examples/evaluate.py --benchmark metaworld",
 )
 
 
@@ -121,7 +125,7 @@ def test_the_commands_work_one_after_the_other(page, vlm, tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").symlink_to(ROLLOUTS)
     if page == "publishing.md":
-        assert commands(page)[0].startswith("python examples/eval_pusht.py")
+        assert commands(page)[0].startswith("python examples/evaluate.py")
     for number, command in enumerate(commands(page)):
         words = shlex.split(command)
         if command.startswith(ELSEWHERE) or words[:1] != ["python"]:

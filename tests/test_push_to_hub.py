@@ -16,9 +16,10 @@ from model_card import read_metrics, read_trainer_state
 from PIL import Image
 from push_to_hub import find_training
 from push_to_hub import main as push
+from pusht import BENCHMARK as PUSHT
 from stand_in_hub import TOKEN, StandInHub
-from train_pusht import PolicyTrainer, PushCodeFiles
-from train_pusht import main as train
+from train import PolicyTrainer, PushCodeFiles
+from train import main as train
 from transformers import TrainingArguments
 from transformers.utils import hf_api
 
@@ -128,7 +129,7 @@ def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, argumen
 
 def test_the_card_says_what_was_measured_and_the_hub_takes_it(hub, arguments, tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps(STATE))
-    Image.new("RGB", (8, 8)).save(tmp_path / "rollouts.png")  # beside the metrics, as eval_pusht.py has it
+    Image.new("RGB", (8, 8)).save(tmp_path / "rollouts.png")  # beside the metrics, as evaluate.py has it
     push([*arguments, "--trainer_state", str(tmp_path / "trainer_state.json"), "--datasets", "lerobot/pusht"])
     files = hub.repos["user/pusht"]
     assert "POST /api/validate-yaml" in hub.requests  # of the card, before the commit
@@ -314,6 +315,8 @@ def test_trainers_push_may_break_and_completes_later(hub, processor, model, tmp_
         TrainingArguments(str(tmp_path), push_to_hub=True, hub_model_id="user/own", report_to="none", use_cpu=True),
         processing_class=processor,
         callbacks=[PushCodeFiles()],
+        benchmark=PUSHT,
+        eval_tasks=None,
         eval_seeds=range(1),
         card_options={"datasets": ["user/demonstrations"], "base_model": "org/vlm"},
     )

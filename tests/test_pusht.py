@@ -5,26 +5,28 @@ from importlib.metadata import version
 from types import SimpleNamespace
 
 import av
-import eval_pusht
+import evaluate
 import gymnasium
 import numpy as np
 import pusht
 import pytest
 import torch
 from PIL import Image
-from pusht import rollout, wilson_interval, write_contact_sheet, write_video
+from pusht import BENCHMARK as PUSHT
+from pusht import TASK
 from pusht_failures import kind_of_ending
+from rollouts import rollout, wilson_interval, write_contact_sheet, write_video
 from scipy.stats import binomtest
 from transformers import BatchFeature
 
 SEEDS = [1000, 1001, 1002, 1003, 1004]
 
 
-def hold_still(images, states):
+def hold_still(images, states, texts):
     return np.repeat(states[:, None], 8, axis=1)
 
 
-def wander(images, states):
+def wander(images, states, texts):
     """Targets that look random, yet are a function of each observation alone."""
     rngs = [
         np.random.default_rng([int(i.astype(np.int64).sum()), *s.view(np.uint32)])
@@ -39,19 +41,19 @@ def scores(result):
 
 @pytest.fixture(scope="module")
 def filmed():
-    return rollout(wander, SEEDS, n_action_steps=4, max_steps=12, record=3).recordings
+    return rollout(PUSHT, wander, SEEDS, n_action_steps=4, max_steps=12, record=3).recordings
 
 
 def test_the_same_seeds_give_the_same_result():
-    first, second = (rollout(wander, SEEDS, n_action_steps=4, max_steps=40) for _ in range(2))
+    first, second = (rollout(PUSHT, wander, SEEDS, n_action_steps=4, max_steps=40) for _ in range(2))
     assert scores(first) == scores(second)
     assert first.seeds == SEEDS and len(set(first.sum_rewards)) > 1
 
 
 def test_an_episode_does_not_depend_on_the_others_or_on_num_envs():
-    together = rollout(wander, SEEDS, n_action_steps=4, num_envs=5, max_steps=60)
-    assert scores(rollout(wander, SEEDS, n_action_steps=4, num_envs=2, max_steps=60)) == scores(together)
-    backwards = rollout(wander, SEEDS[::-1], n_action_steps=4, num_envs=3, max_steps=60)
+    together = rollout(PUSHT, wander, SEEDS, n_action_steps=4, num_envs=5, max_steps=60)
+    assert scores(rollout(PUSHT, wander, SEEDS, n_action_steps=4, num_envs=2, max_steps=60)) == scores(together)
+    backwards = rollout(PUSHT, wander, SEEDS[::-1], n_action_steps=4, num_envs=3, max_steps=60)
     assert backwards.sum_rewards[::-1] == together.sum_rewards
     assert backwards.max_rewards[::-1] == together.max_rewards
 
@@ -59,11 +61,11 @@ def test_an_episode_does_not_depend_on_the_others_or_on_num_envs():
 def test_the_policy_sees_and_moves_what_a_plain_gymnasium_loop_would():
     seen = []
 
-    def predict(images, states):
+    def predict(images, states, texts):
         seen.append((images[0], states[0]))
-        return wander(images, states)
+        return wander(images, states, texts)
 
-    result = rollout(predict, [21], n_action_steps=3, max_steps=30)
+    result = rollout(PUSHT, predict, [21], n_action_steps=3, max_steps=30)
     env = gymnasium.make(pusht.ENV_ID, obs_type="pixels_agent_pos", max_episode_steps=30)
     observation, _ = env.reset(seed=21)
     rewards, done = [], False
@@ -71,7 +73,7 @@ def test_the_policy_sees_and_moves_what_a_plain_gymnasium_loop_would():
         assert image.dtype == np.uint8 and image.shape == (96, 96, 3)
         assert state.dtype == np.float32 and np.array_equal(state, observation["agent_pos"].astype(np.float32))
         assert np.array_equal(image, observation["pixels"])
-        for action in wander([image], state[None])[0, :3].astype(np.float32):
+        for action in wander([image], state[None], [TASK])[0, :3].astype(np.float32):
             observation, reward, terminated, truncated, _ = env.step(action)
             rewards.append(reward)
             done = terminated or truncated
@@ -81,7 +83,7 @@ def test_the_policy_sees_and_moves_what_a_plain_gymnasium_loop_would():
 
 def test_holding_still_scores_about_008():
     """The floor of every comparison: 0.079 +- 0.007 over 1,500 seeds. One step is enough, the block does not move."""
-    metrics = rollout(hold_still, range(200), n_action_steps=1, max_steps=1).metrics()
+    metrics = rollout(PUSHT, hold_still, range(200), n_action_steps=1, max_steps=1).metrics()
     assert 0.05 < metrics["avg_max_reward_low"] < 0.079 < metrics["avg_max_reward_high"] < 0.12
     assert metrics["pc_success"] == 0.0 and metrics["episode_lengths"] == [1] * 200
 
@@ -90,12 +92,12 @@ def test_n_action_steps_are_executed_between_two_predictions():
     """Each chunk commands another far target; the policy is asked again after three steps of the way there."""
     asked = []
 
-    def predict(images, states):
+    def predict(images, states, texts):
         asked.append(states[0])
         target = np.array([[100.0, 100.0]]) if len(asked) % 2 else np.array([[400.0, 400.0]])
         return np.tile(target, (1, 10, 1))
 
-    result = rollout(predict, [3], n_action_steps=3, max_steps=11)
+    result = rollout(PUSHT, predict, [3], n_action_steps=3, max_steps=11)
     assert result.num_chunks == len(asked) == 4  # 3 + 3 + 3 + 2 steps
     env = gymnasium.make(pusht.ENV_ID, obs_type="pixels_agent_pos")
     observation, _ = env.reset(seed=3)
@@ -108,12 +110,12 @@ def test_n_action_steps_are_executed_between_two_predictions():
 def test_one_batched_call_a_step_asks_for_those_episodes_only_that_need_a_chunk():
     batches = []
 
-    def predict(images, states):
+    def predict(images, states, texts):
         assert len(images) == len(states)
         batches.append(len(images))
-        return hold_still(images, states)
+        return hold_still(images, states, texts)
 
-    result = rollout(predict, SEEDS, n_action_steps=4, num_envs=2, max_steps=8)
+    result = rollout(PUSHT, predict, SEEDS, n_action_steps=4, num_envs=2, max_steps=8)
     assert batches == [2, 2, 2, 2, 1, 1]  # episodes 0 and 1, then 2 and 3, then 4 alone; two chunks each
     assert result.num_chunks == result.num_requested == 10
     assert result.metrics()["malformed_chunks"] == 0
@@ -121,7 +123,7 @@ def test_one_batched_call_a_step_asks_for_those_episodes_only_that_need_a_chunk(
 
 def test_a_solved_episode_ends_and_makes_room_for_the_next_seed(monkeypatch):
     """The bar for success is lowered to what seed 1003 covers without moving, so that its first step solves it."""
-    still = rollout(hold_still, [1003, 1001], n_action_steps=1, max_steps=1)
+    still = rollout(PUSHT, hold_still, [1003, 1001], n_action_steps=1, max_steps=1)
     assert still.max_rewards[0] > 0 and still.successes == [False, False]
     make = gymnasium.make
 
@@ -131,7 +133,7 @@ def test_a_solved_episode_ends_and_makes_room_for_the_next_seed(monkeypatch):
         return env
 
     monkeypatch.setattr(gymnasium, "make", make_easy)
-    result = rollout(hold_still, [1003, 1001, 1003], n_action_steps=4, num_envs=2, max_steps=6, record=1)
+    result = rollout(PUSHT, hold_still, [1003, 1001, 1003], n_action_steps=4, num_envs=2, max_steps=6, record=1)
     assert result.successes == [True, False, True]
     assert result.lengths == [1, 6, 1]
     assert result.max_rewards[0] == 1.0
@@ -142,7 +144,7 @@ def test_a_solved_episode_ends_and_makes_room_for_the_next_seed(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 3, 2), (2, 4, 2), (1, 4, 3), (4, 2), (1, 1, 4, 2)])
 def test_a_chunk_of_the_wrong_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"expected \(1, at least 4, 2\)"):
-        rollout(lambda images, states: np.zeros(shape), [0], n_action_steps=4, max_steps=4)
+        rollout(PUSHT, lambda images, states, texts: np.zeros(shape), [0], n_action_steps=4, max_steps=4)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -150,13 +152,13 @@ def test_a_chunk_that_is_not_finite_is_refused(value):
     chunk = np.zeros((1, 4, 2))
     chunk[0, 3, 1] = value
     with pytest.raises(ValueError, match=r"\(0, 3, 1\), expected finite numbers"):
-        rollout(lambda images, states: chunk, [0], n_action_steps=4, max_steps=4)
+        rollout(PUSHT, lambda images, states, texts: chunk, [0], n_action_steps=4, max_steps=4)
 
 
 @pytest.mark.parametrize("wrong", [{"n_action_steps": 0}, {"num_envs": 0}, {"max_steps": 0}, {"seeds": []}])
 def test_an_argument_out_of_range_is_refused(wrong):
     with pytest.raises(ValueError, match="at least 1"):
-        rollout(hold_still, **{"seeds": [0], "n_action_steps": 4, "max_steps": 4, **wrong})
+        rollout(PUSHT, hold_still, **{"seeds": [0], "n_action_steps": 4, "max_steps": 4, **wrong})
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (32, 50), (10, 10), (319, 500), (1, 1)])
@@ -171,14 +173,14 @@ def test_the_success_interval_has_the_textbook_values():
 
 
 def test_the_metrics_of_one_episode_are_numbers_json_can_hold():
-    metrics = rollout(hold_still, [5], n_action_steps=4, max_steps=4).metrics()
+    metrics = rollout(PUSHT, hold_still, [5], n_action_steps=4, max_steps=4).metrics()
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     assert (metrics["avg_max_reward_low"], metrics["avg_max_reward_high"]) == (0.0, 1.0)
     assert metrics["seed"] == 5 and metrics["seeds"] == [5] and metrics["ms_per_chunk"] > 0
 
 
 def test_the_video_is_h264_with_a_frame_for_each_moment(filmed, tmp_path):
-    write_video(tmp_path / "rollouts.mp4", filmed)
+    write_video(tmp_path / "rollouts.mp4", filmed, PUSHT)
     with av.open(str(tmp_path / "rollouts.mp4")) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate) == (
@@ -195,7 +197,7 @@ def test_the_video_is_h264_with_a_frame_for_each_moment(filmed, tmp_path):
 
 def test_a_video_holds_the_last_frame_of_the_shorter_episode(filmed, tmp_path):
     short = SimpleNamespace(seed=1, success=True, rewards=[1.0], frames=filmed[0].frames[:2])
-    write_video(tmp_path / "rollouts.mp4", [short, filmed[1]])
+    write_video(tmp_path / "rollouts.mp4", [short, filmed[1]], PUSHT)
     with av.open(str(tmp_path / "rollouts.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)]
     left = [frame[:, : frame.shape[1] // 2] for frame in frames]
@@ -204,7 +206,7 @@ def test_a_video_holds_the_last_frame_of_the_shorter_episode(filmed, tmp_path):
 
 
 def test_the_contact_sheet_opens_on_a_white_background(filmed, tmp_path):
-    write_contact_sheet(tmp_path / "rollouts.png", filmed, moments=6)
+    write_contact_sheet(tmp_path / "rollouts.png", filmed, PUSHT, moments=6)
     with Image.open(tmp_path / "rollouts.png") as sheet:
         assert sheet.width / 6 == pytest.approx(sheet.height / 3, rel=0.2)  # six moments wide, three episodes high
         assert sheet.getpixel((0, 0)) == sheet.getpixel((sheet.width - 1, sheet.height - 1)) == (255, 255, 255)
@@ -252,9 +254,9 @@ def checkpoint(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "smolandfast", "action_dim": 2}')
     model = StandInModel()
-    monkeypatch.setattr(eval_pusht.AutoModel, "from_pretrained", lambda *args, **kwargs: model)
-    monkeypatch.setattr(eval_pusht.AutoProcessor, "from_pretrained", lambda *args, **kwargs: StandInProcessor())
-    monkeypatch.setattr(eval_pusht, "rollout", lambda *args, **kwargs: rollout(*args, **kwargs, max_steps=10))
+    monkeypatch.setattr(evaluate.AutoModel, "from_pretrained", lambda *args, **kwargs: model)
+    monkeypatch.setattr(evaluate.AutoProcessor, "from_pretrained", lambda *args, **kwargs: StandInProcessor())
+    monkeypatch.setattr(evaluate, "rollout", lambda *args, **kwargs: rollout(*args, **kwargs, max_steps=10))
     return folder, model
 
 
@@ -263,16 +265,16 @@ def test_make_predict_lets_a_malformed_string_through():
         def post_process_actions(self, ids):
             raise ValueError("the string stands for 19 coefficients, expected 20")
 
-    predict = eval_pusht.make_predict(StandInModel(), Broken())
+    predict = evaluate.make_predict(StandInModel(), Broken())
     with pytest.raises(ValueError, match="19 coefficients"):
-        rollout(predict, [0], n_action_steps=5, max_steps=5)
+        rollout(PUSHT, predict, [0], n_action_steps=5, max_steps=5)
 
 
 def test_an_evaluation_writes_metrics_video_and_sheet(checkpoint, tmp_path, capsys):
     folder, model = checkpoint
     output_dir = tmp_path / "new" / "eval"
     arguments = f"--checkpoint {folder} --episodes 3 --seed 40 --record 2 --device cpu --output_dir {output_dir}"
-    eval_pusht.main(arguments.split())
+    evaluate.main(arguments.split())
     assert sorted(path.name for path in output_dir.iterdir()) == ["metrics.json", "rollouts.mp4", "rollouts.png"]
     metrics = json.loads((output_dir / "metrics.json").read_text())
     assert metrics["seeds"] == [40, 41, 42] and metrics["seed"] == 40 and metrics["n_episodes"] == 3
@@ -286,7 +288,7 @@ def test_an_evaluation_writes_metrics_video_and_sheet(checkpoint, tmp_path, caps
 def test_sampling_and_n_action_steps_reach_the_policy(checkpoint, tmp_path):
     folder, model = checkpoint
     arguments = f"--checkpoint {folder} --episodes 1 --record 0 --n_action_steps 10 --do_sample --temperature 0.5"
-    eval_pusht.main([*arguments.split(), "--device", "cpu", "--output_dir", str(tmp_path / "eval")])
+    evaluate.main([*arguments.split(), "--device", "cpu", "--output_dir", str(tmp_path / "eval")])
     assert model.generate_kwargs == [{"do_sample": True, "temperature": 0.5}]
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["metrics.json"]
 
@@ -304,7 +306,7 @@ def test_sampling_and_n_action_steps_reach_the_policy(checkpoint, tmp_path):
         (["--checkpoint", "./missing"], "./missing is not a folder. Give the folder"),
         (["--checkpoint", "{tmp}"], "holds no config.json. Give the folder"),
         (["--checkpoint", "{tmp}/other"], "has model_type 'smolvlm', expected 'smolandfast'"),
-        (["--checkpoint", "{tmp}/arm"], "has 7 action dimensions, PushT 2"),
+        (["--checkpoint", "{tmp}/arm"], "has 7 action dimensions, pusht 2"),
         (["--checkpoint", "{tmp}/torn"], "cannot be read"),
         (["--output_dir", "{tmp}/other/config.json"], "Name another one."),
     ],
@@ -320,7 +322,7 @@ def test_a_wrong_argument_is_an_error_line_that_says_how_to_fix_it(checkpoint, t
         (tmp_path / name / "config.json").write_text(content)
     given = ["--checkpoint", str(checkpoint[0]), "--output_dir", str(tmp_path / "eval"), "--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
-        eval_pusht.main([*given, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)])
+        evaluate.main([*given, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)])
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in error and message in error
@@ -339,15 +341,13 @@ def test_a_wrong_argument_is_an_error_line_that_says_how_to_fix_it(checkpoint, t
 )
 def test_an_ending_is_told_by_its_rewards_and_by_whether_the_block_still_moves(success, rewards, speed, kind):
     poses = np.linspace([0, 0, 0], [60 * speed, 0, 0], 60)
-    result = SimpleNamespace(
-        successes=[success], max_rewards=[max(rewards)], last_rewards=rewards[-1:], block_poses=[poses]
-    )
-    assert kind_of_ending(result, 0) == kind
+    episode = SimpleNamespace(success=success, rewards=rewards, poses=list(poses))
+    assert kind_of_ending(episode) == kind
 
 
 def test_the_blocks_poses_are_the_simulators():
-    result = rollout(hold_still, [3], n_action_steps=1, max_steps=5)
+    result = rollout(PUSHT, hold_still, [3], n_action_steps=1, max_steps=5)
     env = gymnasium.make(pusht.ENV_ID, obs_type="pixels_agent_pos")
     _, info = env.reset(seed=3)
-    assert result.block_poses[0].shape == (5, 3)
-    np.testing.assert_allclose(result.block_poses[0][0], info["block_pose"], atol=0.5)
+    assert np.shape(result.episodes[0].poses) == (5, 3)
+    np.testing.assert_allclose(result.episodes[0].poses[0], info["block_pose"], atol=0.5)

@@ -10,14 +10,14 @@ import pytest
 import record_rollouts
 from lerobot_dataset import LeRobotChunkDataset
 from pusht import ENV_ID, TASK
+from record_rollouts import DATASET, play, write_dataset
 from record_rollouts import main as record
-from record_rollouts import play, write_dataset
 
 ROOT = Path(__file__).parents[1]
 RECORDED, RECORDED_SEED = Path(__file__).parent / "data/pusht_rollouts", 1028
 
 
-def push_right(images, states):
+def push_right(images, states, texts):
     steps = np.arange(1, 5)[:, None] * np.array([20.0, 5.0])
     return (states[:, None] + steps).astype(np.float32)
 
@@ -30,15 +30,15 @@ def episodes():
 @pytest.fixture(scope="module")
 def written(episodes, tmp_path_factory):
     root = tmp_path_factory.mktemp("recorded") / "set"
-    write_dataset(root, iter(episodes))
+    write_dataset(root, iter(episodes), **DATASET)
     return root
 
 
 def test_a_frame_holds_what_the_policy_saw_and_did(episodes):
     seen = []
 
-    def predict(images, states):
-        seen.append((images[0], states[0], push_right(images, states)))
+    def predict(images, states, texts):
+        seen.append((images[0], states[0], push_right(images, states, texts)))
         return seen[-1][2]
 
     episode = play(predict, seed=3, n_action_steps=4, max_steps=9)
@@ -113,12 +113,12 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(written, episodes, tmp_
 
     before = (written / "meta/info.json").stat().st_mtime_ns
     with pytest.raises(FileExistsError, match="Name another folder"):
-        write_dataset(written, iter(episodes))
+        write_dataset(written, iter(episodes), **DATASET)
     assert (written / "meta/info.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="fell off"):
-        write_dataset(tmp_path / "set", broken())
+        write_dataset(tmp_path / "set", broken(), **DATASET)
     with pytest.raises(ValueError, match="Record at least one"):
-        write_dataset(tmp_path / "set", iter([]))
+        write_dataset(tmp_path / "set", iter([]), **DATASET)
     assert list(tmp_path.iterdir()) == []
 
 

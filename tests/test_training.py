@@ -1,4 +1,4 @@
-"""Training: what `examples/train_pusht.py` does, on made-up demonstrations and on the real ones."""
+"""Training: what `examples/train.py` does, on made-up demonstrations and on the real ones."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from pretrain_vision import main as pretrain_vision
 from pretrain_vision import make_labels
 from pusht_scenes import TARGET_SYMMETRY, EpochSetter, render_scenes, turn_image, turn_points, vary_scene
 from safetensors.torch import load_file, save
-from train_pusht import PolicyArguments, VariedDemonstrations
-from train_pusht import main as train
+from train import PolicyArguments, VariedDemonstrations
+from train import main as train
 from transformers import Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
@@ -170,13 +170,13 @@ def test_varied_points_follow_the_image():
 def test_no_sample_starts_in_the_last_frames_of_an_episode(pusht_root):
     dataset = LeRobotChunkDataset(pusht_root, 16, range(3))
     lengths = np.bincount(dataset.episode_index)
-    whole, cut = (VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=n), seed=0) for n in (0, 8))
+    whole, cut = (VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=n), 0, {}) for n in (0, 8))
     assert len(whole) == len(dataset) and len(cut) == len(dataset) - 3 * 8
     first_of_second = lengths[0] - 8
     for i, frame in ((first_of_second - 1, lengths[0] - 9), (first_of_second, lengths[0])):
         np.testing.assert_array_equal(cut[i]["actions"], dataset[frame]["actions"])
     with pytest.raises(ValueError, match="drop_n_last_frames is 9999"):
-        VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=9999), seed=0)
+        VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=9999), 0, {})
 
 
 def test_labels_hold_the_points_and_the_harmonics_of_the_angle():
@@ -196,7 +196,7 @@ def run_training(arguments, processes=1):
     # Without MPI, `accelerate launch --cpu` starts one process only; its multi-GPU launcher starts any number of them.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "examples/train_pusht.py"), *arguments]
+    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / "examples/train.py"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
 

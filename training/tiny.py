@@ -15,7 +15,7 @@ from ..modeling_smolandfast import SmolAndFastForActionPrediction
 from ..processing_smolandfast import PROMPT, SmolAndFastProcessor
 from ..tokenization_fast_action import FastActionTokenizer
 
-IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3
+IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3  # IMAGE_SIZE and SCALE_FACTOR are defaults
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
 TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
 SPECIAL_TOKENS = {
@@ -35,17 +35,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_text_tokenizer(tasks: list[str], n_state_bins: int, num_action_tokens: int) -> PreTrainedTokenizerFast:
+def make_text_tokenizer(
+    tasks: list[str], n_state_bins: int, num_action_tokens: int, split_words: bool = False
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the prompts themselves, so that a prompt takes few tokens.
 
-    Numbers are kept apart, so a bin is one token; any other text still falls back to bytes. The tail of the vocabulary
-    is left to the action tokens.
+    Numbers are kept apart, so a bin is one token; any other text still falls back to bytes. With `split_words`, words
+    are too: sentences that share words then share tokens, where otherwise a whole sentence becomes one token. The tail
+    of the vocabulary is left to the action tokens.
     """
     prompts = [PROMPT.format(task=task, bins=f"{i} {i}") for task in tasks for i in range(n_state_bins)]
     prompts += ["User:", "\nAssistant:"] * n_state_bins
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -72,24 +75,28 @@ def make_tiny_processor(
     task: str,
     other_tasks: Sequence[str] = (),
     scale_factor: int = SCALE_FACTOR,
+    image_size: int = IMAGE_SIZE,
+    split_words: bool = False,
     **kwargs,
 ) -> SmolAndFastProcessor:
-    """A processor for 96x96 images with a text vocabulary fitted to the tasks; kwargs go to `SmolAndFastProcessor`.
+    """A processor for small square images, its vocabulary fitted to the tasks; kwargs go to `SmolAndFastProcessor`.
 
     Args:
-        task: The default task.
+        task: The default task; "" for none.
         other_tasks: What else the vocabulary is fitted to. Any other sentence is read as bytes.
-        scale_factor: Side of the pixel shuffle, a divisor of the 6 patches on an image's side.
+        scale_factor: Side of the pixel shuffle, a divisor of the patches of 16 pixels on an image's side.
+        image_size: Pixels on an image's side, a multiple of 16.
+        split_words: See [`make_text_tokenizer`].
     """
-    tasks = list(dict.fromkeys([task, *other_tasks]))
-    kwargs.setdefault("training_tasks", tasks)
+    tasks = list(dict.fromkeys([*([task] if task else []), *other_tasks]))
+    tasks = kwargs.setdefault("training_tasks", tasks)
     n_state_bins = kwargs.setdefault("n_state_bins", 256)
     image_processor = SmolVLMImageProcessorPil(
-        do_image_splitting=False, do_resize=False, max_image_size={"longest_edge": IMAGE_SIZE}
+        do_image_splitting=False, do_resize=False, max_image_size={"longest_edge": image_size}
     )
     return SmolAndFastProcessor(
         image_processor,
-        make_text_tokenizer(tasks, n_state_bins, len(action_tokenizer)),
+        make_text_tokenizer(tasks, n_state_bins, len(action_tokenizer), split_words),
         action_tokenizer,
         statistics,
         fast_skip_tokens=0,
@@ -101,12 +108,14 @@ def make_tiny_processor(
     )
 
 
-def make_tiny_vision() -> tuple[nn.Module, nn.Module, int]:
+def make_tiny_vision(
+    image_size: int = IMAGE_SIZE, scale_factor: int = SCALE_FACTOR
+) -> tuple[nn.Module, nn.Module, int]:
     """Vision tower and connector of the tiny model with random weights, and the numbers a whole image becomes."""
     config = SmolAndFastConfig(
-        vision_config={**VISION, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        vision_config={**VISION, "image_size": image_size, "patch_size": PATCH_SIZE},
         text_config={**TEXT, "model_type": "llama"},
-        scale_factor=SCALE_FACTOR,
+        scale_factor=scale_factor,
         attn_implementation="eager",
     )
     model = SmolVLMModel(config)
@@ -116,9 +125,10 @@ def make_tiny_vision() -> tuple[nn.Module, nn.Module, int]:
 def make_tiny_model(processor: SmolAndFastProcessor, n_action_steps: int, **kwargs) -> SmolAndFastForActionPrediction:
     """A model with random weights that fits the processor; kwargs go to `SmolAndFastConfig`."""
     tokenizer = processor.tokenizer
+    image_size = processor.image_processor.max_image_size["longest_edge"]
     special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = SmolAndFastConfig(
-        vision_config={**VISION, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+        vision_config={**VISION, "image_size": image_size, "patch_size": PATCH_SIZE},
         text_config={
             **TEXT,
             "model_type": "llama",

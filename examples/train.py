@@ -1,7 +1,8 @@
-"""Train a SmolAndFast policy on the PushT demonstrations with `Trainer`.
+"""Train a SmolAndFast policy on a benchmark's demonstrations with `Trainer`.
 
-    python examples/train_pusht.py --preset tiny --dataset_root path/to/pusht --output_dir outputs/tiny
-    python examples/train_pusht.py --preset 256M --output_dir outputs/256m      # lerobot/pusht from the hub
+    python examples/train.py --preset tiny --dataset_root path/to/pusht --output_dir outputs/tiny
+    python examples/train.py --preset 256M --output_dir outputs/256m      # lerobot/pusht from the hub
+    python examples/train.py --benchmark metaworld --dataset_root outputs/metaworld --output_dir outputs/mt50
 
 Every argument of `TrainingArguments` works too: `--max_steps`, `--per_device_train_batch_size`, `--report_to`,
 `--resume_from_checkpoint last`, ... While training, the policy is played in the simulator at each evaluation; the
@@ -17,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from eval_pusht import make_predict
+from evaluate import make_predict
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from lerobot_dataset import LeRobotChunkDataset, download_dataset
 from model_card import write_card
 from muon import make_muon
-from pusht import TASK, WORDINGS, rollout
 from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, EpochSetter, rotate_points, turn_points, vary_scene
+from rollouts import MODULES, Benchmark, get_benchmark, rollout
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
 
@@ -71,27 +72,13 @@ PRESETS = {
     },
     "tiny": COMMON
     | {
-        "chunk_size": 16,
-        "n_action_steps": 8,
-        "use_relative_actions": True,
-        "fast_scale": 30.0,
-        "fast_vocab_size": 512,
-        "drop_n_last_frames": 8,
-        "mirror_probability": 0.5,
-        "turn_probability": 0.3,
-        "max_shift": 3,
-        "max_angle": 15.0,
-        "reword_probability": 0.5,
         "vision_learning_rate": 5e-4,
         "connector_learning_rate": 3e-4,
         "text_learning_rate": 1e-3,
         "weight_decay": 0.1,
         "per_device_train_batch_size": 96,
         "per_device_eval_batch_size": 128,
-        "max_steps": 5_600,
         "warmup_steps": 200,
-        "eval_steps": 1_400,
-        "save_steps": 1_400,
         "logging_steps": 50,
     },
 }
@@ -102,8 +89,11 @@ class PolicyArguments:
     """What is trained, on what, and how it is evaluated."""
 
     preset: str = field(default="tiny", metadata={"choices": sorted(PRESETS), "help": "defaults for everything below"})
+    benchmark: str = field(default="pusht", metadata={"choices": sorted(MODULES), "help": "what is learnt and played"})
     dataset_root: str | None = field(default=None, metadata={"help": "folder of a local data set"})
-    dataset_repo_id: str = field(default="lerobot/pusht", metadata={"help": "data set on the hub, without a root"})
+    dataset_repo_id: str | None = field(
+        default=None, metadata={"help": "data set on the hub, without a root; the benchmark's own by default"}
+    )
     vlm: str = field(
         default="HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
         metadata={"help": "SmolVLM checkpoint that the 256M preset starts from: hub id or folder"},
@@ -116,7 +106,7 @@ class PolicyArguments:
     fast_vocab_size: int = field(default=1024, metadata={"help": "vocabulary of a fitted FAST tokenizer"})
     chunk_size: int = 10
     n_action_steps: int = 5
-    scale_factor: int = field(default=1, metadata={"help": "pixel shuffle of the 256M preset"})
+    scale_factor: int = field(default=1, metadata={"help": "side of the pixel shuffle"})
     use_relative_actions: bool = False
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
@@ -141,18 +131,21 @@ class PolicyArguments:
     max_shift: int = field(default=0, metadata={"help": "largest shift of image, state and actions, in image pixels"})
     max_angle: float = field(default=0.0, metadata={"help": "half of the samples are rotated by up to this, degrees"})
     reword_probability: float = field(
-        default=0.0, metadata={"help": "share of samples told the task in other words, pusht.WORDINGS"}
+        default=0.0, metadata={"help": "share of samples told the task in the benchmark's other words"}
     )
     held_out_episodes: int = field(default=6, metadata={"help": "last demonstrations, for the evaluation loss"})
-    eval_episodes: int = field(default=20, metadata={"help": "simulator episodes at each evaluation"})
+    eval_episodes: int = field(default=20, metadata={"help": "simulator episodes of each task at each evaluation"})
+    eval_tasks: list[str] | None = field(
+        default=None, metadata={"help": "tasks to play; by default those whose sentences the data set has"}
+    )
     eval_seed: int = field(default=100_000, metadata={"help": "first seed of those episodes"})
 
 
 class VariedDemonstrations(torch.utils.data.Dataset):
     """Demonstrations turned, shifted and reworded, another way in every epoch; without their last frames."""
 
-    def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int):
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
+    def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int, wordings: dict[str, list[str]]):
+        self.dataset, self.seed, self.epoch, self.wordings = dataset, seed, 0, wordings
         lasts = np.flatnonzero(np.diff(dataset.episode_index, append=-1))
         frames_to_come = np.repeat(lasts, np.diff(lasts, prepend=-1)) - np.arange(len(dataset))
         self.indices = np.flatnonzero(frames_to_come >= args.drop_n_last_frames)
@@ -173,7 +166,7 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         sample = self.dataset[i]
         rng = np.random.default_rng((self.seed, self.epoch, i))
         if rng.random() < self.reword_probability:
-            sample["text"] = str(rng.choice(WORDINGS))
+            sample["text"] = str(rng.choice(self.wordings[sample["text"]]))
         if not any(self.variation.values()):
             return sample
         if len(sample["images"]) != 1 or sample["images"][0].shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
@@ -186,12 +179,21 @@ class VariedDemonstrations(torch.utils.data.Dataset):
 class PolicyTrainer(WholeCheckpointTrainer):
     """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that.
 
-    With `push_to_hub`, the model card is ours; `card_options` are arguments of [`model_card.write_card`].
+    With `push_to_hub`, PushT's model card is ours; `card_options` are arguments of [`model_card.write_card`].
     """
 
-    def __init__(self, *args, eval_seeds: range, card_options: dict, **kwargs):
+    def __init__(
+        self,
+        *args,
+        benchmark: Benchmark,
+        eval_tasks: list[str] | None,
+        eval_seeds: range,
+        card_options: dict,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
-        self.eval_seeds, self.card_options = eval_seeds, card_options
+        self.benchmark, self.eval_tasks, self.eval_seeds = benchmark, eval_tasks, eval_seeds
+        self.card_options = card_options
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -199,17 +201,21 @@ class PolicyTrainer(WholeCheckpointTrainer):
         if self.is_world_process_zero():
             policy = self.accelerator.unwrap_model(self.model).eval()
             predict = make_predict(policy, self.processing_class)
-            played = rollout(predict, self.eval_seeds, policy.config.n_action_steps).metrics()
-            names = ("avg_max_reward", "avg_sum_reward", "pc_success")
-            scores = [{f"eval_{name}": played[name] for name in names}]
+            steps = policy.config.n_action_steps
+            played = rollout(self.benchmark, predict, self.eval_seeds, steps, self.eval_tasks).metrics()
+            names = ("avg_max_reward", "avg_sum_reward", "pc_success", "mean_over_tasks", "mean_over_groups")
+            scores = [{f"eval_{name}": played[name] for name in names if played.get(name) is not None}]
             # The reward, at most 1, decides between checkpoints of equal success.
-            scores[0]["eval_score"] = played["pc_success"] + played["avg_max_reward"]
+            scores[0]["eval_score"] = played["pc_success"] + played.get("avg_max_reward", 0.0)
         scores = broadcast_object_list(scores)[0]
         self.log(scores)
         return metrics | scores
 
     def create_model_card(self, *args, **kwargs) -> None:
         if not self.is_world_process_zero():
+            return
+        if self.benchmark.name != "pusht":  # our card speaks of PushT
+            super().create_model_card(*args, **kwargs)
             return
         folder, best = Path(self.args.output_dir), self.state.best_global_step
         has_trained = any("loss" in entry for entry in self.state.log_history)
@@ -278,11 +284,12 @@ def fit_statistics_and_tokenizer(
 
 
 def make_policy(
-    dataset: LeRobotChunkDataset, args: PolicyArguments, **kwargs
+    dataset: LeRobotChunkDataset, args: PolicyArguments, benchmark: Benchmark, **kwargs
 ) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
     """The preset's model and processor; kwargs go to `from_pretrained` or the configuration."""
     statistics, action_tokenizer = fit_statistics_and_tokenizer(dataset, args)
-    wordings = WORDINGS if args.reword_probability > 0 else []
+    wordings = sum(benchmark.wordings.values(), []) if args.reword_probability > 0 else []
+    default_task = dataset.tasks[0] if len(dataset.tasks) == 1 else ""
     options = {
         "chunk_size": args.chunk_size,
         "use_relative_actions": args.use_relative_actions,
@@ -291,7 +298,7 @@ def make_policy(
     frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}
     if args.preset == "256M":
         processor = SmolAndFastProcessor.from_vlm(
-            args.vlm, action_tokenizer, statistics, args.scale_factor, default_task=TASK, **options
+            args.vlm, action_tokenizer, statistics, args.scale_factor, default_task=default_task, **options
         )
         model = SmolAndFastForActionPrediction.from_pretrained(
             args.vlm,
@@ -303,7 +310,15 @@ def make_policy(
             **kwargs,
         )
         return model, processor
-    processor = make_tiny_processor(action_tokenizer, statistics, TASK, **options)
+    processor = make_tiny_processor(
+        action_tokenizer,
+        statistics,
+        default_task,
+        scale_factor=args.scale_factor,
+        image_size=benchmark.image_size,
+        split_words=len(dataset.tasks) > 1,
+        **options,
+    )
     # On a CPU, eager attention trains short sequences faster than the fused kernel.
     model = make_tiny_model(processor, args.n_action_steps, attn_implementation="eager", **frozen, **kwargs)
     if args.vision_weights:
@@ -318,10 +333,14 @@ def make_policy(
 def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, TrainingArguments]:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", default="tiny")
-    preset = first.parse_known_args(argv)[0].preset
+    first.add_argument("--benchmark", default="pusht")
+    chosen = first.parse_known_args(argv)[0]
+    preset = PRESETS.get(chosen.preset, {})
+    if chosen.preset == "tiny" and chosen.benchmark in MODULES:
+        preset = preset | get_benchmark(chosen.benchmark).preset
     parser = HfArgumentParser((PolicyArguments, TrainingArguments), description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(**PRESETS.get(preset, {}), bf16=bf16_is_faster())
+    parser.set_defaults(**preset, bf16=bf16_is_faster())
     args, training = parser.parse_args_into_dataclasses(argv)
     training.lr_scheduler_kwargs = {"min_lr_rate": args.min_lr_rate}
     return args, training
@@ -330,10 +349,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, Training
 def main(argv: list[str] | None = None) -> None:
     args, training = parse_args(argv)
     set_seed(training.seed)
-    root = args.dataset_root or download_dataset(args.dataset_repo_id)
+    benchmark = get_benchmark(args.benchmark)
+    repo_id = args.dataset_repo_id or benchmark.repo_id
+    root = args.dataset_root or download_dataset(repo_id)
     held_out = LeRobotChunkDataset(root, args.chunk_size, [0]).info["total_episodes"] - args.held_out_episodes
     train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))
-    model, processor = make_policy(train_set, args)
+    model, processor = make_policy(train_set, args, benchmark)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {model.dtype}, bf16 autocast: {training.bf16}")
     base_model = args.vlm if args.preset == "256M" and not os.path.isdir(args.vlm) else None
@@ -347,13 +368,15 @@ def main(argv: list[str] | None = None) -> None:
         model,
         training,
         data_collator=ActionDataCollator(processor),
-        train_dataset=VariedDemonstrations(train_set, args, training.seed),
+        train_dataset=VariedDemonstrations(train_set, args, training.seed, benchmark.wordings),
         eval_dataset=LeRobotChunkDataset(root, args.chunk_size, range(held_out, held_out + args.held_out_episodes)),
         processing_class=processor,
         optimizers=(optimizer, None),
         callbacks=[EpochSetter(), EvaluateLastStep(), PushCodeFiles()],
+        benchmark=benchmark,
+        eval_tasks=args.eval_tasks or [t for t, sentence in benchmark.tasks.items() if sentence in train_set.tasks],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
-        card_options={"datasets": [args.dataset_repo_id], "base_model": base_model},
+        card_options={"datasets": [repo_id], "base_model": base_model},
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()

@@ -1,6 +1,7 @@
-"""Evaluate a SmolAndFast checkpoint in the PushT simulator.
+"""Evaluate a SmolAndFast checkpoint in a simulator.
 
-    python examples/eval_pusht.py --checkpoint checkpoints/pusht-tiny --episodes 50 --output_dir outputs/eval
+    python examples/evaluate.py --checkpoint checkpoints/pusht-tiny --episodes 50 --output_dir outputs/eval
+    python examples/evaluate.py --benchmark metaworld --checkpoint checkpoints/metaworld-tiny --episodes 10
 
 Writes `metrics.json`, and `rollouts.mp4` and `rollouts.png` of the first episodes, into the output folder. Episode i
 resets its environment with seed + i. On one machine, the same command gives the same result; another `--num_envs` may
@@ -17,18 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pusht import ACTION_DIM, TASK, Predict, rollout, write_contact_sheet, write_video
+from rollouts import MODULES, Benchmark, Predict, get_benchmark, rollout, write_contact_sheet, write_video
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
 from smolandfast.files_smolandfast import written_whole
-
-SUMMARY = """\
-{checkpoint}: {n_episodes} episodes from seed {seed}, {n_action_steps} actions of each chunk executed
-  success         {pc_success:.1f} %  ({pc_success_low:.1f} to {pc_success_high:.1f})
-  max reward      {avg_max_reward:.3f}  ({avg_max_reward_low:.3f} to {avg_max_reward_high:.3f})
-  sum reward      {avg_sum_reward:.1f}
-  time per chunk  {ms_per_chunk:.1f} ms  (up to {num_envs} at once, {device}, {dtype}, {num_threads} threads)
-  malformed       {malformed_chunks} of {num_chunks} chunks"""
 
 
 def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
@@ -44,14 +37,15 @@ def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def make_predict(model: Any, processor: Any, task: str = TASK, **generate_kwargs: Any) -> Predict:
-    """Wrap a model and its processor as the `predict` of [`pusht.rollout`].
+def make_predict(model: Any, processor: Any, task: str | None = None, **generate_kwargs: Any) -> Predict:
+    """Wrap a model and its processor as the `predict` of [`rollouts.rollout`]; `task` stands in for every sentence.
 
     The processor's ValueError for tokens that do not decode to one whole chunk is passed on.
     """
 
-    def predict(images: list[np.ndarray], states: np.ndarray) -> np.ndarray:
-        inputs = processor(images=[[i] for i in images], text=[task] * len(images), state=states, return_tensors="pt")
+    def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
+        texts = texts if task is None else [task] * len(texts)
+        inputs = processor(images=[[image] for image in images], text=texts, state=states, return_tensors="pt")
         ids = model.generate(**inputs.to(model.device), **generate_kwargs)
         return np.asarray(processor.post_process_actions(ids))  # (B, H, D), the robot's units
 
@@ -66,9 +60,9 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **mi
             parser.error(f"--{name} is {value}. Give at least {low}.")
 
 
-def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, benchmark: Benchmark) -> None:
     """Stop with an error line if `--checkpoint` is missing or of another kind; reads only its configuration."""
-    fix = "Give the folder that examples/train_pusht.py wrote (its --output_dir), or a Hub id."
+    fix = "Give the folder that examples/train.py wrote (its --output_dir), or a Hub id."
     args.checkpoint = os.path.expanduser(args.checkpoint)
     folder = Path(args.checkpoint)
     # `org/name` is a Hub id unless `org` is a folder: a mistyped path must not fetch somebody's code from the Hub.
@@ -80,11 +74,14 @@ def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         config, _ = PreTrainedConfig.get_config_dict(args.checkpoint)
     except (OSError, ValueError) as error:
         parser.error(f"--checkpoint {args.checkpoint} cannot be read: {first_line(error)} {fix}")
-    found, action_dim = config.get("model_type"), config.get("action_dim", ACTION_DIM)
+    found, action_dim = config.get("model_type"), config.get("action_dim", benchmark.action_dim)
     if found != "smolandfast":
         parser.error(f"--checkpoint {args.checkpoint} has model_type {found!r}, expected 'smolandfast'. {fix}")
-    if action_dim != ACTION_DIM:
-        parser.error(f"--checkpoint {args.checkpoint} has {action_dim} action dimensions, PushT {ACTION_DIM}. {fix}")
+    if action_dim != benchmark.action_dim:
+        parser.error(
+            f"--checkpoint {args.checkpoint} has {action_dim} action dimensions, {benchmark.name} "
+            f"{benchmark.action_dim}. {fix}"
+        )
 
 
 def load_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, **kwargs: Any) -> tuple[Any, Any]:
@@ -99,9 +96,9 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def installed_versions() -> dict[str, str]:
+def installed_versions(benchmark: Benchmark) -> dict[str, str]:
     """The releases that a result depends on."""
-    packages = ("torch", "transformers", "gymnasium", "gym_pusht", "pymunk", "numpy")
+    packages = ("torch", "transformers", *benchmark.packages, "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
@@ -111,16 +108,47 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def summary(metrics: dict[str, Any], num_chunks: int) -> str:
+    """The scores for people."""
+
+    def line(name: str, text: str) -> str:
+        return f"  {name:<15} {text}"
+
+    def rate(scores: dict[str, float]) -> str:
+        return f"{scores['pc_success']:.1f} %  ({scores['pc_success_low']:.1f} to {scores['pc_success_high']:.1f})"
+
+    head = "{checkpoint}: {n_episodes} episodes from seed {seed}, {n_action_steps} actions of each chunk executed"
+    lines = [head.format(**metrics)]
+    for task, scores in metrics.get("by_task", {}).items():
+        lines.append(f"    {task:<28} {scores['pc_success']:.0f} %")
+    for group, scores in metrics.get("by_group", {}).items():
+        lines.append(line(group, rate(scores)))
+    lines.append(line("success", rate(metrics)))
+    for name in ("tasks", "groups"):
+        if metrics.get(f"mean_over_{name}") is not None:
+            lines.append(line(f"mean over {name}", f"{metrics[f'mean_over_{name}']:.1f} %"))
+    if "avg_max_reward" in metrics:
+        reward = "{avg_max_reward:.3f}  ({avg_max_reward_low:.3f} to {avg_max_reward_high:.3f})"
+        lines.append(line("max reward", reward.format(**metrics)))
+    lines.append(line("sum reward", f"{metrics['avg_sum_reward']:.1f}"))
+    setting = "{ms_per_chunk:.1f} ms  (up to {num_envs} at once, {device}, {dtype}, {num_threads} threads)"
+    lines.append(line("time per chunk", setting.format(**metrics)))
+    lines.append(line("malformed", f"{metrics['malformed_chunks']} of {num_chunks} chunks"))
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Evaluate a SmolAndFast checkpoint in the PushT simulator.")
-    parser.add_argument("--checkpoint", required=True, help="folder that train_pusht.py wrote, or a Hub id")
-    parser.add_argument("--episodes", type=int, default=50)
+    parser = argparse.ArgumentParser(description="Evaluate a SmolAndFast checkpoint in a simulator.")
+    parser.add_argument("--checkpoint", required=True, help="folder that train.py wrote, or a Hub id")
+    parser.add_argument("--benchmark", choices=sorted(MODULES), default="pusht", help="the simulator (pusht)")
+    parser.add_argument("--tasks", nargs="+", help="tasks of the benchmark (all)")
+    parser.add_argument("--episodes", type=int, default=50, help="of each task (50)")
     parser.add_argument("--seed", type=int, default=1000, help="episode i resets its environment with seed + i")
     parser.add_argument("--num_envs", type=int, default=16, help="episodes played side by side (16)")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each chunk (the checkpoint's own)")
     parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, help="of sampling (1.0)")
-    parser.add_argument("--record", type=int, default=6, help="first episodes to film, 0 for none (6)")
+    parser.add_argument("--record", type=int, default=6, help="first episodes of each task to film, 0 for none (6)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/eval"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -128,7 +156,14 @@ def main(argv: list[str] | None = None) -> None:
     check_counts(parser, args, episodes=1, num_envs=1, n_action_steps=1, seed=0, record=0)
     if args.temperature is not None and not (args.do_sample and 0 < args.temperature < float("inf")):
         parser.error(f"--temperature is {args.temperature}. Give a positive number, and --do_sample with it.")
-    check_checkpoint(parser, args)
+    try:
+        benchmark = get_benchmark(args.benchmark)
+    except ValueError as error:
+        parser.error(f"--benchmark: {error}")
+    for task in args.tasks or ():
+        if task not in benchmark.tasks:
+            parser.error(f"--tasks: {benchmark.name} has no {task}, only {', '.join(benchmark.tasks)}.")
+    check_checkpoint(parser, args, benchmark)
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -146,26 +181,28 @@ def main(argv: list[str] | None = None) -> None:
     sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
     torch.manual_seed(args.seed)
     result = rollout(
+        benchmark,
         make_predict(model, processor, **sampling),
         seeds=range(args.seed, args.seed + args.episodes),
         n_action_steps=n_action_steps,
+        tasks=args.tasks,
         num_envs=args.num_envs,
         record=args.record,
         progress=True,
     )
     metrics = {
-        **{name: getattr(args, name) for name in ("checkpoint", "num_envs", "dtype", "device")},
+        **{name: getattr(args, name) for name in ("benchmark", "checkpoint", "num_envs", "dtype", "device")},
         "n_action_steps": n_action_steps,
         "num_threads": torch.get_num_threads(),
         **sampling,
-        "versions": installed_versions(),
+        "versions": installed_versions(benchmark),
         **result.metrics(),
     }
     write_json(args.output_dir / "metrics.json", metrics)
-    print(SUMMARY.format(**metrics, num_chunks=result.num_chunks))
+    print(summary(metrics, result.num_chunks))
     if args.record:
-        write_contact_sheet(args.output_dir / "rollouts.png", result.recordings)
-        write_video(args.output_dir / "rollouts.mp4", result.recordings)
+        write_contact_sheet(args.output_dir / "rollouts.png", result.recordings, benchmark)
+        write_video(args.output_dir / "rollouts.mp4", result.recordings, benchmark)
         print(f"  video           {args.output_dir / 'rollouts.mp4'}, as a picture {args.output_dir / 'rollouts.png'}")
     print(f"  metrics         {args.output_dir / 'metrics.json'}")
 

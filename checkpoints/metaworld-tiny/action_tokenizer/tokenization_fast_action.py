@@ -1,0 +1,383 @@
+"""FAST: robot action chunks as short strings of tokens.
+
+A chunk is turned into frequencies by a DCT-II over time, scaled and rounded to integers, written frequency by
+frequency with one symbol a coefficient, and compressed by byte-pair encoding (Pertsch et al. 2025, "FAST: Efficient
+Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, section V). Knows normalised numbers and FAST
+ids alone: not the robot's units, and not where a language model keeps the ids in its vocabulary.
+"""
+
+import json
+from collections.abc import Sequence
+from numbers import Real
+
+import numpy as np
+import torch
+from scipy.fft import dct, idct
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .checks_smolandfast import as_numbers, check_whole, naming_errors
+from .files_smolandfast import HUB_KWARGS, find_file
+
+# A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
+# 15, which no normalizer or pre-tokenizer touches.
+FIRST_SYMBOL = 0xF0000
+MAX_SYMBOLS = 0xFFFE
+# The official FAST+ tokenizer writes it as chr(c - min_coefficient); code points from 0xD800 on are surrogates, which
+# UTF-8 cannot hold.
+MAX_CODE_POINT = 0xD7FF
+MAX_COEFFICIENT = 2**31
+
+
+class FastActionTokenizer(PreTrainedTokenizerFast):
+    """Encodes chunks of continuous actions as FAST tokens and decodes them again.
+
+    Every call is a pure function of its arguments, so one tokenizer serves any number of threads. Make one with
+    [`FastActionTokenizer.fit`], or load the official FAST+ files with `from_pretrained("physical-intelligence/fast")`.
+
+    Args:
+        horizon: Actions in a chunk, H. `None` (FAST+): `decode_actions` must be told.
+        action_dim: Dimensions of an action, D. `None` (FAST+): `decode_actions` must be told.
+        scale: DCT coefficients are multiplied by this before rounding: larger is finer and needs more tokens.
+        min_coefficient: Smallest integer coefficient; smaller ones saturate.
+        max_coefficient: Largest integer coefficient; larger ones saturate. `None`: as far as the symbols reach.
+        fit_report: What [`FastActionTokenizer.report`] said of the chunks it was fitted on.
+
+    Raises:
+        ValueError: The files hold no `min_coefficient`, so they are not those of an action tokenizer.
+    """
+
+    def __init__(
+        self,
+        *args,
+        horizon: int | None = None,
+        action_dim: int | None = None,
+        scale: float = 10.0,
+        min_coefficient: int | None = None,
+        max_coefficient: int | None = None,
+        fit_report: dict | None = None,
+        **kwargs,
+    ):
+        if min_coefficient is None:
+            raise ValueError(
+                "These tokenizer files have no `min_coefficient` (`min_token` in the official FAST files), so they do "
+                "not belong to an action tokenizer. Fit one with FastActionTokenizer.fit(...), or load FAST+ from "
+                "'physical-intelligence/fast'."
+            )
+        _check_scale(scale)
+        for name, value in {"min_coefficient": min_coefficient, "max_coefficient": max_coefficient}.items():
+            if value is not None:
+                check_whole(value, name, -MAX_COEFFICIENT, MAX_COEFFICIENT)
+        for name, value in {"horizon": horizon, "action_dim": action_dim}.items():
+            if value is not None:
+                check_whole(value, name)
+        if (horizon is None) != (action_dim is None):
+            raise ValueError(f"horizon is {horizon} and action_dim is {action_dim}: give both, or neither (FAST+).")
+        # The official files name classes that live in another repository; `tokenizer_object` holds the vocabulary.
+        for name in ("auto_map", "processor_class", "vocab", "merges"):
+            kwargs.pop(name, None)
+        super().__init__(
+            *args,
+            horizon=horizon,
+            action_dim=action_dim,
+            scale=scale,
+            min_coefficient=min_coefficient,
+            max_coefficient=max_coefficient,
+            fit_report=fit_report,
+            **kwargs,
+        )
+        self.horizon = horizon
+        self.action_dim = action_dim
+        self.scale = scale
+        self.fit_report = fit_report
+        self.min_coefficient = min_coefficient
+        self.is_byte_level = isinstance(self.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+        self._first_symbol = 0 if self.is_byte_level else FIRST_SYMBOL
+        largest = min_coefficient + (MAX_CODE_POINT if self.is_byte_level else MAX_SYMBOLS - 1)
+        max_coefficient = largest if max_coefficient is None else max_coefficient
+        if not min_coefficient <= max_coefficient <= largest:
+            raise ValueError(
+                f"max_coefficient is {max_coefficient}, expected {min_coefficient} (min_coefficient) to {largest} (as "
+                "far as the symbols reach). Load the tokenizer's saved files again."
+            )
+        self.max_coefficient = max_coefficient
+        tokens = self.convert_ids_to_tokens(list(range(len(self))))
+        if self.is_byte_level:
+            to_byte = _byte_alphabet()
+            self._token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
+        else:
+            self._token_bytes = [token.encode("utf-8") for token in tokens]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "FastActionTokenizer":
+        """Load a saved tokenizer, or the official FAST files, whose numbers are in their `processor_config.json`.
+
+        Raises:
+            ValueError: Damaged files, or those of another tokenizer.
+            OSError: No such files, or a hub that cannot be reached.
+        """
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        official_file, vocabulary_file = (
+            find_file(pretrained_model_name_or_path, name, **hub_kwargs)
+            for name in ("processor_config.json", "tokenizer.json")
+        )
+        with naming_errors(f"The action tokenizer in {pretrained_model_name_or_path}", passing=(ValueError,)):
+            official = {} if official_file is None else json.loads(official_file.read_bytes())
+            if "min_token" in official:
+                kwargs.setdefault("scale", official["scale"])
+                kwargs.setdefault("min_coefficient", official["min_token"])
+                kwargs.setdefault("horizon", official.get("time_horizon"))
+                kwargs.setdefault("action_dim", official.get("action_dim"))
+            if vocabulary_file is not None:
+                # As it is: Transformers would make another one of its vocabulary, for a class with an `__init__`.
+                kwargs["tokenizer_object"] = Tokenizer.from_str(vocabulary_file.read_text(encoding="utf-8"))
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def fit(
+        cls,
+        chunks: "np.ndarray | torch.Tensor",
+        scale: float = 10.0,
+        vocab_size: int = 1024,
+        action_scale: "float | np.ndarray" = 1.0,
+    ) -> "FastActionTokenizer":
+        """Train a tokenizer on normalised action chunks. The same chunks give the same tokenizer.
+
+        Every integer between the smallest and the largest coefficient seen gets a symbol of its own, so all of them
+        can be written; the rest of the vocabulary is byte-pair merges of symbols.
+
+        Args:
+            chunks: `(N, H, D)`, normalised to about [-1, 1], finite.
+            scale: See the class.
+            vocab_size: Most tokens the vocabulary may have, symbols and merges together.
+            action_scale: Robot units in one normalised unit, a number or `(D,)`: the unit of the report's errors.
+
+        Returns:
+            The tokenizer; its `fit_report` is [`FastActionTokenizer.report`] of the same chunks.
+
+        Raises:
+            ValueError: wrong shape, values that are not finite, or fewer tokens than symbols.
+        """
+        chunks = as_numbers(chunks, "chunks", ("N", "H", "D"))
+        _check_scale(scale)
+        check_whole(vocab_size, "vocab_size")
+        if chunks.size == 0:
+            raise ValueError(f"chunks has shape {chunks.shape}: pass at least one (H, D) chunk to fit on.")
+        coefficients = _dct_coefficients(chunks, scale)
+        low, high = int(coefficients.min()), int(coefficients.max())
+        num_symbols = high - low + 1
+        if num_symbols > min(vocab_size, MAX_SYMBOLS):
+            raise ValueError(
+                f"The coefficients run from {low} to {high}: {num_symbols} symbols, more than the vocabulary of "
+                f"{vocab_size} can hold. Use a larger vocab_size or a scale below {scale}, or look for outliers "
+                "in the actions (quantile normalisation tames them)."
+            )
+        backend = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=int(vocab_size),
+            initial_alphabet=[chr(FIRST_SYMBOL + k) for k in range(num_symbols)],
+            show_progress=False,
+        )
+        texts = _write_symbols(coefficients.astype(np.int64) - low + FIRST_SYMBOL)
+        backend.train_from_iterator(texts, trainer, length=len(texts))
+        tokenizer = cls(
+            tokenizer_object=backend,
+            horizon=int(chunks.shape[1]),
+            action_dim=int(chunks.shape[2]),
+            scale=float(scale),
+            min_coefficient=low,
+            max_coefficient=high,
+        )
+        tokenizer.fit_report = tokenizer.report(chunks, action_scale)
+        return tokenizer
+
+    def encode_actions(self, actions: "np.ndarray | torch.Tensor") -> list[list[int]]:
+        """Turn action chunks into FAST token ids.
+
+        DCT-II over time (orthonormal), times `scale`, rounded half to even, frequency by frequency, then BPE.
+        Coefficients outside `[min_coefficient, max_coefficient]` saturate ([`count_saturated`] counts them).
+
+        Args:
+            actions: `(batch, horizon, action_dim)`, normalised to about [-1, 1], finite.
+
+        Returns:
+            One list of ids in `[0, vocab_size)` for each chunk. Lengths differ.
+
+        Raises:
+            ValueError: Wrong shape, or a value that is not finite; the message names the first offending index.
+        """
+        coefficients = _dct_coefficients(self._check_chunks(actions), self.scale)
+        symbols = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
+        texts = _write_symbols(symbols - self.min_coefficient + self._first_symbol)
+        return [encoding.ids for encoding in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode_actions(
+        self,
+        ids: Sequence[Sequence[int]],
+        horizon: int | None = None,
+        action_dim: int | None = None,
+        relaxed: bool = False,
+    ) -> np.ndarray:
+        """Turn FAST token ids back into action chunks.
+
+        Args:
+            ids: For each chunk, ids in `[0, vocab_size)`: lists, or rows of an array or tensor.
+            horizon: Actions in a chunk; by default the tokenizer's own.
+            action_dim: Dimensions of an action; by default the tokenizer's own.
+            relaxed: Take any string: coefficients beyond `horizon * action_dim` are cut, missing ones are zero, bytes
+                that are not valid UTF-8 are skipped, and coefficients out of range saturate.
+
+        Returns:
+            `(batch, horizon, action_dim)` float64, normalised.
+
+        Raises:
+            ValueError: An id outside the vocabulary, or, unless `relaxed`, a coefficient that `encode_actions` never
+                writes, or a string that does not hold exactly `horizon * action_dim` of them: nothing is padded, cut
+                or replaced by zeros.
+        """
+        horizon = self.horizon if horizon is None else horizon
+        action_dim = self.action_dim if action_dim is None else action_dim
+        if horizon is None or action_dim is None:
+            raise ValueError(
+                "This tokenizer was not fitted for one chunk shape (FAST+ serves all): say "
+                "decode_actions(ids, horizon=..., action_dim=...)."
+            )
+        check_whole(horizon, "horizon")
+        check_whole(action_dim, "action_dim")
+        if (self.horizon, self.action_dim) not in ((None, None), (horizon, action_dim)):
+            raise ValueError(
+                f"Asked for chunks of shape ({horizon}, {action_dim}), but this tokenizer was fitted for "
+                f"({self.horizon}, {self.action_dim}). Fit a tokenizer for the other shape."
+            )
+        is_text = isinstance(ids, (str, bytes))
+        if is_text or not isinstance(ids, (Sequence, np.ndarray, torch.Tensor)) or getattr(ids, "ndim", 1) == 0:
+            raise ValueError(f"ids is {ids!r}, expected a list of ids for each chunk.")
+        rows, size = [self._read_coefficients(row, i, relaxed) for i, row in enumerate(ids)], horizon * action_dim
+        for i, row in enumerate(rows):
+            if row.size != size and not relaxed:
+                raise ValueError(
+                    f"ids[{i}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
+                    f"{action_dim} = {size}. Constrained decoding (the model's own generate) writes only whole chunks."
+                )
+        coefficients = np.zeros((len(rows), size))
+        for i, row in enumerate(rows):
+            coefficients[i, : row.size] = row[:size]
+        return idct((coefficients / self.scale).reshape(-1, horizon, action_dim), axis=1, norm="ortho")
+
+    def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
+        with naming_errors(f"ids[{index}]", "Pass a list of ids for each chunk."):
+            ids = np.asarray(ids)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(
+                f"ids[{index}] has shape {ids.shape} and dtype {ids.dtype}, expected a list of ids: decode_actions "
+                "takes a batch of lists."
+            )
+        outside = ids[(ids < 0) | (ids >= len(self._token_bytes))]
+        if outside.size:
+            raise ValueError(f"ids[{index}] holds {outside[0]}, expected FAST ids in [0, {len(self._token_bytes)}).")
+        try:
+            text = b"".join([self._token_bytes[i] for i in ids]).decode(errors="ignore" if relaxed else "strict")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"ids[{index}] is not a valid FAST string: its bytes are not UTF-8 ({error.reason} at byte "
+                f"{error.start}). Only strings from encode_actions or from constrained decoding can be decoded."
+            ) from error
+        symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
+        coefficients = symbols - self._first_symbol + self.min_coefficient
+        if relaxed:
+            return np.clip(coefficients, self.min_coefficient, self.max_coefficient)
+        outside = coefficients[(coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)]
+        if outside.size:
+            raise ValueError(
+                f"ids[{index}] holds the coefficient {outside[0]}, expected {self.min_coefficient} to "
+                f"{self.max_coefficient}, which is what encode_actions and constrained decoding write."
+            )
+        return coefficients
+
+    def count_saturated(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
+        """Count, for each chunk, the coefficients that `encode_actions` has to saturate: `(batch,)` integers."""
+        coefficients = _dct_coefficients(self._check_chunks(actions), self.scale)
+        return ((coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)).sum(axis=1)
+
+    def report(self, actions: "np.ndarray | torch.Tensor", action_scale: "float | np.ndarray" = 1.0) -> dict:
+        """Measure how well the tokenizer serves these chunks, in the action's own units.
+
+        Args:
+            actions: `(batch, horizon, action_dim)`, normalised.
+            action_scale: Robot units in one normalised unit, a number or `(action_dim,)`.
+
+        Returns:
+            `tokens_mean`, `tokens_p99`, `tokens_max` a chunk; `rmse` and `max_error` between an action and its decoded
+            self, in robot units; `clip_rate`, the share of saturated coefficients; `vocab_used`, the share of the
+            vocabulary that these chunks use; `num_chunks`, `vocab_size`.
+        """
+        actions = self._check_chunks(actions)
+        if len(actions) == 0:
+            raise ValueError("actions is empty: pass at least one (H, D) chunk to report on.")
+        ids = self.encode_actions(actions)
+        lengths = np.array([len(row) for row in ids])
+        errors = (self.decode_actions(ids, *actions.shape[1:]) - actions) * np.asarray(action_scale)
+        return {
+            "num_chunks": len(ids),
+            "vocab_size": len(self),
+            "tokens_mean": float(lengths.mean()),
+            "tokens_p99": float(np.percentile(lengths, 99)),
+            "tokens_max": int(lengths.max()),
+            "rmse": float(np.sqrt((errors**2).mean())),
+            "max_error": float(np.abs(errors).max()),
+            "clip_rate": float(self.count_saturated(actions).sum() / actions.size),
+            "vocab_used": float(len(set().union(*ids)) / len(self)),
+        }
+
+    def token_grammar(self, num_coefficients: int) -> dict[str, list]:
+        """What constrained decoding must know of each token, as the field of `SmolAndFastConfig` that holds it.
+
+        Fitted: `fast_token_lengths`, the coefficients each token stands for. Byte-level (FAST+): `fast_token_bytes`,
+        the UTF-8 bytes of each token in hexadecimal, since a token may begin or end inside a character.
+
+        Args:
+            num_coefficients: Coefficients in a chunk, H * D. Byte-level tokens that hold more are `None`: FAST+ has
+                tokens of over 1,500 coefficients, and configurations are read by people.
+        """
+        if not self.is_byte_level:
+            return {"fast_token_lengths": [len(token.decode("utf-8")) for token in self._token_bytes]}
+        fits = [len(token.decode("utf-8", errors="ignore")) <= num_coefficients for token in self._token_bytes]
+        pairs = zip(self._token_bytes, fits, strict=True)
+        return {"fast_token_bytes": [token.hex() if fit else None for token, fit in pairs]}
+
+    def _check_chunks(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
+        expected = (self.horizon or "horizon", self.action_dim or "action_dim")
+        return as_numbers(actions, "actions", ("batch", *expected))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's, Radford et al. 2019).
+
+    Printable characters of Latin-1 stand for themselves, those from 256 on for the other bytes, in their order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _check_scale(scale: float) -> None:
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale!r}, expected a number above 0. The FAST paper uses 10.")
+
+
+def _dct_coefficients(actions: np.ndarray, scale: float) -> np.ndarray:
+    """Rounded, unclipped coefficients, low frequencies first: `(B, H, D) -> (B, H*D)`."""
+    coefficients = np.around(dct(actions, axis=1, norm="ortho") * scale)
+    if not np.isfinite(coefficients).all():
+        raise ValueError(
+            f"actions go up to {np.abs(actions).max():.3g} and overflow the transform. Normalise to about [-1, 1]."
+        )
+    return coefficients.reshape(len(actions), actions.shape[1] * actions.shape[2])
+
+
+def _write_symbols(code_points: np.ndarray) -> list[str]:
+    """`(B, N)` code points -> B strings of N characters."""
+    return [row.tobytes().decode("utf-32-le") for row in code_points.astype("<u4")]
+
+
+FastActionTokenizer.register_for_auto_class("AutoTokenizer")

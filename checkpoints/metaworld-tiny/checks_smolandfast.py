@@ -1,0 +1,109 @@
+"""Checks of what comes in: whole numbers, arrays, images, and content that makes a library stumble.
+
+Each raises a ValueError that says what came, what was expected and how to fix it. Knows nothing of policies.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from numbers import Integral
+
+import numpy as np
+import torch
+from PIL import Image
+
+MAX_SIZE = 2**20  # no size of a model, an image or a chunk is larger
+
+
+def check_whole(value: object, name: str, low: int = 1, high: int = MAX_SIZE) -> None:
+    """Refuse what is not a whole number from `low` to `high`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}.")
+
+
+def as_numbers(values: "np.ndarray | torch.Tensor", name: str, shape: tuple | None = None) -> np.ndarray:
+    """A float64 array of this shape, where a word stands for any size; refuses numbers that are not finite."""
+    try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu().double().numpy()
+        values = np.asarray(values)
+        if values.dtype.kind not in "fiubO":  # NumPy would read strings, and drop imaginary parts
+            raise TypeError(f"its dtype is {values.dtype}")
+        values = values.astype(np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{name} is not an array of numbers: {error}. Pass real numbers.") from error
+    fits = shape is None or (
+        values.ndim == len(shape)
+        and all(isinstance(size, str) or size == found for size, found in zip(shape, values.shape, strict=True))
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {values.shape}, expected ({', '.join(map(str, shape))}).")
+    if not np.isfinite(values).all():
+        first = tuple(np.argwhere(~np.isfinite(values))[0].tolist())
+        raise ValueError(
+            f"{name}{list(first)} is {values[first]}, expected finite numbers. Check the sensor or the data."
+        )
+    return values
+
+
+def as_rgb_images(sample, name: str) -> list[np.ndarray]:
+    """The images of one sample, one a camera, as uint8 arrays `(H, W, 3)`."""
+    is_many = isinstance(sample, (list, tuple)) or (not isinstance(sample, Image.Image) and np.ndim(sample) == 4)
+    images = [_as_rgb(image, f"{name}[{i}]") for i, image in enumerate(sample)] if is_many else [_as_rgb(sample, name)]
+    if not images:
+        raise ValueError(f"{name} is empty, expected at least one camera's image.")
+    return images
+
+
+def _as_rgb(image, name: str) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{name} is a {type(image).__name__}, expected an RGB image: PIL, NumPy array or tensor.")
+    if image.ndim == 3 and image.shape[-1] != 3 and image.shape[0] == 3:
+        image = image.transpose(1, 2, 0)
+    if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        raise ValueError(f"{name} has shape {image.shape}, expected (height, width, 3) or (3, height, width), RGB.")
+    if image.dtype.kind == "f":
+        # The comparison is written so that NaN fails it.
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError(
+                f"{name} has floats from {image.min()} to {image.max()}, expected [0, 1], or uint8 in [0, 255]. "
+                "Divide by 255, and do not normalise: the processor does."
+            )
+        image = np.round(image * 255).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"{name} has dtype {image.dtype}, expected uint8, or floats in [0, 1].")
+    return image
+
+
+@contextlib.contextmanager
+def naming_errors(
+    what: object, fix: str = "Download or save it again.", passing: tuple[type, ...] = ()
+) -> Iterator[None]:
+    """Turn whatever a library raises on malformed content into a ValueError that names the content and the fix.
+
+    An `OSError` stays one, with the content's name where it names no file itself.
+
+    Args:
+        what: The content, as the message's first words.
+        fix: The message's last sentence.
+        passing: Exceptions of exactly these types pass: `(ValueError,)` where our own checks run inside. `ImportError`
+            always does.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{what} cannot be used: {error}. {fix}") from error
+    except BaseException as error:
+        # Libraries raise TypeError, KeyError, RuntimeError, bare Exception and so on; tokenizers, where its Rust code
+        # panics, a BaseException of a class that cannot be imported.
+        if type(error) in passing or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise ValueError(f"{what} cannot be used: {type(error).__name__}: {error}. {fix}") from error

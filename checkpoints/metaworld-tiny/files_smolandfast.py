@@ -1,0 +1,199 @@
+"""The files of a checkpoint: found in a folder or on the Hub, checked before use, written whole or not at all.
+
+Weights load from safetensors alone. Safetensors has no checksum, so a byte that flips on a disk or on the way would
+silently become another weight: `SHA256SUMS` lies beside the weights and lists theirs; `sha256sum --check SHA256SUMS`
+reads it too. Folders without it, such as SmolVLM's own, load unchecked. Knows nothing of what the files mean.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import httpx  # httpx2 since release 2.0
+from safetensors import SafetensorError, safe_open
+
+# Arguments of `from_pretrained` that say where on the Hub a file is, and how to get it.
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+CONFIG_FILES = ("config.json", "processor_config.json", "tokenizer_config.json")  # every checkpoint has one of them
+SUMS = "SHA256SUMS"
+AGAIN = "Download or save the checkpoint again."
+
+
+def find_file(
+    name_or_path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs
+) -> Path | None:
+    """Find a file of a checkpoint; from the Hub it is downloaded, or taken from the cache.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        subfolder, hub_kwargs: Those of [`HUB_KWARGS`], as in `from_pretrained`.
+
+    Returns:
+        Its path; `None` where the checkpoint has no such file.
+
+    Raises:
+        OSError: No such folder or repository, no right to read it, or a Hub that cannot be reached.
+    """
+    name_or_path, subfolder = os.fspath(name_or_path), subfolder or ""
+    if os.path.isdir(name_or_path):
+        path = Path(name_or_path, subfolder, filename)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_kwargs))
+    except LocalEntryNotFoundError as error:
+        place = {name: hub_kwargs.get(name) for name in ("cache_dir", "revision")}
+        if any(isinstance(try_to_load_from_cache(name_or_path, name, **place), str) for name in CONFIG_FILES):
+            return None  # the checkpoint is in the cache, without this file
+        raise OSError(
+            f"{name_or_path} is not in the cache, and the hub cannot be reached: {error} Connect, or name a folder."
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except httpx.HTTPError as error:  # no such repository, no right to read it, a connection that was cut
+        raise OSError(f"{filename} of {name_or_path} cannot be downloaded from the hub: {error}") from error
+    except ValueError as error:  # not a name that the Hub could have
+        raise OSError(
+            f"{name_or_path} is neither a folder nor a hub id: {error} Name the folder that save_pretrained wrote."
+        ) from error
+
+
+def read_json(path: Path, fix: str = AGAIN) -> dict:
+    """The JSON object in a file. Raises `OSError` where it is missing, and `ValueError` where it is something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}. {fix}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}. {fix}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object. {fix}")
+    return content
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file or a folder to; what stands there takes `path`'s place in the end.
+
+    Another process sees all of it or none. If the block raises, `path` stays as it is.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield unfinished
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(unfinished, path)
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def write_checksums(folder: Path, names: Iterable[str]) -> None:
+    """Write `SHA256SUMS` of these files into their folder."""
+    lines = [f"{_sha256(folder / name)}  {name}\n" for name in sorted(names)]
+    with written_whole(folder / SUMS) as path:
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """What a `SHA256SUMS` says, by the files' names. Raises `OSError` where it is missing or damaged."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OSError(f"{path} cannot be read: {error}. {AGAIN}") from error
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ((?:\w[\w.-]*/)*\w[\w.-]*)", line) for line in lines]
+    if not matches or None in matches:
+        raise OSError(f"{path} is damaged: expected lines of a SHA-256, two spaces and a file's name. {AGAIN}")
+    return {match[2]: match[1] for match in matches}
+
+
+def check_checksums(folder: Path) -> None:
+    """Compare every file that the folder's `SHA256SUMS` lists. Raises `OSError` that names the first that differs."""
+    for name, expected in read_checksums(folder / SUMS).items():
+        _check_file(folder / name, expected)
+
+
+def find_weights(name_or_path: str | os.PathLike, variant: str | None = None, **hub_kwargs) -> list[Path]:
+    """The safetensors files that Transformers would load: one, or the shards that an index lists.
+
+    They are compared with `SHA256SUMS` where the checkpoint has one.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        hub_kwargs: Those of [`HUB_KWARGS`].
+
+    Raises:
+        OSError: No such files, one that is missing, or one that is not what was saved.
+        ValueError: A damaged index.
+    """
+    find = partial(find_file, name_or_path, **hub_kwargs)
+    suffix = f".{variant}" if variant else ""
+    names = [f"model{suffix}.safetensors"]
+    if find(names[0]) is None:
+        index = find(f"model.safetensors.index{suffix}.json")
+        if index is None:
+            raise OSError(
+                f"{name_or_path} has no {names[0]}. Weights load from safetensors alone, since loading other formats "
+                "(pytorch_model.bin) can run code. Convert them with save_pretrained of the model's own class, or "
+                "name another checkpoint."
+            )
+        names = _read_shard_names(index)
+    sums_file = find(SUMS)
+    sums = None if sums_file is None else read_checksums(sums_file)
+    files = {name: find(name) for name in names}
+    for name, file in files.items():
+        if file is None:
+            raise OSError(f"{name_or_path} lacks {name}, one of its {len(names)} weight files. {AGAIN}")
+        if sums is not None:
+            _check_file(file, sums.get(name))
+    return list(files.values())
+
+
+def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor, from the headers alone. Raises `OSError` where a file is damaged."""
+    shapes = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"{path} is damaged: {error}. {AGAIN}") from error
+    return shapes
+
+
+def _read_shard_names(index: Path) -> list[str]:
+    content = read_json(index)
+    shards = content.get("weight_map")
+    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    are_plain = all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names)  # files of the same folder
+    if not names or not are_plain or not isinstance(content.get("metadata"), dict):
+        raise ValueError(f"{index} is damaged: expected metadata, and a weight_map from tensors to files. {AGAIN}")
+    return sorted(names)
+
+
+def _check_file(path: Path, expected: str | None) -> None:
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}. {AGAIN}") from error
+    if found != expected:
+        raise OSError(
+            f"{path} is not what was saved: its SHA-256 is {found}, {SUMS} beside it says {expected or 'nothing'}. "
+            f"{AGAIN} If it was changed on purpose, delete {SUMS}."
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

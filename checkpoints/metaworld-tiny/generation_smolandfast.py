@@ -1,0 +1,211 @@
+"""Constrained decoding: only strings that decode to exactly one action chunk can be written.
+
+Every FAST token stands for a known number of DCT coefficients, and a chunk has `chunk_size * action_dim` of them. At
+each step the logits of all tokens that do not fit into what is left are set to -inf; when nothing is left, the string
+ends. Tokens of a byte-level tokenizer (FAST+) may begin or end inside a UTF-8 character, so there the automaton of
+well-formed UTF-8 (Unicode standard, table 3-7) runs along. Knows ids and scores: no images, no robot units, no model.
+"""
+
+import torch
+from torch.nn.functional import pad
+from transformers import LogitsProcessor, StoppingCriteria
+
+from .configuration_smolandfast import SmolAndFastConfig, action_token_map
+
+# Inside a character: what the next byte may be, as (first, last, next state). State 0 stands between characters.
+# Limited to code points up to 0xD7FF, the symbols that FastActionTokenizer writes.
+UTF8_STATES = (
+    ((0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 3), (0xE1, 0xEC, 2), (0xED, 0xED, 4)),
+    ((0x80, 0xBF, 0),),
+    ((0x80, 0xBF, 1),),
+    ((0xA0, 0xBF, 1),),
+    ((0x80, 0x9F, 1),),
+)
+INVALID = -1
+
+
+class ActionGrammar:
+    """The automaton that recognises the FAST strings of one chunk.
+
+    Args:
+        config: A configuration with its action side filled.
+
+    Attributes:
+        band: The action tokens' place in the vocabulary, last token first.
+        num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
+        max_new_tokens: No string of the grammar is longer.
+        started: `(num_action_tokens + 1,)`, the coefficients that begin inside each token.
+        next_state: `(num_states + 1, num_action_tokens + 1)`, the state after a token, -1 where it must not follow.
+            What comes last in both tables is for the state -1 and for what is no action token.
+    """
+
+    def __init__(self, config: SmolAndFastConfig):
+        if config.num_action_tokens == 0:
+            raise ValueError(
+                "The configuration holds no action tokens, so this model cannot write actions yet. Load it with "
+                "SmolAndFastForActionPrediction.from_pretrained(folder, **processor.model_kwargs())."
+            )
+        self.base_id = config.action_token_base_id
+        self.band = slice(action_token_map(config.num_action_tokens - 1, self.base_id), self.base_id + 1)
+        self.num_coefficients = config.num_coefficients
+        if config.fast_token_lengths is not None:
+            self.started = torch.tensor(config.fast_token_lengths)
+            self.next_state = torch.zeros(1, config.num_action_tokens, dtype=torch.long)
+            self.max_new_tokens = self.num_coefficients
+        else:
+            too_long = self.num_coefficients + 1
+            tokens = [b"\0" * too_long if token is None else bytes.fromhex(token) for token in config.fast_token_bytes]
+            if not {bytes([byte]) for byte in range(256)} <= set(tokens):
+                raise ValueError("fast_token_bytes lacks single bytes, so not every chunk can be written.")
+            self.started = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens])
+            self.next_state = torch.tensor(
+                [[_read_bytes(state, token) for token in tokens] for state in range(len(UTF8_STATES))]
+            )
+            self.max_new_tokens = 3 * self.num_coefficients  # bytes of the longest symbols
+        if not (self.started == 1).any():
+            raise ValueError("No action token stands for a single coefficient, so not every chunk can be written.")
+        self.started, self.next_state = pad(self.started, (0, 1)), pad(self.next_state, (0, 1, 0, 1), value=INVALID)
+
+    def read(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Run the automaton over what has been written.
+
+        Args:
+            action_ids: `(batch, length)` vocabulary ids after the prompt.
+
+        Returns:
+            The coefficients left to begin and the state, each `(batch,)`. Once a string is complete, the padding that
+            follows does not count; a string outside the grammar has state -1.
+        """
+        left, state = self._start(action_ids)
+        for ids in action_ids.T:
+            left, state = self.step(left, state, ids)
+        return left, state
+
+    def step(
+        self, left: torch.LongTensor, state: torch.LongTensor, ids: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """What [`read`] returns, one id of each string later; all `(batch,)`."""
+        tokens = action_token_map(ids, self.base_id).clamp(-1, len(self.started) - 1)  # both ends are the last place
+        started = self.started.to(ids.device)[tokens]
+        after = self.next_state.to(ids.device)[state, tokens].masked_fill(started > left, INVALID)
+        complete = is_complete(left, state)
+        left = torch.where(complete | (after == INVALID), left, left - started)
+        return left, torch.where(complete, state, after)
+
+    def is_action(self, token_id: int) -> bool:
+        return 0 <= action_token_map(token_id, self.base_id) < len(self.started) - 1
+
+    def allowed(self, left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
+        """The tokens that may follow: `(batch,)`, `(batch,) -> (batch, num_action_tokens)`."""
+        next_state, started = self.next_state.to(left.device)[state, :-1], self.started.to(left.device)[:-1]
+        return (next_state != INVALID) & (started <= left[:, None])
+
+    def log_probabilities(self, scores: torch.FloatTensor, action_ids: torch.LongTensor) -> torch.FloatTensor:
+        """Log-probability of each id among those that the grammar allows there, as constrained decoding sees it.
+
+        Args:
+            scores: `(batch, length, vocab_size)`, the logits that each id was, or might be, chosen by.
+            action_ids: `(batch, length)` vocabulary ids of whole strings; anything may stand behind a string's end.
+
+        Returns:
+            `(batch, length)` float32, 0 behind a string's end.
+
+        Raises:
+            ValueError: Ids that are no whole string of the grammar.
+        """
+        (left, state), found = self._start(action_ids), []
+        for step, ids in enumerate(action_ids.T):
+            complete = is_complete(left, state)
+            allowed = self.allowed(left, state) | complete[:, None]  # something finite where nothing is chosen
+            tokens = action_token_map(ids, self.base_id).clamp(0, len(self.started) - 2)
+            # `band` holds the last token first
+            among = scores[:, step, self.band].flip(1).float().masked_fill(~allowed, -torch.inf).log_softmax(dim=1)
+            found.append(among.gather(1, tokens[:, None]).squeeze(1).masked_fill(complete, 0.0))
+            left, state = self.step(left, state, ids)
+        complete = is_complete(left, state)
+        if not complete.all():
+            raise ValueError(
+                f"action_ids holds {action_ids[~complete][0].tolist()}, expected strings of exactly "
+                f"{self.num_coefficients} coefficients. Take the labels that the processor makes of actions."
+            )
+        return torch.stack(found, dim=1)
+
+    def _start(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
+        return left, torch.zeros_like(left)
+
+
+class ActionReader:
+    """Reads strings that grow from call to call, each id once.
+
+    Strings that did not grow out of those of the call before (beams change places) are read from their start.
+    """
+
+    def __init__(self, grammar: ActionGrammar, prompt_length: int):
+        self.grammar = grammar
+        self.prompt_length = prompt_length
+        self._action_ids: torch.LongTensor | None = None
+
+    def read(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """[`ActionGrammar.read`] of what stands behind the prompt: `(batch, length)` ids -> two of `(batch,)`."""
+        action_ids = input_ids[:, self.prompt_length :]
+        length = 0 if self._action_ids is None else self._action_ids.shape[1]
+        if self._action_ids is None or not torch.equal(self._action_ids, action_ids[:, :length]):
+            self._found = self.grammar.read(action_ids)
+        else:
+            for ids in action_ids[:, length:].T:
+                self._found = self.grammar.step(*self._found, ids)
+        self._action_ids = action_ids
+        return self._found
+
+
+class ActionLogitsProcessor(LogitsProcessor):
+    """Leaves only the tokens that the grammar allows after what stands behind the prompt, then only EOS.
+
+    Relaxed, it leaves every action token and EOS at any time, whatever they add up to.
+    """
+
+    def __init__(self, reader: ActionReader, eos_token_id: int, relaxed: bool = False):
+        self.reader = reader
+        self.eos_token_id = eos_token_id
+        self.relaxed = relaxed
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        grammar = self.reader.grammar
+        allowed = grammar.allowed(*self.reader.read(input_ids)) | self.relaxed
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, grammar.band] = torch.where(allowed.flip(1), scores[:, grammar.band], -torch.inf)
+        if self.relaxed:
+            masked[:, self.eos_token_id] = scores[:, self.eos_token_id]
+        else:
+            masked[:, self.eos_token_id] = torch.where(allowed.any(1), masked[:, self.eos_token_id], 0.0)
+        best = masked.amax(dim=1)
+        if not torch.isfinite(best).all():
+            raise ValueError(
+                f"The model's scores for the action tokens are {best[~torch.isfinite(best)][0].item()}: no action can "
+                "be chosen. Look for NaN in the weights or the inputs, or for generation options that ban tokens."
+            )
+        return masked
+
+
+class ChunkIsComplete(StoppingCriteria):
+    """Ends each string at its last coefficient, without a forward pass for EOS."""
+
+    def __init__(self, reader: ActionReader):
+        self.reader = reader
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return is_complete(*self.reader.read(input_ids))
+
+
+def is_complete(left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
+    """Whether a string holds its whole chunk: nothing is left to begin, and no character is open."""
+    return (left == 0) & (state == 0)
+
+
+def _read_bytes(state: int, token: bytes) -> int:
+    for byte in token:
+        state = next((after for first, last, after in UTF8_STATES[state] if first <= byte <= last), INVALID)
+        if state == INVALID:
+            break
+    return state

@@ -1,0 +1,350 @@
+"""SmolAndFast: SmolVLM that writes action tokens.
+
+The weights and their names are those of `SmolVLMForConditionalGeneration`, so any SmolVLM or SmolVLM2 checkpoint
+loads. What is added: the loss over the action tokens alone, `generate()` that can only write valid action chunks, and
+the log-probability of a chunk. Takes what the processor makes; knows no images' sizes, no prompt and no robot.
+"""
+
+import inspect
+import os
+from functools import cached_property, wraps
+from pathlib import Path
+
+import torch
+import transformers
+from packaging.version import Version
+from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    SmolVLMForConditionalGeneration,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging
+
+from .checks_smolandfast import naming_errors
+from .configuration_smolandfast import SmolAndFastConfig
+from .files_smolandfast import AGAIN, HUB_KWARGS, find_file, find_weights, read_json, read_shapes, write_checksums
+from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
+
+logger = logging.get_logger(__name__)
+
+PROJECTION_KEY = "model.connector.modality_projection.proj.weight"
+HEAD_KEY = "lm_head.weight"
+
+
+class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
+    """SmolVLM with a loss and a `generate()` for FAST action tokens.
+
+    `forward` and its arguments are SmolVLM's, except that with `labels` the head runs on the action span alone.
+    """
+
+    config: SmolAndFastConfig
+    config_class = SmolAndFastConfig
+
+    def __init__(self, config: SmolAndFastConfig):
+        config.check()
+        super().__init__(config)
+        self._freeze()
+        self.is_packed = False
+
+    def _freeze(self) -> None:
+        self.model.vision_model.requires_grad_(not self.config.freeze_vision_tower)
+        self.model.connector.requires_grad_(not self.config.freeze_connector)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a SmolAndFast checkpoint, or start from a SmolVLM one.
+
+        Where `scale_factor` differs from the checkpoint's, the connector's projection has another shape: it is
+        re-created with random weights, with a warning, and has to be trained.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id of a SmolAndFast, SmolVLM or SmolVLM2 checkpoint.
+            kwargs: Fields of [`SmolAndFastConfig`] to change, and the usual arguments of `from_pretrained`.
+
+        Raises:
+            ValueError: A checkpoint of another kind, or one that does not fit the configuration; a connector that had
+                to be re-created though `freeze_connector` is set.
+            OSError: Files that are missing, damaged, or not what `SHA256SUMS` beside them says; weights in another
+                format than safetensors.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: weights load from safetensors alone. Drop it.")
+        kwargs["use_safetensors"] = True
+        hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            fields = {key: value for key, value in kwargs.items() if key != "config"}
+            config, _ = cls.config_class.from_pretrained(
+                config or pretrained_model_name_or_path, return_unused_kwargs=True, **fields
+            )
+        files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
+        found = find_file(pretrained_model_name_or_path, "generation_config.json", **hub_kwargs)
+        if found is not None:  # Transformers goes on without one that is damaged
+            _check_generation_config(found)
+        is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
+        kwargs |= {"ignore_mismatched_sizes": is_recreated, "force_download": False}  # everything has come by now
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model._freeze()  # loading made new parameters
+        if model.dtype == torch.bfloat16 and Version(transformers.__version__) < Version("5.21"):
+            logger.warning(
+                f"In bf16, transformers {transformers.__version__} rounds the places of an image's patches, and "
+                "actions are wrong (PushT: by 22 pixels of 512 on average). Use 5.21 or newer, or float32."
+            )
+        return result
+
+    @classmethod
+    def _check_shapes(cls, name: str, config: SmolAndFastConfig, found: dict[str, tuple[int, ...]]) -> bool:
+        """Compare a checkpoint's shapes with the configuration's, before either takes memory.
+
+        Returns:
+            Whether the connector's projection has to be re-created.
+        """
+        with naming_errors(f"The configuration of {name}"), torch.device("meta"):
+            model = cls(config)
+        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        tied = (HEAD_KEY,) if config.tie_word_embeddings else ()
+        missing = sorted(key for key in expected if key not in found and key not in tied)
+        if missing:
+            raise ValueError(
+                f"{name} lacks {len(missing)} of this model's weights, {missing[0]} first: it is not a whole "
+                "SmolAndFast or SmolVLM checkpoint. Download or save it again."
+            )
+        differing = [key for key in expected if key in found and found[key] != expected[key]]
+        for key in differing:
+            if key != PROJECTION_KEY:
+                raise ValueError(
+                    f"{key} has shape {found[key]} in {name} and {expected[key]} in the configuration. "
+                    "Only scale_factor may differ from the checkpoint; leave the other sizes as they are."
+                )
+        if not differing:
+            return False
+        change = f"re-created with random weights, shape {found[PROJECTION_KEY]} -> {expected[PROJECTION_KEY]}"
+        if config.freeze_connector:
+            raise ValueError(
+                f"freeze_connector is set, but scale_factor={config.scale_factor} differs from the checkpoint's, so "
+                f"the connector's projection would be {change}, and never be trained. Unfreeze the connector or keep "
+                "the checkpoint's scale_factor."
+            )
+        logger.warning(
+            f"scale_factor={config.scale_factor} differs from the checkpoint's: the connector's projection was "
+            f"{change}. Train it before use."
+        )
+        return True
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Save like any Transformers model, with `SHA256SUMS` beside the weights for [`from_pretrained`] to check.
+
+        Args:
+            push_to_hub: Upload afterwards; `repo_id`, by default the folder's name, and the other arguments of
+                [`push_to_hub`] may then follow.
+
+        Raises:
+            OSError: The folder cannot be written.
+        """
+        if os.path.isfile(save_directory):
+            raise OSError(f"{save_directory} is a file, expected a folder to save the model in. Name another one.")
+        names = inspect.signature(self.push_to_hub).parameters if push_to_hub else ()
+        hub_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            if is_main_process:
+                folder = Path(save_directory)
+                write_checksums(folder, [path.name for path in folder.glob("model*.safetensors")])
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"The model cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
+            ) from error
+        if push_to_hub and is_main_process:
+            self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
+
+    def pack(self) -> "SmolAndFastForActionPrediction":
+        """Make inference in bf16 on a CPU faster, in place: see `packing_smolandfast.py`.
+
+        The model can then neither be trained nor saved, and its attention is PyTorch's fused one. Results differ from
+        those before by the rounding of bf16.
+
+        Returns:
+            The model itself. If its scores on made-up inputs then differ by more than rounding, or if parts of PyTorch
+            and Transformers that this stands on have changed, it is left as it was, and a warning says so.
+
+        Raises:
+            ValueError: Weights in another type than bf16, a processor without bf16 products, or a model that is packed
+                already.
+        """
+        if self.is_packed or getattr(self, "is_quantized", False):
+            raise ValueError("The weights are packed or quantized already. Load the model again, in bf16, to pack it.")
+        if self.dtype != torch.bfloat16 or self.device.type != "cpu":
+            raise ValueError(
+                f"The weights are {self.dtype} on {self.device}, expected bf16 on a CPU: elsewhere packing brings "
+                "nothing. Load the model with dtype=torch.bfloat16."
+            )
+        if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+            raise ValueError("This processor has no bf16 products (AVX-512 at least). Leave the model as it is.")
+        try:
+            from .packing_smolandfast import pack
+        except ImportError as error:
+            logger.warning(f"pack() left the model as it was, only slower: this release lacks what it needs. {error}.")
+            return self
+        was_training = self.training
+        self.is_packed = pack(self.eval())
+        return self.train(was_training)
+
+    # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
+    @wraps(SmolVLMForConditionalGeneration.forward)
+    def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
+        if self.is_packed and self.training:
+            raise ValueError("A packed model cannot be trained. Load it again, or call eval().")
+        if labels is None:
+            return super().forward(*args, return_dict=return_dict, **kwargs)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs, kept = self._forward_to_span(labels, *args, **kwargs)
+        targets = labels[:, kept + 1].to(outputs.logits.device)
+        loss = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        # `Trainer` passes the number of targets in all batches of an optimizer's step.
+        outputs.loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _forward_to_span(self, labels: torch.LongTensor, *args, **kwargs):
+        """The forward pass, with logits only at those positions (the second result) that some sample's label follows.
+
+        The loss ignores the others, so it and its gradients are those of the full logits.
+        """
+        kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)  # position t predicts token t + 1
+        if len(kept) == 0:
+            raise ValueError(
+                "labels has no action token to learn: every entry is -100. Pass actions to the processor."
+            )
+        kwargs.setdefault("use_cache", False)  # nothing reads keys and values again
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and (mask[:, :-1] >= mask[:, 1:]).all():
+            # No token sees what is padded to the right of it: without a mask, attention takes its fast kernels.
+            kwargs["attention_mask"] = None
+        return super().forward(*args, logits_to_keep=kept, return_dict=True, **kwargs), kept
+
+    def log_probability(self, labels: torch.LongTensor, per_token: bool = False, **inputs) -> torch.FloatTensor:
+        """Log-probability of action chunks under the policy, differentiable: of `generate()`'s own distribution.
+
+        Each token's is among the tokens that the grammar allows there, so the probabilities of all strings that are
+        whole chunks add up to 1. (A chunk may be spelled by several strings; this is that of the one in the labels.)
+        `model.log_probability(**processor(images=..., text=..., state=..., actions=...))`.
+
+        Args:
+            labels: `(batch, length)` as the processor makes them of actions: -100 outside the action tokens and EOS.
+            per_token: Return one for each token instead of their sum.
+            inputs: The processor's other tensors.
+
+        Returns:
+            `(batch,)` natural logarithms, or `(batch, tokens)` with 0 for EOS and behind it; float32.
+
+        Raises:
+            ValueError: Labels that hold something else than one whole chunk a row.
+        """
+        outputs, kept = self._forward_to_span(labels, **inputs)
+        is_target = labels != -100
+        places = torch.arange(int(is_target.sum(dim=1).max()), device=labels.device)
+        positions = (is_target.int().argmax(dim=1)[:, None] + places).clamp(1, labels.shape[1] - 1)  # (batch, tokens)
+        rows = torch.searchsorted(kept, positions - 1).clamp(max=len(kept) - 1)
+        scores = outputs.logits[torch.arange(len(labels), device=labels.device)[:, None], rows]
+        found = self.action_grammar.log_probabilities(scores, labels.gather(1, positions))
+        return found if per_token else found.sum(dim=1)
+
+    @cached_property
+    def action_grammar(self) -> ActionGrammar:
+        return ActionGrammar(self.config)
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.LongTensor | None = None, relaxed: bool = False, **kwargs):
+        """Write one action chunk for each prompt: `GenerationMixin.generate`, greedy, sampled or beam search.
+
+        Whatever the weights, every string decodes to exactly `(chunk_size, action_dim)`; it ends at the last
+        coefficient.
+
+        Args:
+            inputs: `(batch, length)` prompt ids, left-padded; usually passed as `input_ids` by the processor's output.
+            relaxed: Let the model end a string where it likes, as published FAST policies do. It may then hold more
+                or fewer coefficients than a chunk: decode it with `post_process_actions(ids, relaxed=True)`.
+            kwargs: The processor's other tensors, and options of generation such as `do_sample`, `temperature`,
+                `num_beams`.
+
+        Returns:
+            `(batch, length + new)` ids, the prompt included, for [`SmolAndFastProcessor.post_process_actions`].
+
+        Raises:
+            ValueError: No action tokenizer in the configuration, a length option that would cut a chunk short, or
+                scores that are not finite.
+        """
+        grammar = self.action_grammar
+        for name in ("max_new_tokens", "max_length", "max_time", "min_new_tokens", "min_length", "stop_strings"):
+            if (value := kwargs.pop(name, None)) is not None:
+                raise ValueError(
+                    f"{name}={value!r}: an action string ends by itself at its last coefficient. Drop {name}."
+                )
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("labels") is not None or (mask is not None and not mask[:, -1].all()):
+            raise ValueError(
+                "generate() got a training batch (with labels, or padded on the right). Call the processor without "
+                "actions: its prompts end where the policy has to write."
+            )
+        eos_token_id, vocab_size = self.generation_config.eos_token_id, self.config.text_config.vocab_size
+        eos_token_id = next(iter(eos_token_id), None) if isinstance(eos_token_id, list) else eos_token_id
+        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+            raise ValueError(
+                f"input_ids holds {input_ids.max()}, expected ids in [0, {vocab_size}), the model's vocabulary. Load "
+                "processor and model from one folder."
+            )
+        if eos_token_id is None or not 0 <= eos_token_id < vocab_size or grammar.is_action(eos_token_id):
+            raise ValueError(
+                f"generation_config.eos_token_id is {eos_token_id}, expected an id outside the action tokens, below "
+                f"{vocab_size}. Set it to processor.tokenizer.eos_token_id."
+            )
+        pad_token_id = self.generation_config.pad_token_id
+        if pad_token_id is None or not 0 <= pad_token_id < vocab_size:  # SmolVLMConfig's default
+            kwargs.setdefault("pad_token_id", self.config.text_config.pad_token_id)
+        reader = ActionReader(grammar, prompt_length=input_ids.shape[1])
+        constraint, end = ActionLogitsProcessor(reader, eos_token_id, relaxed), ChunkIsComplete(reader)
+        ends = [] if relaxed else [end]
+        output = super().generate(
+            inputs,
+            logits_processor=LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), constraint]),
+            stopping_criteria=StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), *ends]),
+            max_new_tokens=grammar.max_new_tokens,
+            **kwargs,
+        )
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        if not relaxed and not end(sequences, None).all():
+            raise ValueError(
+                "The options given to generate() cut a chunk short or asked for more different chunks than exist. "
+                "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
+            )
+        return output
+
+
+def _check_generation_config(file: Path) -> None:
+    """Refuse what Transformers would ignore, or only stumble over while generating."""
+    content = read_json(file)
+    for name, value in content.items():
+        ids = value if isinstance(value, list) else [value]
+        fits = isinstance(value, bool) or not name.startswith("output_")
+        fits &= not name.endswith("_token_id") or all(type(i) is int and abs(i) < 2**31 for i in ids)
+        if value is not None and not fits:
+            raise ValueError(f"{name} in {file} is {value!r}, expected an id, or for output_* True or False. {AGAIN}")
+    with naming_errors(file):
+        GenerationConfig.from_dict(content)
+
+
+SmolAndFastForActionPrediction.register_for_auto_class("AutoModel")

@@ -1,0 +1,172 @@
+"""Robot units to [-1, 1] and back, and states to bins.
+
+Owns the statistics of a data set, in LeRobot's names: `observation.state` and `action`, each with `min`, `max` and,
+for quantile normalisation, `q01`, `q99`. Knows nothing of tokens, prompts or images.
+"""
+
+import numpy as np
+import torch
+
+from .checks_smolandfast import as_numbers, check_whole
+
+STATE, ACTION, RELATIVE_ACTION = "observation.state", "action", "relative_action"
+BOUNDS = {"min_max": ("min", "max"), "quantiles": ("q01", "q99")}
+
+
+def compute_statistics(states: np.ndarray, actions: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """Measure a data set for [`Normalizer`].
+
+    Args:
+        states: `(N, state_dim)`, robot units.
+        actions: `(N, chunk_size, action_dim)`, robot units: the chunk that starts at each state.
+
+    Returns:
+        `min`, `max`, `q01`, `q99` of each dimension, under `observation.state`, `action` and, where the dimensions
+        match, `relative_action` (action minus state).
+    """
+    states = as_numbers(states, "states", ("N", "state_dim"))
+    actions = as_numbers(actions, "actions", (len(states), "chunk_size", "action_dim"))
+    if len(states) == 0:
+        raise ValueError("states is empty: pass the demonstrations.")
+    values = {STATE: states, ACTION: actions}
+    if states.shape[-1] == actions.shape[-1]:
+        values[RELATIVE_ACTION] = actions - states[:, None]
+    statistics = {}
+    for name, array in values.items():
+        flat = array.reshape(-1, array.shape[-1])
+        low, high = np.quantile(flat, [0.01, 0.99], axis=0)
+        numbers = {"min": flat.min(axis=0), "max": flat.max(axis=0), "q01": low, "q99": high}
+        statistics[name] = {key: value.tolist() for key, value in numbers.items()}
+    return statistics
+
+
+class Normalizer:
+    """Normalises states and actions with the statistics of a data set.
+
+    With relative actions, the state that is subtracted is the one the prompt holds: the centre of its bins. So what is
+    added back after decoding can be read from the prompt, and nothing is lost to the bins' width.
+
+    Args:
+        statistics: See [`compute_statistics`]; `meta/stats.json` of a LeRobot data set has the same layout.
+        normalization: `"min_max"` maps [min, max] to [-1, 1]; `"quantiles"` maps [q01, q99] there.
+        n_state_bins: Bins of each state dimension.
+        use_relative_actions: Whether actions are taken relative to the state.
+
+    Raises:
+        ValueError: Statistics that are missing, not finite or of unequal length; relative actions where the
+            dimensions differ.
+    """
+
+    def __init__(
+        self,
+        statistics: dict,
+        normalization: str = "min_max",
+        n_state_bins: int = 256,
+        use_relative_actions: bool = False,
+    ):
+        if normalization not in list(BOUNDS):
+            raise ValueError(f"normalization is {normalization!r}, expected one of {', '.join(BOUNDS)}.")
+        if not isinstance(statistics, dict):
+            raise ValueError(
+                f"statistics is {statistics!r}, expected a dictionary with {STATE!r} and {ACTION!r}. Compute it from "
+                "the demonstrations with compute_statistics(states, actions)."
+            )
+        check_whole(n_state_bins, "n_state_bins")
+        if not isinstance(use_relative_actions, bool):
+            raise ValueError(f"use_relative_actions is {use_relative_actions!r}, expected True or False.")
+        low, high = BOUNDS[normalization]
+        self.n_state_bins = n_state_bins
+        self.use_relative_actions = use_relative_actions
+        self.state_bounds = _read_widest(statistics, STATE, low, high)
+        self.action_bounds = _read_widest(statistics, RELATIVE_ACTION if use_relative_actions else ACTION, low, high)
+        self.action_limits = _read_bounds(statistics, ACTION, "min", "max")
+        self.state_dim, self.action_dim = len(self.state_bounds[0]), len(self.action_bounds[0])
+        if len(self.action_limits[0]) != self.action_dim:
+            raise ValueError(
+                f"statistics[{ACTION!r}] has {len(self.action_limits[0])} dimensions in min and max, and "
+                f"{self.action_dim} elsewhere. Compute it anew."
+            )
+        if use_relative_actions and self.state_dim != self.action_dim:
+            raise ValueError(
+                f"use_relative_actions needs a state and an action of equal dimensions, got {self.state_dim} and "
+                f"{self.action_dim}. Use absolute actions, or make the state the position that the action commands."
+            )
+
+    @property
+    def action_scale(self) -> np.ndarray:
+        """Robot units in one normalised unit of action: `(action_dim,)`."""
+        return (self.action_bounds[1] - self.action_bounds[0]) / 2
+
+    def state_bins(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
+        """Bins of each state: `(B, state_dim)` robot units `-> (B, state_dim)` in [0, n_state_bins), clamped."""
+        state = as_numbers(state, "state", ("batch", self.state_dim))
+        positions = (_to_unit(state, self.state_bounds) + 1) / 2 * self.n_state_bins
+        return np.clip(np.floor(positions), 0, self.n_state_bins - 1).astype(np.int64)
+
+    def normalize_actions(self, actions: "np.ndarray | torch.Tensor", bins: np.ndarray) -> np.ndarray:
+        """`(B, H, action_dim)` robot units and the state's bins `-> (B, H, action_dim)` float32, about [-1, 1]."""
+        actions = as_numbers(actions, "actions", ("batch", "chunk_size", self.action_dim))
+        if len(actions) != len(bins):
+            raise ValueError(f"actions has {len(actions)} chunks for {len(bins)} states: pass one chunk a state.")
+        return _to_unit(actions - self._reference(bins), self.action_bounds).astype(np.float32)
+
+    def unnormalize_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
+        """The inverse of `normalize_actions`, clipped to the smallest and largest action of the statistics."""
+        return np.clip(self._to_robot(actions, bins), *self.action_limits).astype(np.float32)
+
+    def count_clipped_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
+        """How many of the values of each chunk `unnormalize_actions` clips: `(B,)`."""
+        low, high = self.action_limits
+        values = self._to_robot(actions, bins)
+        return ((values < low) | (values > high)).sum(axis=(1, 2))
+
+    def count_clamped_states(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
+        """How many values of each state lie outside the bins, so that `state_bins` clamps them: `(B,)`."""
+        state = as_numbers(state, "state", ("batch", self.state_dim))
+        low, high = self.state_bounds
+        return ((state < low) | (state > high)).sum(axis=1)
+
+    def _to_robot(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
+        low, high = self.action_bounds
+        return (actions + 1) / 2 * (high - low) + low + self._reference(bins)
+
+    def _reference(self, bins: np.ndarray | None) -> "np.ndarray | float":
+        if not self.use_relative_actions:
+            return 0.0
+        low, high = self.state_bounds
+        centres = (bins + 0.5) / self.n_state_bins * (high - low) + low
+        return centres[:, None]  # (B, D) -> (B, 1, D)
+
+
+def _to_unit(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    low, high = bounds
+    width = np.where(high > low, high - low, 1.0)  # a dimension that never moves is 0, and its constant comes back
+    return np.where(high > low, (values - low) / width * 2 - 1, 0.0)
+
+
+def _read_widest(statistics: dict, name: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
+    """The bounds, and min and max for a dimension that moves too rarely (a gripper) for its quantiles to differ."""
+    bounds, widest = _read_bounds(statistics, name, low, high), _read_bounds(statistics, name, "min", "max")
+    still = bounds[0] == bounds[1]
+    return np.where(still, widest[0], bounds[0]), np.where(still, widest[1], bounds[1])
+
+
+def _read_bounds(statistics: dict, name: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(statistics.get(name), dict):
+        raise ValueError(
+            f"statistics has no dictionary {name!r}, only {sorted(map(str, statistics))}. "
+            "Compute it from the demonstrations with compute_statistics(states, actions)."
+        )
+    bounds = []
+    for key in (low, high):
+        if key not in statistics[name]:
+            raise ValueError(f"statistics[{name!r}] has no {key!r}, only {sorted(statistics[name])}. Compute it anew.")
+        values = as_numbers(statistics[name][key], f"statistics[{name!r}][{key!r}]", ("dim",))
+        if len(values) == 0:
+            raise ValueError(f"statistics[{name!r}][{key!r}] is empty, expected a number for each dimension.")
+        bounds.append(values)
+    if len(bounds[0]) != len(bounds[1]) or (bounds[0] > bounds[1]).any():
+        raise ValueError(
+            f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}. Compute it anew."
+        )
+    return bounds[0], bounds[1]

@@ -1,0 +1,524 @@
+"""From camera images, task and robot state to model inputs, and from generated ids to robot actions.
+
+The only place that knows the prompt: SmolVLM's chat template around
+
+    <image> Task: {task}, State: {bins}, Action:
+
+with one bin number for each dimension of the state. The statistics of the data set travel in `processor_config.json`.
+Knows no model: [`SmolAndFastProcessor.model_kwargs`] says what one must know of the processor.
+"""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
+from transformers.utils import logging
+
+from .checks_smolandfast import as_numbers, as_rgb_images, check_whole, naming_errors
+from .configuration_smolandfast import SmolAndFastConfig, action_token_map
+from .files_smolandfast import HUB_KWARGS, find_file, read_json
+from .normalization_smolandfast import Normalizer
+from .tokenization_fast_action import FastActionTokenizer
+
+logger = logging.get_logger(__name__)
+
+PROMPT = "Task: {task}, State: {bins}, Action: "
+TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")
+BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")
+
+
+class SmolAndFastProcessor(ProcessorMixin):
+    r"""
+    Joins SmolVLM's image processor and tokenizer with a FAST tokenizer and the robot's statistics.
+
+    Make one for a SmolVLM checkpoint with [`SmolAndFastProcessor.from_vlm`]; load a saved one with
+    `AutoProcessor.from_pretrained(folder, trust_remote_code=True)`.
+
+    Args:
+        image_processor ([`SmolVLMImageProcessorPil`]): Resizes and normalises images.
+        tokenizer ([`PreTrainedTokenizerFast`]): The language model's tokenizer.
+        action_tokenizer ([`FastActionTokenizer`]): Turns action chunks into tokens.
+        statistics (`dict`): See [`compute_statistics`].
+        normalization (`str`, defaults to `"min_max"`): Or `"quantiles"`.
+        use_relative_actions (`bool`, defaults to `False`): Whether actions are predicted relative to the state.
+        chunk_size (`int`, *optional*): Actions in a chunk. The FAST tokenizer's horizon, which FAST+ leaves open.
+        n_state_bins (`int`, defaults to 256): Bins of each state dimension in the prompt.
+        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that stay text.
+        scale_factor (`int`, defaults to 1): Side of the model's pixel shuffle.
+        patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
+        default_task (`str`, defaults to `""`): Stands in for an empty task.
+        training_tasks (`list[str]`, *optional*):
+            The sentences the policy is trained on. Given another one, the processor warns once: a policy may do
+            nothing sensible with a wording that it has not learnt.
+
+    Raises:
+        ValueError: Parts that do not fit together; the message says how to fix it.
+    """
+
+    _has_warned = False
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        action_tokenizer=None,
+        statistics: dict | None = None,
+        normalization: str = "min_max",
+        use_relative_actions: bool = False,
+        chunk_size: int | None = None,
+        n_state_bins: int = 256,
+        fast_skip_tokens: int = 280,
+        scale_factor: int = 1,
+        patch_size: int = 16,
+        default_task: str = "",
+        training_tasks: list[str] | None = None,
+        chat_template: str | None = None,
+    ):
+        # Not isinstance: under `trust_remote_code` the tokenizer may come from a copy of its module.
+        if not hasattr(action_tokenizer, "encode_actions"):
+            raise ValueError(
+                f"action_tokenizer is a {type(action_tokenizer).__name__}, expected a FastActionTokenizer. Fit one or "
+                "load FAST+; a processor of another model cannot be used here."
+            )
+        self.statistics = statistics
+        self.normalization = normalization
+        self.use_relative_actions = use_relative_actions
+        self.n_state_bins = n_state_bins
+        self.fast_skip_tokens = fast_skip_tokens
+        self.scale_factor = scale_factor
+        self.patch_size = patch_size
+        self.default_task = default_task
+        if not isinstance(training_tasks, list | None) or not all(isinstance(x, str) for x in training_tasks or ()):
+            raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of sentences, or None.")
+        self.training_tasks = training_tasks
+        self.normalizer = Normalizer(statistics, normalization, n_state_bins, use_relative_actions)
+        self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
+        if self.chunk_size is None:
+            raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
+        shape = self.chunk_size, self.normalizer.action_dim
+        fitted = action_tokenizer.horizon, action_tokenizer.action_dim
+        if fitted not in (shape, (None, None)):
+            raise ValueError(
+                f"chunk_size is {shape[0]} and the statistics have {shape[1]} action dimensions, but the FAST "
+                f"tokenizer was fitted for {fitted[0]} and {fitted[1]}. Fit one on such chunks of this robot."
+            )
+        super().__init__(image_processor, tokenizer, action_tokenizer, chat_template=chat_template)
+        for name in TOKENIZER_NEEDS:
+            if getattr(tokenizer, name, None) is None:
+                raise ValueError(
+                    f"The text tokenizer has no {name}. Load SmolVLM's tokenizer, or its saved files again."
+                )
+        sides = getattr(image_processor, "max_image_size", None)
+        side = sides.get("longest_edge") if isinstance(sides, dict) else None
+        numbers = {"scale_factor": scale_factor, "patch_size": patch_size, "longest_edge of max_image_size": side}
+        for name, value in numbers.items():
+            check_whole(value, name)
+        if side % (patch_size * scale_factor):
+            raise ValueError(
+                f"The images' longest_edge of {side} pixels is no multiple of patch_size * scale_factor, {patch_size} "
+                f"* {scale_factor}. Change image_size or scale_factor, or take the three from one checkpoint."
+            )
+        self.action_token_base_id = tokenizer.vocab_size - 1 - fast_skip_tokens
+        last_prompt_id = tokenizer(self._prompt_around_images(1)[1])["input_ids"][-1]
+        if self.action_token_base_id + 1 < len(action_tokenizer) or self._is_action(np.array(last_prompt_id)):
+            raise ValueError(
+                f"{len(action_tokenizer)} action tokens and fast_skip_tokens={fast_skip_tokens} do not fit into a "
+                f"vocabulary of {tokenizer.vocab_size} beside the words of the prompt. Fit a smaller FAST vocabulary."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SmolAndFastProcessor":
+        """Load a saved processor, as Transformers does; damaged files are a ValueError."""
+        with naming_errors(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_vlm(
+        cls,
+        pretrained_model_name_or_path,
+        action_tokenizer: FastActionTokenizer,
+        statistics: dict,
+        scale_factor: int = 1,
+        do_image_splitting: bool = False,
+        image_size: int | None = None,
+        **kwargs,
+    ) -> "SmolAndFastProcessor":
+        """Make a processor for a SmolVLM or SmolVLM2 checkpoint folder or hub id.
+
+        Args:
+            do_image_splitting: Whether large images are also cut into sub-images, as SmolVLM itself does. Otherwise an
+                image is one square.
+            image_size: Side of that square (or of a sub-image) in pixels, a multiple of `patch_size * scale_factor`
+                and at most the vision tower's 512, the default. An image becomes `(image_size / patch_size /
+                scale_factor)^2` visual tokens: 256 pixels are four times cheaper than 512.
+            kwargs: The class's other arguments, and those of `from_pretrained` that find files on the hub.
+
+        Raises:
+            ValueError: An image size that patches and scale factor do not divide, or larger than the tower's.
+        """
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        config = SmolAndFastConfig.from_pretrained(
+            pretrained_model_name_or_path, scale_factor=scale_factor, image_size=image_size, **hub_kwargs
+        )
+        # Its own files name GPT2Tokenizer, which forgets that digits are split.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+        image_processor = SmolVLMImageProcessorPil.from_pretrained(
+            pretrained_model_name_or_path,
+            do_image_splitting=do_image_splitting,
+            # Without splitting, stock SmolVLM enlarges the image first, only to shrink it to the square below.
+            do_resize=do_image_splitting,
+            max_image_size={"longest_edge": image_size or config.vision_config.image_size},
+            **hub_kwargs,
+        )
+        chat_template = tokenizer.chat_template
+        if chat_template is None:  # SmolVLM's own repositories have it in a file that tokenizers do not read
+            file = find_file(pretrained_model_name_or_path, "chat_template.json", **hub_kwargs)
+            if file is None:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has no chat template. Name a SmolVLM checkpoint such as "
+                    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
+                )
+            with naming_errors(file):
+                chat_template = read_json(file)["chat_template"]
+        return cls(
+            image_processor,
+            tokenizer,
+            action_tokenizer,
+            statistics,
+            scale_factor=scale_factor,
+            patch_size=config.vision_config.patch_size,
+            chat_template=chat_template,
+            **kwargs,
+        )
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save the files that [`from_pretrained`] loads. Raises `OSError` where the folder cannot be written."""
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        except Exception as error:  # the tokenizers library has no narrower one for a full disk
+            raise OSError(
+                f"The processor cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
+            ) from error
+
+    def model_kwargs(self) -> dict:
+        """The fields of [`SmolAndFastConfig`] that must agree with this processor."""
+        return {
+            "scale_factor": self.scale_factor,
+            "image_size": self.image_processor.max_image_size["longest_edge"],
+            "chunk_size": self.chunk_size,
+            "action_dim": self.normalizer.action_dim,
+            "action_token_base_id": self.action_token_base_id,
+            "processor_fingerprint": self.fingerprint,
+            **self.action_tokenizer.token_grammar(self.chunk_size * self.normalizer.action_dim),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that gives the model's inputs and outputs their meaning.
+
+        Two processors with one fingerprint write the same prompt for an observation, show the model the same pixels,
+        and read the same actions from its tokens. Checkpoints hold it: another definition is another fingerprint.
+        """
+        images, actions, normalizer = self.image_processor, self.action_tokenizer, self.normalizer
+        state_bins, unsplit = range(normalizer.state_dim), [(0, 0)]
+        prompt = self._write_prompt(self._prompt_around_images(1), "A task, 0123456789.", state_bins, unsplit)
+        image_options = ("do_image_splitting", "do_resize", "resample", "do_rescale", "rescale_factor")
+        image_options += ("do_normalize", "image_mean", "image_std")
+        meaning = {
+            "prompt": self.tokenizer(prompt)["input_ids"],
+            "images": [images.max_image_size["longest_edge"], *(getattr(images, name) for name in image_options)],
+            "states": [bound.tolist() for bound in normalizer.state_bounds] + [self.n_state_bins],
+            "actions": [bound.tolist() for bound in (*normalizer.action_bounds, *normalizer.action_limits)],
+            "use_relative_actions": self.use_relative_actions,
+            "tokens": [self.chunk_size, actions.scale, actions.min_coefficient, self.action_token_base_id],
+            "vocabulary": actions.convert_ids_to_tokens(list(range(len(actions)))),
+        }
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
+
+    def check_model(self, model) -> None:
+        """Refuse a model that belongs to another processor: same shapes, but its actions would mean something else.
+
+        Raises:
+            ValueError: Fields of `model.config` that differ from [`model_kwargs`].
+        """
+        expected = self.model_kwargs()
+        found = {name: getattr(model.config, name, None) for name in expected}
+        found["image_size"] = found["image_size"] or model.config.vision_config.image_size
+        differing = [name for name in expected if found[name] != expected[name]]
+        if found["processor_fingerprint"] is None and "processor_fingerprint" in differing:  # saved before 0.2
+            differing.remove("processor_fingerprint")
+        if differing:
+            raise ValueError(
+                f"This processor belongs to another model: {', '.join(differing)} differ from model.config. Load both "
+                "from one folder. To go on with this processor, load the model with from_pretrained(folder, "
+                "**processor.model_kwargs())."
+            )
+
+    @property
+    def image_seq_len(self) -> int:
+        """Visual tokens of one image or sub-image."""
+        return (self.image_processor.max_image_size["longest_edge"] // self.patch_size // self.scale_factor) ** 2
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"]
+
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        state: "np.ndarray | torch.Tensor | None" = None,
+        actions: "np.ndarray | torch.Tensor | None" = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Prepare one sample or a batch.
+
+        Args:
+            images: One sample: an RGB image (PIL; NumPy array or tensor, `(H, W, 3)` or `(3, H, W)`, uint8 or floats
+                in [0, 1]; any size), or a list with one of each camera. A batch: a list with one entry a sample, or an
+                array `(batch, ...)` for one camera.
+            text: The task, one sentence or one a sample. `None` or empty: the default task.
+            state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
+            actions: `(chunk_size, action_dim)` or `(batch, chunk_size, action_dim)`, to train: adds `labels`.
+            return_tensors: Only `"pt"`.
+
+        Returns:
+            `input_ids`, `attention_mask` `(batch, length)`, padded on the left to generate and on the right to train;
+            `pixel_values` `(batch, num_images, 3, height, width)`, `pixel_attention_mask`; with actions, `labels`,
+            -100 outside the action tokens and their EOS.
+
+        Raises:
+            ValueError: Input that is missing, of the wrong shape or kind, or not finite.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
+        if images is None or state is None:
+            raise ValueError("The policy needs images and state: processor(images=image, text=task, state=state).")
+        state = as_numbers(state, "state")
+        if state.ndim not in (1, 2) or state.size == 0:
+            raise ValueError(f"state has shape {state.shape}, expected (state_dim,) or (batch, state_dim).")
+        if state.ndim == 1:
+            state, images = state[None], [images]
+            actions = None if actions is None else as_numbers(actions, "actions")[None]
+        elif not isinstance(images, (list, tuple)) and np.ndim(images) < 4:
+            images = [images]
+        batch_size = len(state)
+        tasks = text if isinstance(text, (list, tuple)) else [text] * batch_size
+        tasks = [self.default_task if task is None or task == "" else task for task in tasks]
+        if len(images) != batch_size or len(tasks) != batch_size:
+            raise ValueError(
+                f"Got {len(images)} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of "
+                "each a sample. For one sample, state has shape (state_dim,)."
+            )
+        images = [as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)]
+        bins = self.normalizer.state_bins(state)
+        with naming_errors("The image processor", "Load it from the checkpoint again."):
+            pixels = self.image_processor(
+                images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
+            )
+        self._check_pixels(**pixels)
+        grids = [
+            list(zip(*sample, strict=True)) for sample in zip(pixels.pop("rows"), pixels.pop("cols"), strict=True)
+        ]
+        templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
+        prompts = [
+            self._write_prompt(templates[len(grid)], task, state_bins, grid)
+            for task, state_bins, grid in zip(tasks, bins, grids, strict=True)
+        ]
+        rows, side, labels = self.tokenizer(prompts)["input_ids"], "left", {}
+        if actions is None:
+            self._warn_of_new_tasks(tasks)
+        else:
+            actions = as_numbers(actions, "actions", (batch_size, self.chunk_size, self.normalizer.action_dim))
+            tokens = self.action_tokenizer.encode_actions(self.normalizer.normalize_actions(actions, bins))
+            targets = [[action_token_map(token, self.action_token_base_id) for token in row] for row in tokens]
+            targets = [target + [self.tokenizer.eos_token_id] for target in targets]
+            labels = [[-100] * len(row) + target for row, target in zip(rows, targets, strict=True)]
+            rows, side = [row + target for row, target in zip(rows, targets, strict=True)], "right"
+            labels = {"labels": _pad(labels, -100, side)}
+        inputs = {
+            "input_ids": _pad(rows, self.tokenizer.pad_token_id, side),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0, side),
+        }
+        return BatchFeature({**inputs, **pixels, **labels})
+
+    def _check_pixels(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None = None, **_) -> None:
+        side = self.image_processor.max_image_size["longest_edge"]
+        if pixel_values.shape[2:] != (3, side, side) or not torch.isfinite(pixel_values).all():
+            raise ValueError(
+                f"The image processor made images of shape {tuple(pixel_values.shape[2:])}, expected (3, {side}, "
+                f"{side}) and finite numbers. Load it from the checkpoint again."
+            )
+        is_zero = (pixel_values == 0).flatten(2).all(dim=2)  # (batch, num_images)
+        if (is_zero if pixel_attention_mask is None else is_zero & pixel_attention_mask.flatten(2).any(dim=2)).any():
+            raise ValueError(
+                "The image processor made an image of zeros, which SmolVLM drops as padding. Set do_normalize=True "
+                "and the mean 0.5, as SmolVLM has it: black is -1 then."
+            )
+
+    def post_process_actions(self, generated_ids: torch.LongTensor, relaxed: bool = False) -> np.ndarray:
+        """Turn what `model.generate(**inputs)` returned into actions for the robot.
+
+        Args:
+            generated_ids: `(batch, length)` ids, the prompt included.
+            relaxed: Cut rows that hold too much, and fill rows that hold too little with zero coefficients, as
+                published FAST policies do.
+
+        Returns:
+            `(batch, chunk_size, action_dim)` float32 in the robot's units, clipped to the smallest and largest action
+            in the statistics.
+
+        Raises:
+            ValueError: A row that does not end with exactly one chunk, unless `relaxed`.
+        """
+        actions, prompts, _ = self._decode(generated_ids, relaxed)
+        bins = self._read_bins(prompts) if self.use_relative_actions else None
+        return self.normalizer.unnormalize_actions(actions, bins)
+
+    def report(self, output, state: "np.ndarray | torch.Tensor") -> dict[str, np.ndarray]:
+        """Say how far each chunk can be trusted, so that a controller can stop the arm.
+
+        Args:
+            output: What `model.generate(**inputs, return_dict_in_generate=True, output_scores=True)` returned:
+                greedy, sampled or from beam search.
+            state: `(state_dim,)` or `(sequences, state_dim)`, the states that the prompts were made from.
+
+        Returns:
+            Three arrays `(sequences,)`. `log_probability`: the mean natural logarithm of the probabilities of the
+            chunk's tokens, under the distribution that they were chosen from: among the tokens that could follow, with
+            `temperature`, `top_k` and the like. `clipped_actions`: how many of its `chunk_size * action_dim` values
+            lie outside the statistics, so that [`post_process_actions`] clips them. `clamped_states`: how many values
+            of the state lie outside the statistics.
+
+        Raises:
+            ValueError: An output without scores, or with those of other sequences; a state that is not in the prompt.
+        """
+        scores = getattr(output, "scores", None)
+        if scores is None:
+            raise ValueError(
+                "output holds no scores: call model.generate(**inputs, return_dict_in_generate=True, "
+                "output_scores=True) and pass what it returns."
+            )
+        actions, prompts, spans = self._decode(output)
+        bins, state = self._read_bins(prompts), as_numbers(state, "state")
+        state = state[None] if state.ndim == 1 else state
+        if not np.array_equal(self.normalizer.state_bins(state), bins):
+            raise ValueError(
+                f"state is {state.tolist()}, which is not what the prompts say. Pass one state a sequence, "
+                "those that the processor was called with."
+            )
+        return {
+            "log_probability": np.array([_mean_log_probability(output, i, *span) for i, span in enumerate(spans)]),
+            "clipped_actions": self.normalizer.count_clipped_actions(actions, bins),
+            "clamped_states": self.normalizer.count_clamped_states(state),
+        }
+
+    def _decode(
+        self, generated_ids, relaxed: bool = False
+    ) -> tuple[np.ndarray, list[np.ndarray], list[tuple[int, int]]]:
+        """Normalised chunks `(batch, chunk_size, action_dim)`, the prompts, and where each string starts and ends."""
+        with naming_errors("generated_ids", "Pass what generate() returned."):
+            ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
+        if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind != "i":
+            raise ValueError(
+                f"generated_ids has shape {ids.shape} and dtype {ids.dtype}, expected (batch, length) integers as "
+                "generate() returns them."
+            )
+        tokens, prompts, spans = [], [], []
+        for row in ids:
+            is_action = self._is_action(row)
+            end = len(row) - np.argmax(is_action[::-1])  # behind the last action token stand EOS and padding
+            start = end - np.argmin(np.append(is_action[:end][::-1], False)) if is_action.any() else end
+            tokens.append(action_token_map(row[start:end], self.action_token_base_id).tolist())
+            prompts.append(row[:start])
+            spans.append((int(start), int(end)))
+        actions = self.action_tokenizer.decode_actions(tokens, self.chunk_size, self.normalizer.action_dim, relaxed)
+        return actions, prompts, spans
+
+    def _is_action(self, ids: np.ndarray) -> np.ndarray:
+        tokens = action_token_map(ids, self.action_token_base_id)
+        return (tokens >= 0) & (tokens < len(self.action_tokenizer))
+
+    def _prompt_around_images(self, num_images: int) -> tuple[str, str]:
+        """What the chat template writes before and after the user's images and text."""
+        mark = "{prompt}"
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
+        with naming_errors("chat_template", "Load SmolVLM's, or the saved files again."):
+            rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        parts = rendered.split(mark)
+        if len(parts) != 2 or parts[0].count(self.tokenizer.image_token) != num_images:
+            raise ValueError(
+                f"chat_template writes {num_images} images and a text as {rendered!r}, expected a mark for each "
+                "image, then the text once. Load SmolVLM's, or the saved files again."
+            )
+        return parts[0], parts[1]
+
+    def _warn_of_new_tasks(self, tasks: list[str]) -> None:
+        known = self.training_tasks
+        new = [task for task in tasks if task not in known] if known else []
+        if new and not self._has_warned:
+            self._has_warned = True
+            more = f" and {len(known) - 3} more (processor.training_tasks)" if len(known) > 3 else ""
+            logger.warning(
+                f"The policy is told {new[0]!r}, and was trained on other sentences: {', '.join(map(repr, known[:3]))}"
+                f"{more}. Use one of them, or measure first what it does with this one."
+            )
+
+    def _write_prompt(self, template: tuple[str, str], task: str, bins, grid: list[tuple[int, int]]) -> str:
+        """The prompt of one sample; `grid` holds the rows and columns that each image is split into, 0 for none."""
+        if not isinstance(task, str) or any(token in task for token in self.tokenizer.get_added_vocab()):
+            raise ValueError(
+                f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens."
+            )
+        prompt, *pieces = template[0].split(self.tokenizer.image_token)
+        for (rows, cols), piece in zip(grid, pieces, strict=True):
+            prompt += self._write_image(rows, cols) + piece
+        return prompt + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + template[1]
+
+    def _write_image(self, rows: int, cols: int) -> str:
+        """What SmolVLM reads for one image: its sub-images, row by row, then the whole of it; 0 rows: not split."""
+        fake, visual = self.tokenizer.fake_image_token, self.tokenizer.image_token * self.image_seq_len
+        lines = [
+            "".join(f"{fake}<row_{row}_col_{col}>{visual}" for col in range(1, cols + 1)) + "\n"
+            for row in range(1, rows + 1)
+        ]
+        whole = f"{fake}{self.tokenizer.global_image_token}{visual}{fake}"
+        return "".join([*lines, "\n" if lines else "", whole])
+
+    def _read_bins(self, prompts: list[np.ndarray]) -> np.ndarray:
+        rows = []
+        for index, text in enumerate(self.tokenizer.batch_decode(prompts)):
+            found = BINS_IN_PROMPT.findall(text)
+            bins = [int(number) for number in found[-1].split()] if found else []
+            if len(bins) != self.normalizer.state_dim or max(bins) >= self.n_state_bins:
+                raise ValueError(
+                    f"generated_ids[{index}] holds no state of {self.normalizer.state_dim} bins before its actions. "
+                    "Pass what generate() returned, the prompt included."
+                )
+            rows.append(bins)
+        return np.array(rows)
+
+
+def _mean_log_probability(output, index: int, start: int, end: int) -> float:
+    """Mean log-probability of the ids `start` to `end` of one sequence."""
+    beams = getattr(output, "beam_indices", None)
+    total = 0.0
+    for step, token in enumerate(output.sequences[index, start:end]):
+        row = index if beams is None else int(beams[index, step])  # a sequence's beam changes while it is searched
+        total += output.scores[step][row].float().log_softmax(dim=0)[token].item()
+    if not np.isfinite(total):
+        raise ValueError(
+            "output.scores gives the tokens of output.sequences no probability. Pass generate()'s output."
+        )
+    return total / (end - start)
+
+
+def _pad(rows: list[list[int]], value: int, side: str) -> torch.LongTensor:
+    return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
+
+
+SmolAndFastProcessor.register_for_auto_class("AutoProcessor")

@@ -1,0 +1,127 @@
+"""Collect demonstrations of Meta-World's scripted experts as a LeRobot v3.0 data set.
+
+    python examples/collect_metaworld.py --output_dir outputs/metaworld --episodes 50
+
+Uses all cores. Each finished demonstration is a file in `<output_dir>.parts`; started again, it goes on from there,
+and with more `--episodes` it adds to them. Only demonstrations that succeed within `--max_steps` are kept, up to the
+first success. In two of three the arm is shoved once or twice: for 5 to 12 steps the hand is driven in a random
+direction. The recorded actions are the expert's throughout, so the data show how to come back.
+"""
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from lerobot_writer import write_dataset
+from metaworld_tasks import CONTROL_HZ, IMAGE_SIZE, MT10, TASKS, MetaworldScene
+from tqdm import tqdm
+
+from smolandfast.files_smolandfast import written_whole
+
+FIRST_SEED = 1_000_000  # evaluation seeds are below
+NUM_SHOVES = 3  # 0, 1 or 2 in a demonstration
+POSITION, ROTATION = ["x", "y", "z"], ["qx", "qy", "qz", "qw"]
+HAND = [*POSITION, "gripper"]
+POSES = [*HAND, *(f"{thing}_{axis}" for thing in ("object", "other") for axis in POSITION + ROTATION)]
+DATASET = {
+    "fps": CONTROL_HZ,
+    "robot_type": "metaworld",
+    "axes": {
+        "observation.state": HAND,
+        "observation.environment_state": POSES + [f"goal_{axis}" for axis in POSITION],
+        "action": HAND,
+    },
+    "image_size": IMAGE_SIZE,
+    # Objects are five pixels wide, and told apart by their colours.
+    "crf": 12,
+    "pix_fmt": "yuv444p",
+}
+_scenes: dict[str, MetaworldScene] = {}  # one for each task that this process has played
+
+
+def demonstrate(scene: MetaworldScene, seed: int, max_steps: int) -> dict[str, np.ndarray] | None:
+    """Let the expert play one episode; None if it does not succeed within `max_steps`.
+
+    Returns:
+        Arrays of T steps by feature: `observation.image` uint8 `(T, 128, 128, 3)`, `observation.state` `(T, 4)`,
+        `observation.environment_state` `(T, 21)` (see [`MetaworldScene.poses`]), `action` `(T, 4)`, `next.reward`
+        `(T,)`, `next.done`, `next.success`.
+    """
+    rng = np.random.default_rng(seed)
+    shoves = np.zeros((max_steps + 100, 3))  # where not zero, this moves the hand
+    for _ in range(rng.integers(NUM_SHOVES)):
+        start, length = rng.integers(80), rng.integers(5, 13)
+        shoves[start : start + length] = rng.uniform(-1, 1, 3)
+    # Draw only what will be kept: play once without pictures.
+    for draw in (False, True):
+        scene.reset(seed)
+        steps, success = [], False
+        for t in range(max_steps):
+            action = scene.expert_action()
+            image = scene.image() if draw else None
+            before = (image, scene.state, scene.poses, action)
+            executed = action.copy()
+            if shoves[t].any():
+                executed[:3] = shoves[t]
+            reward, success, truncated = scene.step(executed)
+            steps.append((*before, np.float32(reward), success, success))
+            if success or truncated:
+                break
+        if not success:
+            return None
+    names = ("observation.image", "observation.state", "observation.environment_state", "action", "next.reward")
+    names += ("next.done", "next.success")
+    return {name: np.array(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)}
+
+
+def collect(job: tuple[str, int], folder: Path, max_steps: int) -> None:
+    """Write demonstration `job = (task, number)` to its file."""
+    task, number = job
+    if task not in _scenes:
+        _scenes[task] = MetaworldScene(task)
+    for attempt in range(50):
+        seed = FIRST_SEED + list(TASKS).index(task) * 100_000 + number * 50 + attempt
+        episode = demonstrate(_scenes[task], seed, max_steps)
+        if episode is not None:
+            with written_whole(part_path(folder, task, number)) as path, open(path, "wb") as file:
+                np.savez_compressed(file, **episode)
+            return
+    raise ValueError(f"The expert of {task} failed 50 times in {max_steps} steps. Raise --max_steps.")
+
+
+def part_path(folder: Path, task: str, number: int) -> Path:
+    return folder / f"{task}-{number:03d}.npz"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Collect demonstrations of Meta-World's experts.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/metaworld"))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="MT10, or names of tasks (all 50)")
+    parser.add_argument("--episodes", type=int, default=50, help="demonstrations of each task (50)")
+    parser.add_argument("--max_steps", type=int, default=250, help="of a demonstration (250)")
+    parser.add_argument("--num_processes", type=int, default=os.cpu_count())
+    args = parser.parse_args(argv)
+    tasks = MT10 if args.tasks == ["MT10"] else args.tasks
+    folder = args.output_dir.with_name(args.output_dir.name + ".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(task, number) for number in range(args.episodes) for task in tasks]
+    missing = [job for job in jobs if not part_path(folder, *job).exists()]
+    spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn hangs
+    with ProcessPoolExecutor(args.num_processes, spawn) as pool:
+        work = pool.map(partial(collect, folder=folder, max_steps=args.max_steps), missing)
+        for _ in tqdm(work, total=len(jobs), initial=len(jobs) - len(missing), unit="demonstration"):
+            pass
+    episodes = (dict(np.load(part_path(folder, *job))) | {"task": TASKS[job[0]]} for job in jobs)
+    try:
+        info = write_dataset(args.output_dir, tqdm(episodes, total=len(jobs), unit="demonstration"), **DATASET)
+    except FileExistsError as error:
+        parser.error(f"--output_dir: {error}")
+    print(f"{info['total_episodes']} demonstrations, {info['total_frames']} frames in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

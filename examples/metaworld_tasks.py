@@ -1,0 +1,213 @@
+"""Meta-World's fifty tasks (Yu et al. 2019, arXiv 1910.10897; v3): one table, one camera, one sentence a task.
+
+As in LeRobot's `MetaworldEnv`: the arm's hand is moved by up to a centimetre a step along each axis, the fourth action
+opens (-1) or closes (1) the gripper; the state is the hand's position in metres and the gripper's opening in [0, 1];
+object and goal are placed at random; an episode ends with its first success, or after 500 steps at 80 Hz.
+
+Needs `metaworld` and, without a screen, Debian's `libosmesa6` with `MUJOCO_GL=osmesa`.
+"""
+
+import os
+import warnings
+from ctypes.util import find_library
+
+import numpy as np
+from metaworld_wordings import OTHER_WORDINGS
+from PIL import Image
+from rollouts import FRAME_SIZE, Benchmark
+
+os.environ.setdefault("MUJOCO_GL", "osmesa")
+if os.environ["MUJOCO_GL"] == "osmesa" and find_library("OSMesa") is None:
+    raise ImportError("OSMesa, which draws without a screen, is missing: install libosmesa6, or set MUJOCO_GL.")
+import metaworld  # noqa: E402
+import mujoco  # noqa: E402
+from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
+
+MAX_EPISODE_STEPS = 500
+CONTROL_HZ = 80
+ACTION_DIM = STATE_DIM = 4
+IMAGE_SIZE = 128  # pixels along each side of the policy's images
+# Sentences and difficulties are those of LeRobot's `metaworld_config.json` (release 0.6.1).
+SENTENCES = {
+    "easy": {
+        "button-press": "Press a button",
+        "button-press-topdown": "Press a button from the top",
+        "button-press-topdown-wall": "Bypass a wall and press a button from the top",
+        "button-press-wall": "Bypass a wall and press a button",
+        "coffee-button": "Push a button on the coffee machine",
+        "dial-turn": "Rotate a dial 180 degrees",
+        "door-close": "Close a door with a revolving joint",
+        "door-lock": "Lock the door by rotating the lock clockwise",
+        "door-open": "Open a door with a revolving joint",
+        "door-unlock": "Unlock the door by rotating the lock counter-clockwise",
+        "drawer-close": "Push and close a drawer",
+        "drawer-open": "Open a drawer",
+        "faucet-close": "Rotate the faucet clockwise",
+        "faucet-open": "Rotate the faucet counter-clockwise",
+        "handle-press": "Press a handle down",
+        "handle-press-side": "Press a handle down sideways",
+        "handle-pull": "Pull a handle up",
+        "handle-pull-side": "Pull a handle up sideways",
+        "lever-pull": "Pull a lever down 90 degrees",
+        "peg-unplug-side": "Unplug a peg sideways",
+        "plate-slide": "Slide a plate into a cabinet",
+        "plate-slide-back": "Get a plate from the cabinet",
+        "plate-slide-back-side": "Get a plate from the cabinet sideways",
+        "plate-slide-side": "Slide a plate into a cabinet sideways",
+        "reach": "Reach a goal position",
+        "reach-wall": "Bypass a wall and reach a goal",
+        "window-close": "Push and close a window",
+        "window-open": "Push and open a window",
+    },
+    "medium": {
+        "basketball": "Dunk the basketball into the basket",
+        "bin-picking": "Grasp the puck from one bin and place it into another bin",
+        "box-close": "Grasp the cover and close the box with it",
+        "coffee-pull": "Pull a mug from a coffee machine",
+        "coffee-push": "Push a mug under a coffee machine",
+        "hammer": "Hammer a screw on the wall",
+        "peg-insert-side": "Insert a peg sideways",
+        "push-wall": "Bypass a wall and push a puck to a goal",
+        "soccer": "Kick a soccer into the goal",
+        "sweep": "Sweep a puck off the table",
+        "sweep-into": "Sweep a puck into a hole",
+    },
+    "hard": {
+        "assembly": "Pick up a nut and place it onto a peg",
+        "hand-insert": "Insert the gripper into a hole",
+        "pick-out-of-hole": "Pick up a puck from a hole",
+        "pick-place": "Pick and place a puck to a goal",
+        "push": "Push the puck to a goal",
+        "push-back": "Push the puck to a goal",
+    },
+    "very_hard": {
+        "disassemble": "Pick a nut out of a peg",
+        "pick-place-wall": "Pick a puck, bypass a wall and place the puck",
+        "shelf-place": "Pick and place a puck onto a shelf",
+        "stick-pull": "Grasp a stick and pull a box with the stick",
+        "stick-push": "Grasp a stick and push a box using the stick",
+    },
+}
+TASKS = {task: sentence for group in SENTENCES.values() for task, sentence in group.items()}
+DIFFICULTIES = {task: difficulty for difficulty, group in SENTENCES.items() for task in group}
+MT10 = (
+    "reach",
+    "push",
+    "pick-place",
+    "door-open",
+    "drawer-open",
+    "drawer-close",
+    "button-press-topdown",
+    "peg-insert-side",
+    "window-open",
+    "window-close",
+)
+
+
+class MetaworldScene:
+    """One task's simulation, seen by LeRobot's camera.
+
+    Args:
+        task: A key of `TASKS`.
+        full_pictures: Draw as LeRobot does, 480 pixels a side, smoothed, with sharp shadows and reflections: 120 ms a
+            picture on one core. Otherwise 256 pixels with coarse shadows, 25 ms. Both are reduced to 128.
+    """
+
+    def __init__(self, task: str, full_pictures: bool = False):
+        if task not in TASKS:
+            raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}.")
+        self.task, self.full_pictures = task, full_pictures
+        name = f"{task}-v3"
+        benchmark = metaworld.MT1(name, seed=42)
+        self.env = benchmark.train_classes[name]()
+        self.env.set_task(benchmark.train_tasks[0])
+        self.env.model.camera("corner2").pos = [0.75, 0.075, 0.7]
+        self.env.reset()
+        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # as LeRobot: Meta-World has no public way
+        self.expert = ENV_POLICY_MAP[name]()
+        self._renderer, self._film = None, None
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Place object and goal at random; returns the simulator's own observation, see [`step`]."""
+        self.env.seed(seed)
+        self.observation, _ = self.env.reset(seed=seed)
+        return self.observation
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        """Execute one action `(4,)`, clipped to [-1, 1]; returns reward, success, and whether the time is over."""
+        action = np.clip(action, -1, 1).astype(np.float32)
+        self.observation, reward, _, truncated, info = self.env.step(action)
+        return float(reward), bool(info["success"]), bool(truncated)
+
+    def expert_action(self) -> np.ndarray:
+        """What Meta-World's scripted policy, which knows all positions, would do now: float32 `(4,)` in [-1, 1]."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of every action that will be clipped
+            return np.clip(self.expert.get_action(self.observation), -1, 1).astype(np.float32)
+
+    @property
+    def state(self) -> np.ndarray:
+        """Float32 `(4,)`: the hand's position in metres, the gripper's opening in [0, 1]."""
+        return self.observation[:STATE_DIM].astype(np.float32)
+
+    @property
+    def poses(self) -> np.ndarray:
+        """Float32 `(21,)`: hand, opening, two objects with position and quaternion (0 where there is none), goal."""
+        return np.concatenate([self.observation[:18], self.observation[36:]]).astype(np.float32)
+
+    def image(self) -> np.ndarray:
+        """Draw the scene: uint8 `(128, 128, 3)`."""
+        if self._renderer is None:
+            self._renderer = self._make_renderer(480 if self.full_pictures else 256)
+        self._renderer.update_scene(self.env.data, "corner2")
+        picture = Image.fromarray(self._renderer.render()[::-1, ::-1])  # this camera stands on its head
+        return np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
+
+    def film(self) -> np.ndarray:
+        if self._film is None:
+            self._film = self._make_renderer(FRAME_SIZE)
+        self._film.update_scene(self.env.data, "corner2")
+        return self._film.render()[::-1, ::-1]
+
+    def _make_renderer(self, size: int) -> mujoco.Renderer:
+        quality = self.env.model.vis.quality
+        if not self.full_pictures:
+            quality.offsamples, quality.shadowsize = 0, 512
+        renderer = mujoco.Renderer(self.env.model, size, size)
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.full_pictures
+        return renderer
+
+    def close(self) -> None:
+        for renderer in (self._renderer, self._film):
+            if renderer is not None:
+                renderer.render()  # closing deletes buffers of whichever picture was drawn last: let it be its own
+                renderer.close()
+        self.env.close()
+
+
+BENCHMARK = Benchmark(
+    name="metaworld",
+    repo_id="lerobot/metaworld_mt50",
+    tasks=TASKS,
+    groups=DIFFICULTIES,
+    make_scene=MetaworldScene,
+    fps=CONTROL_HZ,
+    max_steps=MAX_EPISODE_STEPS,
+    state_dim=STATE_DIM,
+    action_dim=ACTION_DIM,
+    image_size=IMAGE_SIZE,
+    preset={
+        "scale_factor": 4,
+        "chunk_size": 12,
+        "n_action_steps": 8,
+        "fast_scale": 4.0,
+        "fast_vocab_size": 512,
+        "max_steps": 6_000,
+        "eval_steps": 2_000,
+        "save_steps": 2_000,
+        "eval_episodes": 1,
+    },
+    packages=("metaworld", "mujoco"),
+    wordings={TASKS[task]: wordings for task, wordings in OTHER_WORDINGS.items()},
+    film_every=4,
+)

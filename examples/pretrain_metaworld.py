@@ -1,0 +1,174 @@
+"""Pretrain the tiny vision tower on Meta-World: find hand, objects and goal in pictures of the fifty tasks.
+
+    python examples/pretrain_metaworld.py --dataset_root outputs/metaworld --output_dir outputs/metaworld-vision
+
+Learns from the frames of the demonstrations, whose `observation.environment_state` has the positions, and from scenes
+with other placements, drawn while the expert plays them; their actions are not used. Writes `vision.safetensors` for
+`train.py --vision_weights`. A killed run goes on.
+"""
+
+import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from lerobot_dataset import LeRobotChunkDataset
+from metaworld_tasks import BENCHMARK, IMAGE_SIZE, TASKS, MetaworldScene
+from muon import make_muon
+from pretrain_vision import SaveVision, load_vision, save_vision
+from torch import nn
+from tqdm import tqdm
+from transformers import TrainingArguments
+
+from smolandfast.files_smolandfast import written_whole
+from smolandfast.training import WholeCheckpointTrainer, bf16_is_faster, make_tiny_vision
+
+FIRST_SEED = 500_000  # demonstrations and evaluations have others
+# Of the 21 numbers of `MetaworldScene.poses`: hand, opening, positions of two objects and the goal.
+LABELS = [0, 1, 2, 3, 4, 5, 6, 11, 12, 13, 18, 19, 20]
+METRES = 0.1  # one unit of the labels
+
+
+def render_scenes(task: str, num_scenes: int, folder: Path) -> None:
+    """Draw two moments of each of `num_scenes` shoved demonstrations of a task, into a file."""
+    path = folder / f"{task}.npz"
+    if path.exists():
+        return
+    scene, images, poses = MetaworldScene(task), [], []
+    for i in range(num_scenes):
+        seed = FIRST_SEED + list(TASKS).index(task) * 5_000 + i
+        rng = np.random.default_rng(seed)
+        scene.reset(seed)
+        moments = rng.integers(90, size=2)
+        shove, steps_left = np.zeros(3), 0
+        for t in range(max(moments) + 1):
+            if t in moments:
+                images.append(scene.image())
+                poses.append(scene.poses)
+            if steps_left == 0 and rng.random() < 0.05:
+                shove, steps_left = rng.uniform(-1, 1, 3), rng.integers(5, 20)
+            action = scene.expert_action()
+            if steps_left:
+                action[:3], steps_left = shove, steps_left - 1
+            scene.step(action)
+    scene.close()
+    with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+        np.savez_compressed(file, images=np.array(images), poses=np.array(poses))
+
+
+class PoseRegressor(nn.Module):
+    """The vision tower and connector of the tiny model, with a linear layer that predicts the labels."""
+
+    def __init__(self, vision_model: nn.Module, connector: nn.Module, num_features: int, means: np.ndarray):
+        super().__init__()
+        self.vision_model = vision_model
+        self.connector = connector
+        self.head = nn.Linear(num_features, len(LABELS))
+        self.register_buffer("means", torch.tensor(means, dtype=torch.float32), persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8 `(B, 128, 128, 3)` and labels `(B, 13)` in metres -> loss and predictions in metres."""
+        pixels = pixel_values.permute(0, 3, 1, 2).float() / 127.5 - 1  # as the processor normalises
+        tokens = self.connector(self.vision_model(pixels).last_hidden_state)
+        predictions = self.head(tokens.flatten(1)).float()
+        targets = (labels - self.means) / METRES
+        return {"loss": ((predictions - targets) ** 2).mean(), "positions": predictions * METRES + self.means}
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Frames of the demonstrations, then other scenes."""
+
+    def __init__(self, frames: LeRobotChunkDataset | None, frame_labels, images, labels):
+        self.frames, self.images = frames, images
+        self.labels = np.concatenate([frame_labels, labels])
+        self.num_frames = len(frame_labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        image = self.frames.image(i) if i < self.num_frames else self.images[i - self.num_frames]
+        return {"pixel_values": torch.from_numpy(image), "labels": torch.from_numpy(self.labels[i])}
+
+
+def mean_error(prediction) -> dict[str, float]:
+    """Median distance between each position and its label, in millimetres, where the thing exists."""
+    predictions, labels, metrics = prediction.predictions, prediction.label_ids, {}
+    for name, first in (("hand", 0), ("object", 4), ("other", 7), ("goal", 10)):
+        exists = np.abs(labels[:, first : first + 3]).sum(axis=1) > 0
+        errors = np.linalg.norm(predictions[exists, first : first + 3] - labels[exists, first : first + 3], axis=1)
+        if not exists.any():
+            continue
+        metrics[f"{name}_mm"] = 1000 * float(np.median(errors))
+        metrics[f"{name}_p90_mm"] = 1000 * float(np.quantile(errors, 0.9))
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_root", required=True)
+    parser.add_argument("--output_dir", default="outputs/metaworld-vision")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--num_scenes", type=int, default=200, help="other placements of each task (200)")
+    parser.add_argument("--max_steps", type=int, default=4_000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--vision_weights", help="vision.safetensors of an earlier run to continue from")
+    parser.add_argument("--num_processes", type=int, default=os.cpu_count(), help="for drawing")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    torch.manual_seed(args.seed)
+    folder = Path(f"{args.output_dir}.scenes")
+    folder.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    with PartialState().main_process_first(), ProcessPoolExecutor(args.num_processes, spawn) as pool:
+        work = pool.map(partial(render_scenes, num_scenes=args.num_scenes, folder=folder), args.tasks)
+        list(tqdm(work, total=len(args.tasks), unit="task"))
+    parts = [np.load(folder / f"{task}.npz") for task in args.tasks]
+    images = np.concatenate([part["images"] for part in parts])
+    labels = np.concatenate([part["poses"] for part in parts])[:, LABELS]
+    held_out = np.arange(len(images)) % (2 * args.num_scenes) < max(args.num_scenes // 20, 2) * 2
+    frames = LeRobotChunkDataset(args.dataset_root, 1)
+    frame_labels = frames.vectors("observation.environment_state")[:, LABELS]
+    model = PoseRegressor(*make_tiny_vision(IMAGE_SIZE, BENCHMARK.preset["scale_factor"]), labels.mean(axis=0))
+    if args.vision_weights:
+        load_vision(model, args.vision_weights)
+    groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
+    trainer = WholeCheckpointTrainer(
+        model,
+        TrainingArguments(
+            args.output_dir,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            warmup_steps=200,
+            lr_scheduler_type="cosine",
+            bf16=bf16_is_faster(),
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=100,
+            eval_strategy="steps",
+            eval_steps=1_000,
+            save_steps=500,
+            save_total_limit=1,
+            report_to="none",
+            seed=args.seed,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Pictures(frames, frame_labels, images[~held_out], labels[~held_out]),
+        eval_dataset=Pictures(None, frame_labels[:0], images[held_out], labels[held_out]),
+        compute_metrics=mean_error,
+        optimizers=(make_muon(model, groups), None),
+        callbacks=[SaveVision()],
+    )
+    trainer.train(resume_from_checkpoint="last")
+    save_vision(model, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,421 @@
+"""Play a policy in a simulator, score it, film it: what all benchmarks share.
+
+A benchmark is a module with a `BENCHMARK`, see [`Benchmark`]; `get_benchmark` knows their names.
+"""
+
+import contextlib
+import importlib
+import io
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Protocol
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+MODULES = {"pusht": "pusht", "metaworld": "metaworld_tasks"}
+FRAME_SIZE = 384  # pixels along each side of a filmed scene
+Z_95 = NormalDist().inv_cdf(0.975)
+BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 130, 50)
+
+# (B uint8 images (image_size, image_size, 3), float32 states (B, state_dim), B sentences) -> chunks (B, H, action_dim)
+Predict = Callable[[list[np.ndarray], np.ndarray, list[str]], np.ndarray]
+# (the episode after a step, image and state before it, its action)
+OnStep = Callable[["Episode", np.ndarray, np.ndarray, np.ndarray], None]
+
+
+class Scene(Protocol):
+    """One task's simulation. `reset` comes first, and after an episode's end."""
+
+    def reset(self, seed: int) -> Any:
+        """Place everything as `seed` says."""
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        """Execute an action `(action_dim,)`; returns reward, success, and whether the episode is over."""
+
+    def image(self) -> np.ndarray:
+        """What the policy sees: uint8 `(image_size, image_size, 3)`."""
+
+    def film(self) -> np.ndarray:
+        """The same for people: uint8 `(FRAME_SIZE, FRAME_SIZE, 3)`."""
+
+    def close(self) -> None:
+        """Free what the simulator holds."""
+
+    @property
+    def state(self) -> np.ndarray:
+        """The robot's state: float32 `(state_dim,)`."""
+
+    @property
+    def poses(self) -> np.ndarray:
+        """Where things are, in the simulator's own numbers."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `train.py` and `evaluate.py` need to know of a simulator."""
+
+    name: str
+    repo_id: str  # demonstrations on the Hub
+    tasks: dict[str, str]  # the sentence of each task
+    groups: dict[str, str]  # the group of each task, for the report; may be empty
+    make_scene: Callable[[str], Scene]  # of a task
+    fps: int
+    max_steps: int  # after which an episode ends unsolved
+    state_dim: int
+    action_dim: int
+    image_size: int
+    preset: dict[str, Any]  # of `train.py`'s options, on top of its tiny preset
+    packages: tuple[str, ...]  # whose releases results depend on
+    wordings: dict[str, list[str]] = field(default_factory=dict)  # other wordings of a sentence, for training
+    max_reward: float | None = None  # if rewards are comparable between episodes, their best
+    film_every: int = 1  # steps from one filmed scene to the next
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """The benchmark of that name.
+
+    Raises:
+        ValueError: there is none, or its simulator is not installed.
+    """
+    if name not in MODULES:
+        raise ValueError(f"benchmark is {name!r}, expected one of {', '.join(MODULES)}.")
+    try:
+        return importlib.import_module(MODULES[name]).BENCHMARK
+    except ImportError as error:
+        raise ValueError(f"The simulator of {name} cannot be loaded: {error}. Install `.[{name}]`.") from error
+
+
+@dataclass
+class Episode:
+    """One episode and its scores; if filmed, also its scenes, as PNG: six episodes of raw pixels would take 800 MB."""
+
+    task: str
+    seed: int
+    is_filmed: bool
+    rewards: list[float] = field(default_factory=list)
+    poses: list[np.ndarray] = field(default_factory=list)  # after each step, see `Scene.poses`
+    success: bool = False
+    done: bool = False
+    frames: list[bytes] = field(default_factory=list)
+    queue: deque[np.ndarray] = field(default_factory=deque)  # actions of the current chunk still to execute
+
+    def film(self, scene: Scene, every: int) -> None:
+        if self.is_filmed and (self.done or len(self.rewards) % every == 0):
+            png = io.BytesIO()
+            Image.fromarray(scene.film()).save(png, "PNG", compress_level=1)
+            self.frames.append(png.getvalue())
+
+
+@dataclass
+class RolloutResult:
+    """The episodes, task by task in the order of the seeds, and what the policy did."""
+
+    benchmark: Benchmark
+    episodes: list[Episode]
+    num_requested: int  # chunks the policy was asked for
+    num_chunks: int  # chunks that came back complete and finite
+    predict_seconds: float  # wall time inside `predict`
+
+    @property
+    def seeds(self) -> list[int]:
+        return [episode.seed for episode in self.episodes]
+
+    @property
+    def successes(self) -> list[bool]:
+        return [episode.success for episode in self.episodes]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(episode.rewards) for episode in self.episodes]
+
+    @property
+    def max_rewards(self) -> list[float]:
+        return [max(episode.rewards) for episode in self.episodes]
+
+    @property
+    def sum_rewards(self) -> list[float]:
+        return [sum(episode.rewards) for episode in self.episodes]
+
+    @property
+    def recordings(self) -> list[Episode]:
+        """The filmed episodes."""
+        return [episode for episode in self.episodes if episode.is_filmed]
+
+    def metrics(self) -> dict[str, Any]:
+        """The scores as JSON values. Intervals are 95 %: Wilson's for success rates, normal for the reward.
+
+        With more than one task also the success of each task and each group, and the means over them.
+        """
+        num_episodes, rewards = len(self.episodes), self.max_rewards
+        metrics = success_rate(self.successes)
+        if self.benchmark.max_reward is not None:
+            mean = float(np.mean(rewards))
+            # One episode says nothing about the spread: the interval is then all of [0, max_reward].
+            spread = float(np.std(rewards, ddof=1)) if num_episodes > 1 else self.benchmark.max_reward
+            margin = Z_95 * spread / math.sqrt(num_episodes)
+            metrics |= {
+                "avg_max_reward": mean,
+                "avg_max_reward_low": max(0.0, mean - margin),
+                "avg_max_reward_high": min(self.benchmark.max_reward, mean + margin),
+            }
+        metrics |= {
+            "avg_sum_reward": float(np.mean(self.sum_rewards)),
+            "seed": self.seeds[0],
+            "ms_per_chunk": 1000.0 * self.predict_seconds / self.num_chunks,
+            "malformed_chunks": self.num_requested - self.num_chunks,
+        }
+        by_task = {task: [e.success for e in self.episodes if e.task == task] for task in self.tasks}
+        if len(by_task) > 1:
+            groups = {task: self.benchmark.groups[task] for task in by_task if self.benchmark.groups}
+            by_group = {
+                group: [success for task in by_task if groups[task] == group for success in by_task[task]]
+                for group in dict.fromkeys(groups.values())
+            }
+            metrics["by_task"] = {task: success_rate(successes) for task, successes in by_task.items()}
+            metrics["by_group"] = {group: success_rate(successes) for group, successes in by_group.items()}
+            for name in ("task", "group"):
+                rates = [rate["pc_success"] for rate in metrics[f"by_{name}"].values()]
+                metrics[f"mean_over_{name}s"] = float(np.mean(rates)) if rates else None
+            metrics["tasks"] = [episode.task for episode in self.episodes]
+        return metrics | {
+            "seeds": self.seeds,
+            "max_rewards": rewards,
+            "sum_rewards": self.sum_rewards,
+            "successes": self.successes,
+            "episode_lengths": self.lengths,
+        }
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that were played."""
+        return list(dict.fromkeys(episode.task for episode in self.episodes))
+
+
+def success_rate(successes: Sequence[bool]) -> dict[str, float]:
+    low, high = wilson_interval(sum(successes), len(successes))
+    return {
+        "pc_success": 100.0 * sum(successes) / len(successes),
+        "pc_success_low": 100.0 * low,
+        "pc_success_high": 100.0 * high,
+        "n_episodes": len(successes),
+    }
+
+
+def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a success rate: within [0, 1], and not empty at 0 or 1."""
+    z2, failures = Z_95**2, num_trials - num_successes
+    centre = (num_successes + z2 / 2) / (num_trials + z2)
+    margin = Z_95 * math.sqrt(num_successes * failures / num_trials + z2 / 4) / (num_trials + z2)
+    return max(0.0, centre - margin), min(1.0, centre + margin)
+
+
+def rollout(
+    benchmark: Benchmark,
+    predict: Predict,
+    seeds: Sequence[int],
+    n_action_steps: int,
+    tasks: Sequence[str] | None = None,
+    num_envs: int = 16,
+    max_steps: int | None = None,
+    record: int = 0,
+    progress: bool = False,
+    on_step: OnStep | None = None,
+) -> RolloutResult:
+    """Play each task once for each seed, up to `num_envs` episodes side by side.
+
+    Args:
+        benchmark: What is played.
+        predict: Called with the images (list of uint8 `(image_size, image_size, 3)`), states (float32
+            `(B, state_dim)`) and sentences of the episodes that have executed their chunk. Returns their next chunks,
+            `(B, H, action_dim)` with `H >= n_action_steps`, in the simulator's units; nothing is clipped.
+        seeds: Of each task's episodes.
+        n_action_steps: Actions of each chunk that are executed before the next prediction.
+        tasks: All by default.
+        num_envs: Affects only how many observations `predict` gets at once.
+        max_steps: Steps after which an episode ends unsolved, by default the benchmark's.
+        record: The first `record` episodes of each task are filmed.
+        progress: Show a progress bar.
+        on_step: Called after each step of each episode. Every step is then drawn.
+
+    Raises:
+        ValueError: an argument out of range, or a chunk of the wrong shape or with a value that is not finite.
+    """
+    tasks = list(benchmark.tasks if tasks is None else tasks)
+    max_steps = benchmark.max_steps if max_steps is None else max_steps
+    counts = (len(tasks), len(seeds), n_action_steps, num_envs, max_steps)
+    if min(counts) < 1:
+        names = "len(tasks), len(seeds), n_action_steps, num_envs, max_steps"
+        raise ValueError(f"{names} are {counts}, expected at least 1 each.")
+    unknown = [task for task in tasks if task not in benchmark.tasks]
+    if unknown:
+        raise ValueError(f"tasks has {unknown[0]!r}, expected some of {benchmark.name}'s {list(benchmark.tasks)}.")
+    episodes = [Episode(task, int(seed), is_filmed=i < record) for task in tasks for i, seed in enumerate(seeds)]
+    to_come: dict[str, deque[Episode]] = {}
+    for episode in episodes:
+        to_come.setdefault(episode.task, deque()).append(episode)
+    slots = [_Slot() for _ in range(min(num_envs, len(episodes)))]
+    num_requested, num_chunks, predict_seconds = 0, 0, 0.0
+    with contextlib.ExitStack() as stack, tqdm(total=len(episodes), unit="episode", disable=not progress) as bar:
+        for slot in slots:
+            stack.callback(slot.close)
+        while True:
+            for slot in slots:
+                if slot.episode is None and to_come:
+                    slot.start(_take(to_come, slots, slot.task), benchmark)
+            playing = [slot for slot in slots if slot.episode is not None]
+            if not playing:
+                break
+
+            waiting = [slot for slot in playing if not slot.episode.queue]
+            if waiting:
+                num_requested += len(waiting)
+                images = [slot.scene.image() for slot in waiting]
+                states = np.stack([slot.scene.state for slot in waiting])
+                start = time.perf_counter()
+                chunks = predict(images, states, [benchmark.tasks[slot.task] for slot in waiting])
+                predict_seconds += time.perf_counter() - start
+                chunks = check_chunks(chunks, len(waiting), n_action_steps, benchmark.action_dim)
+                for slot, chunk in zip(waiting, chunks, strict=True):
+                    slot.episode.queue.extend(chunk[:n_action_steps])
+                num_chunks += len(waiting)
+
+            for slot in playing:
+                scene, episode = slot.scene, slot.episode
+                action = episode.queue.popleft()
+                before = (scene.image(), scene.state, action) if on_step is not None else ()
+                reward, episode.success, over = scene.step(action)
+                episode.rewards.append(reward)
+                episode.poses.append(scene.poses)
+                episode.done = episode.success or over or len(episode.rewards) >= max_steps
+                episode.film(scene, benchmark.film_every)
+                if on_step is not None:
+                    on_step(episode, *before)
+                if episode.done:
+                    slot.episode = None
+                    bar.update()
+    return RolloutResult(benchmark, episodes, num_requested, num_chunks, predict_seconds)
+
+
+class _Slot:
+    """A place for one episode at a time; it keeps its scene while the task stays the same."""
+
+    def __init__(self):
+        self.task: str | None = None
+        self.scene: Scene | None = None
+        self.episode: Episode | None = None
+
+    def start(self, episode: Episode, benchmark: Benchmark) -> None:
+        if episode.task != self.task:
+            self.close()
+            self.task, self.scene = episode.task, benchmark.make_scene(episode.task)
+        self.episode = episode
+        self.scene.reset(episode.seed)
+        episode.film(self.scene, benchmark.film_every)
+
+    def close(self) -> None:
+        if self.scene is not None:
+            self.scene.close()
+            self.scene = None
+
+
+def _take(to_come: dict[str, deque[Episode]], slots: list[_Slot], task: str | None) -> Episode:
+    """The next episode of `task`, or else of one that nobody plays yet: loading a scene takes longer than a reset."""
+    if task not in to_come:
+        playing = [slot.task for slot in slots]
+        task = max(to_come, key=lambda name: (name not in playing, len(to_come[name])))
+    episode = to_come[task].popleft()
+    if not to_come[task]:
+        del to_come[task]
+    return episode
+
+
+def check_chunks(chunks: np.ndarray, num_asked: int, n_action_steps: int, action_dim: int) -> np.ndarray:
+    """The predicted chunks as float32, the simulator's type; a ValueError if their shape or a value is wrong."""
+    chunks = np.asarray(chunks)
+    if chunks.shape[:1] + chunks.shape[2:] != (num_asked, action_dim) or chunks.shape[1] < n_action_steps:
+        raise ValueError(
+            f"predict returned chunks of shape {chunks.shape}, expected ({num_asked}, at least {n_action_steps}, "
+            f"{action_dim}). Lower n_action_steps, or use a policy trained for this benchmark."
+        )
+    chunks = chunks.astype(np.float32)
+    if not np.isfinite(chunks).all():
+        index = tuple(np.argwhere(~np.isfinite(chunks))[0].tolist())
+        raise ValueError(f"predict returned {chunks[index]} at {index}, expected finite numbers. Fix the policy.")
+    return chunks
+
+
+def _tile(episode: Episode, frame: int, size: int, benchmark: Benchmark, title: str | None = None) -> Image.Image:
+    """A filmed scene, or the last one, above a title, by default the time, and the score."""
+    last = len(episode.frames) - 1
+    frame, steps = min(frame, last), min(frame * benchmark.film_every, len(episode.rewards))
+    solved = episode.success and frame == last
+    score = f"solved at {len(episode.rewards) / benchmark.fps:.1f} s" if solved else "" if steps else "start"
+    if benchmark.max_reward is not None and steps and not solved:
+        score = f"best {int(100 * max(episode.rewards[:steps])) / 100:.2f}"  # rounded down: only success is 1.00
+    height = size // 12 + 12
+    tile = Image.new("RGB", (size, size + height), "white")
+    tile.paste(Image.open(io.BytesIO(episode.frames[frame])).resize((size, size), Image.Resampling.LANCZOS))
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(size // 24 + 8)
+    draw.rectangle((0, 0, size - 1, size - 1), outline=GREEN if solved else PALE, width=2)
+    draw.text((2, size + height // 2), title or f"{steps / benchmark.fps:.1f} s", BLACK, font, anchor="lm")
+    draw.text((size - 2, size + height // 2), score, GREEN if solved else GREY, font, anchor="rm")
+    return tile
+
+
+def _grid(tiles: list[Image.Image], columns: int, gap: int = 12) -> Image.Image:
+    """Tiles of equal size on white, row by row; width and height are even, as the video codec requires."""
+    width, height = tiles[0].width + gap, tiles[0].height + gap
+    size = columns * width + gap, math.ceil(len(tiles) / columns) * height + gap
+    canvas = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), "white")
+    for i, tile in enumerate(tiles):
+        canvas.paste(tile, (gap + i % columns * width, gap + i // columns * height))
+    return canvas
+
+
+def _title(episode: Episode, benchmark: Benchmark) -> str:
+    return f"seed {episode.seed}" if len(benchmark.tasks) == 1 else episode.task
+
+
+def write_video(path: str | Path, recordings: Sequence[Episode], benchmark: Benchmark) -> None:
+    """Write an H.264 MP4 that browsers play: all recordings in one picture, shorter ones hold their last frame."""
+    columns = math.ceil(math.sqrt(len(recordings)))
+    size = FRAME_SIZE if columns <= 4 else 192
+
+    def picture(frame: int) -> Image.Image:
+        tiles = [_tile(episode, frame, size, benchmark, _title(episode, benchmark)) for episode in recordings]
+        return _grid(tiles, columns)
+
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        rate = round(benchmark.fps / benchmark.film_every)
+        stream = container.add_stream("libx264", rate=rate, pix_fmt="yuv420p", options={"crf": "20"})
+        stream.width, stream.height = picture(0).size
+        for frame in range(max(len(episode.frames) for episode in recordings)):
+            container.mux(stream.encode(av.VideoFrame.from_image(picture(frame))))
+        container.mux(stream.encode(None))
+
+
+def write_contact_sheet(
+    path: str | Path,
+    recordings: Sequence[Episode],
+    benchmark: Benchmark,
+    moments: int = 7,
+    titles: Sequence[str] | None = None,
+) -> None:
+    """Write one PNG: for each recording a row of `moments` scenes, first to last, labelled with time and score.
+
+    The first scene of a row shows the title, by default the task, or the seed where there is only one task.
+    """
+    tiles = []
+    for i, episode in enumerate(recordings):
+        title = _title(episode, benchmark) if titles is None else titles[i]
+        for frame in np.linspace(0, len(episode.frames) - 1, moments).round().astype(int).tolist():
+            tiles.append(_tile(episode, frame, 192, benchmark, None if frame else title))
+    _grid(tiles, columns=moments).save(path)

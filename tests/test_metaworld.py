@@ -1,0 +1,165 @@
+"""Meta-World: its scenes are LeRobot's, the experts' demonstrations become a data set, a policy plays many tasks."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("metaworld_tasks", exc_type=ImportError)  # also without OSMesa
+import collect_metaworld
+import evaluate
+import metaworld
+import pretrain_metaworld
+import train
+from lerobot_dataset import LeRobotChunkDataset
+from metaworld_tasks import BENCHMARK, DIFFICULTIES, MT10, TASKS, MetaworldScene
+from PIL import Image
+from rollouts import rollout
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    """Two demonstrations each of two tasks, as `collect_metaworld.py` writes them."""
+    root = tmp_path_factory.mktemp("metaworld") / "data"
+    collect_metaworld.main(["--output_dir", str(root), "--tasks", "reach", "drawer-close", "--episodes", "2"])
+    return root
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_there_are_fifty_tasks_in_four_groups():
+    counts = {group: sum(g == group for g in DIFFICULTIES.values()) for group in dict.fromkeys(DIFFICULTIES.values())}
+    assert len(TASKS) == 50 and counts == {"easy": 28, "medium": 11, "hard": 6, "very_hard": 5}
+    assert set(MT10) <= set(TASKS) and len(MT10) == 10
+    assert set(BENCHMARK.wordings) == set(TASKS.values()) and len(set(TASKS.values())) == 49
+
+
+def test_a_scene_is_what_lerobots_wrapper_shows():
+    benchmark = metaworld.MT1("push-v3", seed=42)
+    env = benchmark.train_classes["push-v3"](render_mode="rgb_array", camera_name="corner2")
+    env.set_task(benchmark.train_tasks[0])
+    env.model.cam_pos[2] = [0.75, 0.075, 0.7]
+    env.reset()
+    env._freeze_rand_vec, env.seeded_rand_vec = False, True
+    env.seed(5)
+    observation, _ = env.reset(seed=5)
+    ours = MetaworldScene("push", full_pictures=True)
+    ours.reset(5)
+    for action in np.random.default_rng(0).uniform(-1.5, 1.5, (5, 4)).astype(np.float32):
+        np.testing.assert_array_equal(ours.state, observation[:4].astype(np.float32))
+        observation, reward, _, _, _ = env.step(np.clip(action, -1, 1))
+        assert ours.step(action)[0] == reward
+    theirs = Image.fromarray(np.flip(env.render(), (0, 1))).resize((128, 128), Image.Resampling.BOX)
+    np.testing.assert_array_equal(ours.image(), np.asarray(theirs))
+    coarse = MetaworldScene("push")
+    coarse.reset(5)
+    assert coarse.image().shape == (128, 128, 3) and coarse.image().dtype == np.uint8
+
+
+def test_scenes_do_not_disturb_each_others_pictures():
+    first, second = MetaworldScene("reach"), MetaworldScene("drawer-open")
+    first.reset(1)
+    second.reset(2)
+    pictures = first.image(), second.image(), first.film()
+    again = first.image(), second.image(), first.film()
+    second.close()
+    for picture, same in zip((*pictures, pictures[0]), (*again, first.image()), strict=True):
+        np.testing.assert_array_equal(picture, same)
+    assert not np.array_equal(*pictures[:2])
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="task is 'fly', expected one of button-press"):
+        MetaworldScene("fly")
+
+
+def test_a_demonstration_ends_with_success_and_records_the_experts_own_actions():
+    scene = MetaworldScene("window-open")
+    episode = next(e for s in range(1_000_000, 1_000_020) if (e := collect_metaworld.demonstrate(scene, s, 250)))
+    assert episode["next.success"].tolist() == [False] * (len(episode["action"]) - 1) + [True]
+    assert np.abs(episode["action"]).max() <= 1
+    scene.reset(next(s for s in range(1_000_000, 1_000_020) if collect_metaworld.demonstrate(scene, s, 250)))
+    np.testing.assert_array_equal(scene.expert_action(), episode["action"][0])
+    np.testing.assert_array_equal(scene.image(), episode["observation.image"][0])
+
+
+def test_demonstrations_are_a_lerobot_data_set_with_a_sentence_a_task(demonstrations, cache):
+    data = LeRobotChunkDataset(demonstrations, chunk_size=12)
+    assert data.info["total_episodes"] == 4 and data.info["total_tasks"] == 2 and data.fps == 80
+    assert data.tasks == [TASKS["reach"], TASKS["drawer-close"]]
+    part = np.load(collect_metaworld.part_path(demonstrations.with_name("data.parts"), "reach", 0))
+    sample = data[3]
+    np.testing.assert_array_equal(sample["state"], part["observation.state"][3])
+    np.testing.assert_array_equal(sample["actions"][:2], part["action"][3:5])
+    assert np.abs(sample["images"][0].astype(float) - part["observation.image"][3]).mean() < 3
+    poses = data.vectors("observation.environment_state")
+    assert poses.shape == (len(data), 21)
+    np.testing.assert_array_equal(poses[:, :4], data.states)
+
+
+def test_collecting_goes_on_where_it_was_stopped(tmp_path, capsys):
+    arguments = ["--output_dir", str(tmp_path / "data"), "--tasks", "reach", "--episodes", "1", "--num_processes", "1"]
+    collect_metaworld.main(arguments)
+    part = collect_metaworld.part_path(tmp_path / "data.parts", "reach", 0)
+    written = part.stat().st_mtime_ns
+    with pytest.raises(SystemExit):
+        collect_metaworld.main(arguments)
+    assert "exists, and is not overwritten" in capsys.readouterr().err
+    (tmp_path / "data").rename(tmp_path / "old")
+    collect_metaworld.main(arguments)
+    assert part.stat().st_mtime_ns == written
+
+
+def expert_policy(scenes):
+    """A `predict` that asks the scenes' experts: chunks of one action."""
+
+    def predict(images, states, texts):
+        chosen = []
+        for state in states:
+            chosen.append(next(s for s in scenes if np.array_equal(s.state, state)).expert_action())
+        return np.array(chosen)[:, None]
+
+    return predict
+
+
+def test_many_tasks_are_played_side_by_side_and_scored_by_task_and_difficulty():
+    scenes, tasks = [], ["reach", "drawer-close", "push"]
+
+    def make_scene(task):
+        scenes.append(MetaworldScene(task))
+        return scenes[-1]
+
+    benchmark = dataclasses.replace(BENCHMARK, make_scene=make_scene)
+    result = rollout(benchmark, expert_policy(scenes), [7, 8], 1, tasks, num_envs=2, max_steps=100)
+    assert [(e.task, e.seed) for e in result.episodes] == [(task, seed) for task in tasks for seed in (7, 8)]
+    metrics = json.loads(json.dumps(result.metrics()))
+    assert metrics["pc_success"] == 100 and metrics["n_episodes"] == 6
+    assert {task: rate["pc_success"] for task, rate in metrics["by_task"].items()} == dict.fromkeys(tasks, 100)
+    assert {name: rate["n_episodes"] for name, rate in metrics["by_group"].items()} == {"easy": 4, "hard": 2}
+    assert metrics["mean_over_tasks"] == metrics["mean_over_groups"] == 100
+    assert len(scenes) == 3  # a scene is loaded once for all episodes of its task
+
+
+def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("metaworld_tasks.BENCHMARK", dataclasses.replace(BENCHMARK, max_steps=24))
+    output = tmp_path / "policy"
+    vision = tmp_path / "vision"
+    drawn = "--tasks reach --num_scenes 4 --max_steps 2 --batch_size 4 --num_processes 1"
+    pretrain_metaworld.main([*drawn.split(), "--dataset_root", str(demonstrations), "--output_dir", str(vision)])
+    options = f"--vision_weights {vision}/vision.safetensors --freeze_vision_tower --reword_probability 0.5 "
+    options += "--benchmark metaworld --max_steps 2 --eval_steps 2 --save_steps 2 --warmup_steps 1 --eval_episodes 1 "
+    options += "--held_out_episodes 1 --per_device_train_batch_size 4 --report_to none --eval_tasks reach"
+    train.main([*options.split(), "--dataset_root", str(demonstrations), "--output_dir", str(output)])
+    arguments = "--benchmark metaworld --tasks reach push --episodes 1 --record 1 --n_action_steps 12"
+    evaluate.main([*arguments.split(), "--checkpoint", str(output), "--output_dir", str(tmp_path / "eval")])
+    metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert list(metrics["by_task"]) == ["reach", "push"] and metrics["malformed_chunks"] == 0
+    assert {"rollouts.png", "rollouts.mp4"} <= {path.name for path in (tmp_path / "eval").iterdir()}
+    assert "mean over groups" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", str(output)])
+    assert "has 4 action dimensions, pusht 2" in capsys.readouterr().err
