@@ -314,13 +314,16 @@ def make_policy(
         action_tokenizer,
         statistics,
         default_task,
+        options["training_tasks"] if len(dataset.tasks) > 1 else (),
         scale_factor=args.scale_factor,
         image_size=benchmark.image_size,
         split_words=len(dataset.tasks) > 1,
         **options,
     )
     # On a CPU, eager attention trains short sequences faster than the fused kernel.
-    model = make_tiny_model(processor, args.n_action_steps, attn_implementation="eager", **frozen, **kwargs)
+    model = make_tiny_model(
+        processor, args.n_action_steps, benchmark.image_size, attn_implementation="eager", **frozen, **kwargs
+    )
     if args.vision_weights:
         unexpected = model.load_state_dict(load_file(args.vision_weights), strict=False).unexpected_keys
         if unexpected:

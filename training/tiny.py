@@ -89,7 +89,7 @@ def make_tiny_processor(
         split_words: See [`make_text_tokenizer`].
     """
     tasks = list(dict.fromkeys([*([task] if task else []), *other_tasks]))
-    tasks = kwargs.setdefault("training_tasks", tasks)
+    kwargs.setdefault("training_tasks", tasks)
     n_state_bins = kwargs.setdefault("n_state_bins", 256)
     image_processor = SmolVLMImageProcessorPil(
         do_image_splitting=False, do_resize=False, max_image_size={"longest_edge": image_size}
@@ -122,10 +122,14 @@ def make_tiny_vision(
     return model.vision_model, model.connector, config.image_seq_len * TEXT["hidden_size"]
 
 
-def make_tiny_model(processor: SmolAndFastProcessor, n_action_steps: int, **kwargs) -> SmolAndFastForActionPrediction:
-    """A model with random weights that fits the processor; kwargs go to `SmolAndFastConfig`."""
+def make_tiny_model(
+    processor: SmolAndFastProcessor, n_action_steps: int, image_size: int = IMAGE_SIZE, **kwargs
+) -> SmolAndFastForActionPrediction:
+    """A model with random weights that fits the processor; kwargs go to `SmolAndFastConfig`.
+
+    `image_size` is what the vision tower is made for: the processor's images are no larger.
+    """
     tokenizer = processor.tokenizer
-    image_size = processor.image_processor.max_image_size["longest_edge"]
     special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = SmolAndFastConfig(
         vision_config={**VISION, "image_size": image_size, "patch_size": PATCH_SIZE},
