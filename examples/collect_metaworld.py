@@ -6,6 +6,9 @@ Uses all cores. Each finished demonstration is a file in `<output_dir>.parts`; s
 and with more `--episodes` it adds to them. Only demonstrations that succeed within `--max_steps` are kept, up to the
 first success. In two of three the arm is shoved once or twice: for 5 to 12 steps the hand is driven in a random
 direction. The recorded actions are the expert's throughout, so the data show how to come back.
+
+Drawing takes most of the time. With `--draw_every 4` the camera has a quarter of the control's rate: the frames
+between show its last picture, and `train.py --sample_every 4` starts no sample from them.
 """
 
 import argparse
@@ -43,8 +46,10 @@ DATASET = {
 _scenes: dict[str, MetaworldScene] = {}  # one for each task that this process has played
 
 
-def demonstrate(scene: MetaworldScene, seed: int, max_steps: int) -> dict[str, np.ndarray] | None:
+def demonstrate(scene: MetaworldScene, seed: int, max_steps: int, draw_every: int = 1) -> dict[str, np.ndarray] | None:
     """Let the expert play one episode; None if it does not succeed within `max_steps`.
+
+    Each picture stands in `draw_every` frames, and is new in the first of them.
 
     Returns:
         Arrays of T steps by feature: `observation.image` uint8 `(T, 128, 128, 3)`, `observation.state` `(T, 4)`,
@@ -62,7 +67,8 @@ def demonstrate(scene: MetaworldScene, seed: int, max_steps: int) -> dict[str, n
         steps, success = [], False
         for t in range(max_steps):
             action = scene.expert_action()
-            image = scene.image() if draw else None
+            if t % draw_every == 0:
+                image = scene.image() if draw else None
             before = (image, scene.state, scene.poses, action)
             executed = action.copy()
             if shoves[t].any():
@@ -78,14 +84,14 @@ def demonstrate(scene: MetaworldScene, seed: int, max_steps: int) -> dict[str, n
     return {name: np.array(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)}
 
 
-def collect(job: tuple[str, int], folder: Path, max_steps: int) -> None:
+def collect(job: tuple[str, int], folder: Path, max_steps: int, draw_every: int) -> None:
     """Write demonstration `job = (task, number)` to its file."""
     task, number = job
     if task not in _scenes:
         _scenes[task] = MetaworldScene(task)
     for attempt in range(50):
         seed = FIRST_SEED + list(TASKS).index(task) * 100_000 + number * 50 + attempt
-        episode = demonstrate(_scenes[task], seed, max_steps)
+        episode = demonstrate(_scenes[task], seed, max_steps, draw_every)
         if episode is not None:
             with written_whole(part_path(folder, task, number)) as path, open(path, "wb") as file:
                 np.savez_compressed(file, **episode)
@@ -103,8 +109,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="MT10, or names of tasks (all 50)")
     parser.add_argument("--episodes", type=int, default=50, help="demonstrations of each task (50)")
     parser.add_argument("--max_steps", type=int, default=250, help="of a demonstration (250)")
+    parser.add_argument("--draw_every", type=int, default=1, help="steps from one picture to the next (1)")
     parser.add_argument("--num_processes", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
+    for name in ("episodes", "max_steps", "draw_every", "num_processes"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}. Give at least 1.")
     tasks = MT10 if args.tasks == ["MT10"] else args.tasks
     folder = args.output_dir.with_name(args.output_dir.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     missing = [job for job in jobs if not part_path(folder, *job).exists()]
     spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn hangs
     with ProcessPoolExecutor(args.num_processes, spawn) as pool:
-        work = pool.map(partial(collect, folder=folder, max_steps=args.max_steps), missing)
+        work = pool.map(partial(collect, folder=folder, max_steps=args.max_steps, draw_every=args.draw_every), missing)
         for _ in tqdm(work, total=len(jobs), initial=len(jobs) - len(missing), unit="demonstration"):
             pass
     episodes = (dict(np.load(part_path(folder, *job))) | {"task": TASKS[job[0]]} for job in jobs)

@@ -110,10 +110,14 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         i = range(len(self))[i]  # negative indices count from the end, others outside are an IndexError
         return {
             "images": [self.image(i, key) for key in self.image_keys],
-            "text": self._texts[i],
+            "text": self.text(i),
             "state": self.states[i].copy(),
             "actions": self.actions[np.minimum(i + np.arange(self.chunk_size), self._last[i])],
         }
+
+    def text(self, i: int) -> str:
+        """A frame's task."""
+        return self._texts[i]
 
     def image(self, i: int, key: str | None = None) -> np.ndarray:
         """One camera's frame, by default the first's: uint8 `(H, W, 3)`."""

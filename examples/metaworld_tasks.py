@@ -7,6 +7,7 @@ object and goal are placed at random; an episode ends with its first success, or
 Needs `metaworld` and, without a screen, Debian's `libosmesa6` with `MUJOCO_GL=osmesa`.
 """
 
+import copy
 import os
 import warnings
 from ctypes.util import find_library
@@ -27,6 +28,13 @@ MAX_EPISODE_STEPS = 500
 CONTROL_HZ = 80
 ACTION_DIM = STATE_DIM = 4
 IMAGE_SIZE = 128  # pixels along each side of the policy's images
+# LeRobot's camera: its place in metres, the world's directions in its picture, and the focal length in our pixels.
+CAMERA = np.array([0.75, 0.075, 0.7])
+RIGHT, DOWN = np.array([0.5499, 0.8332, -0.0584]), np.array([0.3762, -0.3095, -0.8733])
+FORWARD = np.cross(RIGHT, DOWN)
+FOCAL_LENGTH = IMAGE_SIZE / 2 / np.tan(np.deg2rad(60) / 2)
+# Sides in metres of the cells that the arm is simplified to; a pixel of the policy's images is some eight millimetres.
+ARM_MESHES = dict.fromkeys(("pedestal", "base", "head", *(f"l{i}" for i in range(7))), 0.01) | {"eGripperBase": 0.005}
 # Sentences and difficulties are those of LeRobot's `metaworld_config.json` (release 0.6.1).
 SENTENCES = {
     "easy": {
@@ -104,13 +112,37 @@ MT10 = (
 )
 
 
+def shift_picture(image: np.ndarray, right: int, down: int) -> np.ndarray:
+    """Move a picture by whole pixels; what comes in at an edge repeats it."""
+    rows, columns = (np.clip(np.arange(n) - by, 0, n - 1) for n, by in zip(image.shape, (down, right), strict=False))
+    return image[rows[:, None], columns]
+
+
+def shift_points(points: np.ndarray, right: int, down: int) -> np.ndarray:
+    """Where points in metres `(..., 3)` are in a world whose picture is moved like that: as far from the camera."""
+    depths = (points - CAMERA) @ FORWARD
+    return (points + depths[..., None] * (right * RIGHT + down * DOWN) / FOCAL_LENGTH).astype(np.float32)
+
+
+def shift_observation(
+    image: np.ndarray, state: np.ndarray, rng: np.random.Generator, max_shift: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and state in a world moved to the side by up to `max_shift` pixels, so that heights stay what they are.
+
+    A pixel is about a centimetre, and turns the directions of actions by half a degree, which is left out.
+    """
+    right = int(rng.integers(-max_shift, max_shift + 1))
+    return shift_picture(image, right, 0), np.append(shift_points(state[:3], right, 0), state[3:])
+
+
 class MetaworldScene:
     """One task's simulation, seen by LeRobot's camera.
 
     Args:
         task: A key of `TASKS`.
-        full_pictures: Draw as LeRobot does, 480 pixels a side, smoothed, with sharp shadows and reflections: 120 ms a
-            picture on one core. Otherwise 256 pixels with coarse shadows, 25 ms. Both are reduced to 128.
+        full_pictures: Draw as LeRobot does, 480 pixels a side, smoothed, with sharp shadows and reflections. Otherwise
+            256 pixels with coarse shadows and an arm of fewer triangles, which takes a seventh of the time:
+            `benchmarks/metaworld_recipe.md`. Both are reduced to 128.
     """
 
     def __init__(self, task: str, full_pictures: bool = False):
@@ -121,7 +153,7 @@ class MetaworldScene:
         benchmark = metaworld.MT1(name, seed=42)
         self.env = benchmark.train_classes[name]()
         self.env.set_task(benchmark.train_tasks[0])
-        self.env.model.camera("corner2").pos = [0.75, 0.075, 0.7]
+        self.env.model.camera("corner2").pos = CAMERA
         self.env.reset()
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # as LeRobot: Meta-World has no public way
         self.expert = ENV_POLICY_MAP[name]()
@@ -170,10 +202,11 @@ class MetaworldScene:
         return self._film.render()[::-1, ::-1]
 
     def _make_renderer(self, size: int) -> mujoco.Renderer:
-        quality = self.env.model.vis.quality
+        model = self.env.model
         if not self.full_pictures:
-            quality.offsamples, quality.shadowsize = 0, 512
-        renderer = mujoco.Renderer(self.env.model, size, size)
+            model = simplified(model)
+            model.vis.quality.offsamples, model.vis.quality.shadowsize = 0, 512
+        renderer = mujoco.Renderer(model, size, size)
         renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.full_pictures
         return renderer
 
@@ -183,6 +216,31 @@ class MetaworldScene:
                 renderer.render()  # closing deletes buffers of whichever picture was drawn last: let it be its own
                 renderer.close()
         self.env.close()
+
+
+def simplified(model: mujoco.MjModel) -> mujoco.MjModel:
+    """A copy, to draw, whose arm has a fifth of its triangles: the corners within each cell of a grid become one.
+
+    Vertex clustering (Rossignac and Borrel 1993). The arm's meshes are most of what there is to draw, and are drawn
+    three times where there are shadows.
+    """
+    model = copy.copy(model)
+    for i in range(model.nmesh):
+        name = mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_MESH, i)
+        if name not in ARM_MESHES:
+            continue
+        corners = model.mesh_vert[model.mesh_vertadr[i] :][: model.mesh_vertnum[i]]
+        cells = np.floor(corners / ARM_MESHES[name])
+        _, first, cell = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+        triangles = slice(model.mesh_faceadr[i], model.mesh_faceadr[i] + model.mesh_facenum[i])
+        faces = first[cell.ravel()[model.mesh_face[triangles]]]  # (triangles, 3)
+        whole = np.flatnonzero((faces != np.roll(faces, 1, axis=1)).all(axis=1))
+        _, once = np.unique(np.sort(faces[whole], axis=1), axis=0, return_index=True)
+        kept = whole[np.sort(once)]
+        for array, values in ((model.mesh_face, faces), (model.mesh_facenormal, model.mesh_facenormal[triangles])):
+            array[triangles][: len(kept)] = values[kept]
+        model.mesh_facenum[i] = len(kept)
+    return model
 
 
 BENCHMARK = Benchmark(
@@ -208,6 +266,7 @@ BENCHMARK = Benchmark(
         "eval_episodes": 1,
     },
     packages=("metaworld", "mujoco"),
+    shift=shift_observation,
     wordings={TASKS[task]: wordings for task, wordings in OTHER_WORDINGS.items()},
     film_every=4,
 )

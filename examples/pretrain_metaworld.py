@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from lerobot_dataset import LeRobotChunkDataset
-from metaworld_tasks import BENCHMARK, IMAGE_SIZE, TASKS, MetaworldScene
+from metaworld_tasks import BENCHMARK, IMAGE_SIZE, TASKS, MetaworldScene, shift_picture, shift_points
 from muon import make_muon
 from pretrain_vision import SaveVision, load_vision, save_vision
+from pusht_scenes import EpochSetter
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainingArguments
@@ -28,34 +29,33 @@ from transformers import TrainingArguments
 from smolandfast.files_smolandfast import written_whole
 from smolandfast.training import WholeCheckpointTrainer, bf16_is_faster, make_tiny_vision
 
-FIRST_SEED = 500_000  # demonstrations and evaluations have others
+FIRST_SEED, MAX_SCENES = 10_000_000, 10_000  # demonstrations and evaluations have lower seeds
 # Of the 21 numbers of `MetaworldScene.poses`: hand, opening, positions of two objects and the goal.
 LABELS = [0, 1, 2, 3, 4, 5, 6, 11, 12, 13, 18, 19, 20]
+POINTS = {"hand": 0, "object": 4, "other": 7, "goal": 10}  # where each one's place begins among the labels
 METRES = 0.1  # one unit of the labels
 
 
-def render_scenes(task: str, num_scenes: int, folder: Path) -> None:
-    """Draw two moments of each of `num_scenes` shoved demonstrations of a task, into a file."""
+def render_scenes(task: str, num_scenes: int, run: int, folder: Path) -> None:
+    """Draw one moment of each of `num_scenes` shoved demonstrations of a task, into a file; most are early ones."""
     path = folder / f"{task}.npz"
     if path.exists():
         return
     scene, images, poses = MetaworldScene(task), [], []
     for i in range(num_scenes):
-        seed = FIRST_SEED + list(TASKS).index(task) * 5_000 + i
+        seed = FIRST_SEED + (run * len(TASKS) + list(TASKS).index(task)) * MAX_SCENES + i
         rng = np.random.default_rng(seed)
         scene.reset(seed)
-        moments = rng.integers(90, size=2)
         shove, steps_left = np.zeros(3), 0
-        for t in range(max(moments) + 1):
-            if t in moments:
-                images.append(scene.image())
-                poses.append(scene.poses)
+        for _ in range(1 + int(90 * rng.random() ** 2)):  # before the first step many goals are drawn elsewhere
             if steps_left == 0 and rng.random() < 0.05:
                 shove, steps_left = rng.uniform(-1, 1, 3), rng.integers(5, 20)
             action = scene.expert_action()
             if steps_left:
                 action[:3], steps_left = shove, steps_left - 1
             scene.step(action)
+        images.append(scene.image())
+        poses.append(scene.poses)
     scene.close()
     with written_whole(path) as unfinished, open(unfinished, "wb") as file:
         np.savez_compressed(file, images=np.array(images), poses=np.array(poses))
@@ -81,25 +81,38 @@ class PoseRegressor(nn.Module):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Frames of the demonstrations, then other scenes."""
+    """Scenes, then frames of the demonstrations, moved by up to `max_shift` pixels, another way in every epoch."""
 
-    def __init__(self, frames: LeRobotChunkDataset | None, frame_labels, images, labels):
-        self.frames, self.images = frames, images
-        self.labels = np.concatenate([frame_labels, labels])
-        self.num_frames = len(frame_labels)
+    def __init__(
+        self, images, labels, frames: LeRobotChunkDataset | None = None, frame_labels=(), indices=(), max_shift=0
+    ):
+        self.images, self.frames, self.indices = images, frames, indices
+        self.max_shift, self.epoch = max_shift, 0
+        self.labels = np.concatenate([labels, frame_labels[indices]]) if frames is not None else labels
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        image = self.frames.image(i) if i < self.num_frames else self.images[i - self.num_frames]
-        return {"pixel_values": torch.from_numpy(image), "labels": torch.from_numpy(self.labels[i])}
+        known = len(self.images)
+        image = self.images[i] if i < known else self.frames.image(self.indices[i - known])
+        labels = self.labels[i].copy()
+        if self.max_shift:
+            shift = np.random.default_rng((self.epoch, i)).integers(-self.max_shift, self.max_shift + 1, 2)
+            image = shift_picture(image, *shift)
+            for first in POINTS.values():
+                point = labels[first : first + 3]
+                point[:] = shift_points(point, *shift) if point.any() else 0  # zeros: there is no such thing
+        return {"pixel_values": torch.from_numpy(image), "labels": torch.from_numpy(labels)}
 
 
 def mean_error(prediction) -> dict[str, float]:
     """Median distance between each position and its label, in millimetres, where the thing exists."""
     predictions, labels, metrics = prediction.predictions, prediction.label_ids, {}
-    for name, first in (("hand", 0), ("object", 4), ("other", 7), ("goal", 10)):
+    for name, first in POINTS.items():
         exists = np.abs(labels[:, first : first + 3]).sum(axis=1) > 0
         errors = np.linalg.norm(predictions[exists, first : first + 3] - labels[exists, first : first + 3], axis=1)
         if not exists.any():
@@ -114,28 +127,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset_root", required=True)
     parser.add_argument("--output_dir", default="outputs/metaworld-vision")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--num_scenes", type=int, default=200, help="other placements of each task (200)")
+    parser.add_argument("--num_scenes", type=int, default=1_000, help="other placements of each task (1000)")
+    parser.add_argument("--sample_every", type=int, default=1, help="steps from one used frame to the next (1)")
+    parser.add_argument("--max_shift", type=int, default=8, help="pixels by which pictures are moved at most (8)")
     parser.add_argument("--max_steps", type=int, default=4_000)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--vision_weights", help="vision.safetensors of an earlier run to continue from")
+    parser.add_argument("--vision_weights", help="vision.safetensors or policy to continue from")
     parser.add_argument("--num_processes", type=int, default=os.cpu_count(), help="for drawing")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="another one has other placements (0)")
     args = parser.parse_args(argv)
 
+    if not 2 <= args.num_scenes <= MAX_SCENES:
+        parser.error(f"--num_scenes is {args.num_scenes}. Give 2 to {MAX_SCENES}.")
     torch.manual_seed(args.seed)
     folder = Path(f"{args.output_dir}.scenes")
     folder.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     with PartialState().main_process_first(), ProcessPoolExecutor(args.num_processes, spawn) as pool:
-        work = pool.map(partial(render_scenes, num_scenes=args.num_scenes, folder=folder), args.tasks)
+        work = pool.map(partial(render_scenes, num_scenes=args.num_scenes, run=args.seed, folder=folder), args.tasks)
         list(tqdm(work, total=len(args.tasks), unit="task"))
     parts = [np.load(folder / f"{task}.npz") for task in args.tasks]
     images = np.concatenate([part["images"] for part in parts])
     labels = np.concatenate([part["poses"] for part in parts])[:, LABELS]
-    held_out = np.arange(len(images)) % (2 * args.num_scenes) < max(args.num_scenes // 20, 2) * 2
+    places = np.concatenate([np.arange(len(part["images"])) / len(part["images"]) for part in parts])
+    held_out = places < max(0.05, 2 / args.num_scenes)
     frames = LeRobotChunkDataset(args.dataset_root, 1)
     frame_labels = frames.vectors("observation.environment_state")[:, LABELS]
+    indices = np.flatnonzero(frames.frame_index % args.sample_every == 0)
     model = PoseRegressor(*make_tiny_vision(IMAGE_SIZE, BENCHMARK.preset["scale_factor"]), labels.mean(axis=0))
     if args.vision_weights:
         load_vision(model, args.vision_weights)
@@ -147,24 +166,24 @@ def main(argv: list[str] | None = None) -> None:
             max_steps=args.max_steps,
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.batch_size,
-            warmup_steps=200,
+            warmup_steps=min(200, args.max_steps // 10),
             lr_scheduler_type="cosine",
             bf16=bf16_is_faster(),
             use_cpu=not torch.cuda.is_available(),
             logging_steps=100,
             eval_strategy="steps",
-            eval_steps=1_000,
-            save_steps=500,
+            eval_steps=max(args.max_steps // 6, 1),
+            save_steps=250,
             save_total_limit=1,
             report_to="none",
             seed=args.seed,
             dataloader_pin_memory=False,
         ),
-        train_dataset=Pictures(frames, frame_labels, images[~held_out], labels[~held_out]),
-        eval_dataset=Pictures(None, frame_labels[:0], images[held_out], labels[held_out]),
+        train_dataset=Pictures(images[~held_out], labels[~held_out], frames, frame_labels, indices, args.max_shift),
+        eval_dataset=Pictures(images[held_out], labels[held_out]),
         compute_metrics=mean_error,
         optimizers=(make_muon(model, groups), None),
-        callbacks=[SaveVision()],
+        callbacks=[EpochSetter(), SaveVision()],
     )
     trainer.train(resume_from_checkpoint="last")
     save_vision(model, args.output_dir)

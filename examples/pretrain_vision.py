@@ -90,13 +90,16 @@ class SaveVision(TrainerCallback):
 
 
 def load_vision(model: nn.Module, path: str) -> None:
-    """Load what [`save_vision`] wrote; the linear layer stays as it is.
+    """Load what [`save_vision`] wrote, or these parts of a policy's `model.safetensors`; the linear layer stays.
 
     Raises:
         ValueError: a damaged file, or one with other weights.
     """
     try:
         tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if not name.startswith(("text_model.", "lm_head."))
+        }
         model.load_state_dict(tensors | {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()})
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is no vision.safetensors of this script: {error}") from error

@@ -74,6 +74,8 @@ class Benchmark:
     image_size: int
     preset: dict[str, Any]  # of `train.py`'s options, on top of its tiny preset
     packages: tuple[str, ...]  # whose releases results depend on
+    # (image, state, random generator, max_shift) -> image and state of a world that is moved, with the same actions
+    shift: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
     wordings: dict[str, list[str]] = field(default_factory=dict)  # other wordings of a sentence, for training
     max_reward: float | None = None  # if rewards are comparable between episodes, their best
     film_every: int = 1  # steps from one filmed scene to the next

@@ -26,7 +26,8 @@ from muon import make_muon
 from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, EpochSetter, rotate_points, turn_points, vary_scene
 from rollouts import MODULES, Benchmark, get_benchmark, rollout
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import DataLoader, Sampler
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
 
 from smolandfast import (
     FastActionTokenizer,
@@ -82,6 +83,7 @@ PRESETS = {
         "logging_steps": 50,
     },
 }
+EMBEDDINGS = ("model.text_model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass
@@ -110,11 +112,11 @@ class PolicyArguments:
     use_relative_actions: bool = False
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
-    vision_weights: str | None = field(
+    vision_weights: list[str] | None = field(
         default=None,
         metadata={
             "help": "weights that the tiny preset starts from: vision.safetensors of pretrain_vision.py, or all of an "
-            "earlier policy's, model.safetensors"
+            "earlier policy's, model.safetensors; of several files, the last that has a weight counts"
         },
     )
     vision_learning_rate: float = 2e-5
@@ -124,6 +126,9 @@ class PolicyArguments:
     drop_n_last_frames: int = field(
         default=0, metadata={"help": "frames at each episode's end that no sample starts from: they teach to stop"}
     )
+    sample_every: int = field(
+        default=1, metadata={"help": "frames of an episode from one sample's to the next: see collect_metaworld.py"}
+    )
     mirror_probability: float = field(
         default=0.0, metadata={"help": "share of samples that are mirrored about the target's axis"}
     )
@@ -132,6 +137,9 @@ class PolicyArguments:
     max_angle: float = field(default=0.0, metadata={"help": "half of the samples are rotated by up to this, degrees"})
     reword_probability: float = field(
         default=0.0, metadata={"help": "share of samples told the task in the benchmark's other words"}
+    )
+    oversample: list[str] | None = field(
+        default=None, metadata={"help": "groups of the benchmark's tasks whose samples come twice in an epoch"}
     )
     held_out_episodes: int = field(default=6, metadata={"help": "last demonstrations, for the evaluation loss"})
     eval_episodes: int = field(default=20, metadata={"help": "simulator episodes of each task at each evaluation"})
@@ -144,15 +152,26 @@ class PolicyArguments:
 class VariedDemonstrations(torch.utils.data.Dataset):
     """Demonstrations turned, shifted and reworded, another way in every epoch; without their last frames."""
 
-    def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int, wordings: dict[str, list[str]]):
-        self.dataset, self.seed, self.epoch, self.wordings = dataset, seed, 0, wordings
+    def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int, benchmark: Benchmark):
+        self.dataset, self.seed, self.epoch, self.wordings = dataset, seed, 0, benchmark.wordings
         lasts = np.flatnonzero(np.diff(dataset.episode_index, append=-1))
         frames_to_come = np.repeat(lasts, np.diff(lasts, prepend=-1)) - np.arange(len(dataset))
-        self.indices = np.flatnonzero(frames_to_come >= args.drop_n_last_frames)
+        is_start = dataset.frame_index % args.sample_every == 0
+        self.indices = np.flatnonzero(is_start & (frames_to_come >= args.drop_n_last_frames))
         if len(self.indices) == 0:
             raise ValueError(f"drop_n_last_frames is {args.drop_n_last_frames}, and no episode is longer. Lower it.")
+        unknown = set(args.oversample or ()) - set(benchmark.groups.values())
+        if unknown:
+            groups = list(dict.fromkeys(benchmark.groups.values()))
+            raise ValueError(f"oversample has {unknown.pop()!r}, expected some of {benchmark.name}'s groups {groups}.")
+        often = {benchmark.tasks[task] for task, group in benchmark.groups.items() if group in (args.oversample or ())}
+        self.indices = np.repeat(self.indices, [1 + (dataset.text(i) in often) for i in self.indices.tolist()])
         options = ("mirror_probability", "turn_probability", "max_shift", "max_angle")
-        self.variation = {name: getattr(args, name) for name in options}
+        self.variation, self.shift = {name: getattr(args, name) for name in options}, benchmark.shift
+        if self.shift is not None and any(self.variation[name] for name in options if name != "max_shift"):
+            raise ValueError(
+                f"{benchmark.name} can only be shifted: set all of {', '.join(options)} but max_shift to 0."
+            )
         self.reword_probability = args.reword_probability
 
     def set_epoch(self, epoch: int) -> None:
@@ -169,11 +188,42 @@ class VariedDemonstrations(torch.utils.data.Dataset):
             sample["text"] = str(rng.choice(self.wordings[sample["text"]]))
         if not any(self.variation.values()):
             return sample
+        if self.shift is not None:
+            image, state = self.shift(sample["images"][0], sample["state"], rng, self.variation["max_shift"])
+            return {**sample, "images": [image], "state": state}
         if len(sample["images"]) != 1 or sample["images"][0].shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
             raise ValueError(f"Only PushT's single 96x96 image can be varied: set {', '.join(self.variation)} to 0.")
         points = np.concatenate([sample["state"][None], sample["actions"]])
         image, points = vary_scene(sample["images"][0], points, rng, **self.variation)
         return {**sample, "images": [image], "state": points[0], "actions": points[1:]}
+
+
+class GroupedByLength(Sampler):
+    """Batches of samples of similar length, in another random order in every epoch, so that little is padded."""
+
+    def __init__(self, dataset: VariedDemonstrations, processor: SmolAndFastProcessor, batch_size: int):
+        self.dataset, self.batch_size = dataset, batch_size
+        frames, indices = dataset.dataset, dataset.indices
+        bins = processor.normalizer.state_bins(frames.states[indices])
+        actions = processor.normalizer.normalize_actions(frames.action_chunks()[indices], bins)
+        words = {task: len(processor.tokenizer(task)["input_ids"]) for task in frames.tasks}
+        ids = processor.action_tokenizer.encode_actions(actions)
+        self.lengths = np.array([words[frames.text(i)] + len(x) for i, x in zip(indices.tolist(), ids, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        rng = np.random.default_rng((self.dataset.seed, self.dataset.epoch))
+        order, batches = rng.permutation(len(self)), []
+        for start in range(0, len(order), 50 * self.batch_size):
+            near = order[start : start + 50 * self.batch_size]
+            near = near[np.argsort(self.lengths[near], kind="stable")]
+            batches += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
+        # The one batch that may be shorter stays last, where it is left out.
+        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        rng.shuffle(batches := np.array(batches))
+        return iter(np.concatenate([*batches, *last]).tolist())
 
 
 class PolicyTrainer(WholeCheckpointTrainer):
@@ -194,6 +244,19 @@ class PolicyTrainer(WholeCheckpointTrainer):
         super().__init__(*args, **kwargs)
         self.benchmark, self.eval_tasks, self.eval_seeds = benchmark, eval_tasks, eval_seeds
         self.card_options = card_options
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.train_sampling_strategy != "group_by_length":  # Transformers' would read every image for it
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            sampler=GroupedByLength(self.train_dataset, self.processing_class, self.args.train_batch_size),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            drop_last=True,
+        )
+        return self.accelerator.prepare(loader)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -324,13 +387,28 @@ def make_policy(
     model = make_tiny_model(
         processor, args.n_action_steps, benchmark.image_size, attn_implementation="eager", **frozen, **kwargs
     )
-    if args.vision_weights:
-        unexpected = model.load_state_dict(load_file(args.vision_weights), strict=False).unexpected_keys
+    for path in args.vision_weights or ():
+        weights = load_file(path)
+        if EMBEDDINGS[0] in weights:
+            earlier = PreTrainedTokenizerFast.from_pretrained(Path(path).parent)
+            weights |= fit_embeddings(weights, earlier, processor.tokenizer)
+        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
         if unexpected:
-            raise ValueError(
-                f"{args.vision_weights} has weights that the tiny policy has not, such as {unexpected[0]}."
-            )
+            raise ValueError(f"{path} has weights that the tiny policy has not, such as {unexpected[0]}.")
     return model, processor
+
+
+def fit_embeddings(
+    weights: dict[str, torch.Tensor], earlier: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, torch.Tensor]:
+    """Embeddings of an earlier policy for another vocabulary; a new token gets the mean of its former pieces."""
+    known, rows = earlier.get_vocab(), []
+    for token in tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size)):
+        text = tokenizer.convert_tokens_to_string([token])
+        rows.append([known[token]] if token in known else earlier(text, add_special_tokens=False)["input_ids"])
+    return {
+        name: torch.stack([weights[name][ids].mean(dim=0) for ids in rows]) for name in EMBEDDINGS if name in weights
+    }
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, TrainingArguments]:
@@ -371,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
         model,
         training,
         data_collator=ActionDataCollator(processor),
-        train_dataset=VariedDemonstrations(train_set, args, training.seed, benchmark.wordings),
+        train_dataset=VariedDemonstrations(train_set, args, training.seed, benchmark),
         eval_dataset=LeRobotChunkDataset(root, args.chunk_size, range(held_out, held_out + args.held_out_episodes)),
         processing_class=processor,
         optimizers=(optimizer, None),

@@ -10,10 +10,21 @@ pytest.importorskip("metaworld_tasks", exc_type=ImportError)  # also without OSM
 import collect_metaworld
 import evaluate
 import metaworld
+import mujoco
 import pretrain_metaworld
 import train
 from lerobot_dataset import LeRobotChunkDataset
-from metaworld_tasks import BENCHMARK, DIFFICULTIES, MT10, TASKS, MetaworldScene
+from metaworld_tasks import (
+    ARM_MESHES,
+    BENCHMARK,
+    DIFFICULTIES,
+    MT10,
+    TASKS,
+    MetaworldScene,
+    shift_picture,
+    shift_points,
+    simplified,
+)
 from PIL import Image
 from rollouts import rollout
 
@@ -85,6 +96,47 @@ def test_a_demonstration_ends_with_success_and_records_the_experts_own_actions()
     scene.reset(next(s for s in range(1_000_000, 1_000_020) if collect_metaworld.demonstrate(scene, s, 250)))
     np.testing.assert_array_equal(scene.expert_action(), episode["action"][0])
     np.testing.assert_array_equal(scene.image(), episode["observation.image"][0])
+
+
+def test_between_new_pictures_a_demonstration_shows_the_last_one():
+    scene = MetaworldScene("drawer-close")
+    every, fourth = (collect_metaworld.demonstrate(scene, 1_000_003, 250, n) for n in (1, 4))
+    np.testing.assert_array_equal(every["action"], fourth["action"])
+    shown = np.arange(len(every["action"])) // 4 * 4
+    np.testing.assert_array_equal(fourth["observation.image"], every["observation.image"][shown])
+
+
+def test_a_picture_that_is_moved_shows_points_that_are_moved_with_it():
+    scene = MetaworldScene("push")
+    scene.reset(3)
+    scene.step(np.zeros(4))
+    camera = scene.env.data.camera("corner2")
+    axes, size = camera.xmat.reshape(3, 3), 128
+
+    def pixel(point):
+        x, y, z = axes.T @ (point - camera.xpos)
+        focal_length = size / 2 / np.tan(np.deg2rad(scene.env.model.camera("corner2").fovy[0]) / 2)
+        return size / 2 + focal_length * np.array([x, -y]) / z  # flipped along both axes, as the picture is
+
+    points = scene.poses[[[0, 1, 2], [4, 5, 6], [18, 19, 20]]]
+    moved = shift_points(points, 5, -3)
+    for point, after in zip(points, moved, strict=True):
+        np.testing.assert_allclose(pixel(after) - pixel(point), [5, -3], atol=0.01)
+    image = scene.image()
+    column, row = pixel(points[2]).astype(int)  # the goal is a green sphere
+    assert image[row, column].argmax() == 1
+    shifted = shift_picture(image, 5, -3)
+    np.testing.assert_array_equal(shifted[row - 3, column + 5], image[row, column])
+    np.testing.assert_array_equal(shifted[:-3, 5:], image[3:, :-5])
+
+
+def test_the_arm_that_is_drawn_has_fewer_triangles_and_nothing_else_has():
+    scene = MetaworldScene("coffee-pull")
+    whole, drawn = scene.env.model, simplified(scene.env.model)
+    names = [mujoco.mj_id2name(whole, mujoco.mjtObj.mjOBJ_MESH, i) for i in range(whole.nmesh)]
+    for name, before, after in zip(names, whole.mesh_facenum, drawn.mesh_facenum, strict=True):
+        assert after < before if name in ARM_MESHES else after == before
+    assert set(ARM_MESHES) <= set(names) and drawn.mesh_facenum.sum() < whole.mesh_facenum.sum() / 3
 
 
 def test_demonstrations_are_a_lerobot_data_set_with_a_sentence_a_task(demonstrations, cache):

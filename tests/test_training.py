@@ -1,5 +1,6 @@
 """Training: what `examples/train.py` does, on made-up demonstrations and on the real ones."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,20 +12,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK
+from hypothesis import given
+from hypothesis import strategies as st
 from lerobot_dataset import LeRobotChunkDataset
-from muon import make_muon
+from muon import Muon, make_muon
 from pretrain_vision import main as pretrain_vision
 from pretrain_vision import make_labels
+from pusht import BENCHMARK as PUSHT
 from pusht_scenes import TARGET_SYMMETRY, EpochSetter, render_scenes, turn_image, turn_points, vary_scene
 from safetensors.torch import load_file, save
-from train import PolicyArguments, VariedDemonstrations
+from train import GroupedByLength, PolicyArguments, VariedDemonstrations, fit_embeddings, make_policy, parse_args
 from train import main as train
 from transformers import Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
+from smolandfast.processing_smolandfast import PROMPT
 from smolandfast.training import ActionDataCollator, make_optimizer, parameter_groups
+from smolandfast.training.tiny import make_text_tokenizer
 
 ROOT = Path(__file__).parents[1]
+WORDS_TOKENIZER = make_text_tokenizer(["Open a door", "Close a box"], 256, 8, split_words=True)
 
 
 class Demonstrations(torch.utils.data.Dataset):
@@ -132,6 +139,88 @@ def test_muon_takes_the_layers_matrices_and_follows_the_schedule(model):
     }
 
 
+def test_muon_is_pytorchs_and_in_fp32_much_the_same():
+    torch.manual_seed(0)
+    start = [torch.randn(24, 16), torch.randn(16, 48)]
+    copies = [[torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(3)]
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    optimizers = [torch.optim.Muon(copies[0], adjust_lr_fn="match_rms_adamw", **options)]
+    optimizers += [
+        Muon(c, **options, dtype=t) for c, t in zip(copies[1:], (torch.bfloat16, torch.float32), strict=True)
+    ]
+    for _ in range(3):
+        gradients = [torch.randn_like(matrix) for matrix in start]
+        for parameters, optimizer in zip(copies, optimizers, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for stock, same, exact, before in zip(*copies, start, strict=True):
+        torch.testing.assert_close(same, stock, rtol=0, atol=0)
+        assert (exact - stock).norm() < 0.03 * (stock - before).norm()
+
+
+def test_batches_hold_samples_of_similar_length_another_way_in_every_epoch():
+    dataset = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", 16)
+    args, _ = parse_args(["--output_dir", "unused"])
+    _, processor = make_policy(dataset, args, PUSHT)
+    samples = VariedDemonstrations(dataset, args, 0, PUSHT)
+    sampler, order = GroupedByLength(samples, processor, 4), list(range(len(samples)))
+    chunks = [samples.dataset[i]["actions"] for i in samples.indices]
+    inputs = processor(
+        images=[[dataset.image(0)]] * len(chunks), text=[TASK] * len(chunks), state=dataset.states[samples.indices],
+        actions=np.array(chunks),
+    )  # fmt: skip
+    written = (inputs["labels"] != -100).sum(dim=1).numpy()
+    np.testing.assert_array_equal(written - written.min(), sampler.lengths - sampler.lengths.min())
+    epochs = []
+    for epoch in range(2):
+        samples.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert sorted(epochs[-1]) == order and list(sampler) == epochs[-1]
+    assert epochs[0] != epochs[1]
+
+    def padding(order):
+        whole = sampler.lengths[order][: len(order) // 4 * 4].reshape(-1, 4)
+        return (whole.max(axis=1, keepdims=True) - whole).mean()
+
+    assert padding(epochs[0]) < padding(order) / 2
+
+
+def test_samples_start_at_every_nth_frame_and_oversampled_groups_come_twice():
+    dataset = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", 16)
+    samples = VariedDemonstrations(dataset, PolicyArguments(sample_every=4), 0, PUSHT)
+    assert set(dataset.frame_index[samples.indices] % 4) == {0}
+    groups = dataclasses.replace(PUSHT, tasks={"pusht": dataset.tasks[0]}, groups={"pusht": "hard"})
+    twice = VariedDemonstrations(dataset, PolicyArguments(sample_every=4, oversample=["hard"]), 0, groups)
+    assert sorted(twice.indices) == sorted([*samples.indices, *samples.indices])
+    with pytest.raises(ValueError, match=r"oversample has 'harder', expected some of pusht's groups \['hard'\]"):
+        VariedDemonstrations(dataset, PolicyArguments(oversample=["harder"]), 0, groups)
+
+
+def test_embeddings_move_to_another_vocabulary_token_by_token():
+    earlier = make_text_tokenizer(["Open a door", "Open a window"], 16, 8)
+    later = make_text_tokenizer(["Open a door", "Close a box"], 16, 8, split_words=True)
+    name = "model.text_model.embed_tokens.weight"
+    rows = torch.randn(earlier.vocab_size, 3)
+    fitted = fit_embeddings({name: rows, "other": rows}, earlier, later)
+    assert set(fitted) == {name} and fitted[name].shape == (later.vocab_size, 3)
+    for token in ("<image>", "<fast_7>", "o"):
+        old, new = (t.convert_tokens_to_ids(token) for t in (earlier, later))
+        torch.testing.assert_close(fitted[name][new], rows[old])
+    pieces = earlier(" 12")["input_ids"]
+    assert len(pieces) == 2 and len(new := later(" 12")["input_ids"]) == 1
+    torch.testing.assert_close(fitted[name][new[0]], rows[pieces].mean(dim=0))
+
+
+@given(st.text(), st.lists(st.integers(0, 255), min_size=1, max_size=8))
+def test_a_vocabulary_of_words_reads_any_sentence_and_each_bin_is_a_token(sentence, bins):
+    prompt = PROMPT.format(task=sentence, bins=" ".join(map(str, bins)))
+    ids = WORDS_TOKENIZER(prompt)["input_ids"]
+    assert WORDS_TOKENIZER.decode(ids) == prompt
+    tail = len(bins) + 2  # the bins with what stands before and behind them
+    assert WORDS_TOKENIZER.decode(ids[-tail:]) == f", State: {' '.join(map(str, bins))}, Action: "
+
+
 def find_agent(image):
     """Where the agent's blue disc is, in the simulator's coordinates."""
     rows, columns = (image[..., 2].astype(int) - image[..., 0] > 100).nonzero()
@@ -170,13 +259,13 @@ def test_varied_points_follow_the_image():
 def test_no_sample_starts_in_the_last_frames_of_an_episode(pusht_root):
     dataset = LeRobotChunkDataset(pusht_root, 16, range(3))
     lengths = np.bincount(dataset.episode_index)
-    whole, cut = (VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=n), 0, {}) for n in (0, 8))
+    whole, cut = (VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=n), 0, PUSHT) for n in (0, 8))
     assert len(whole) == len(dataset) and len(cut) == len(dataset) - 3 * 8
     first_of_second = lengths[0] - 8
     for i, frame in ((first_of_second - 1, lengths[0] - 9), (first_of_second, lengths[0])):
         np.testing.assert_array_equal(cut[i]["actions"], dataset[frame]["actions"])
     with pytest.raises(ValueError, match="drop_n_last_frames is 9999"):
-        VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=9999), 0, {})
+        VariedDemonstrations(dataset, PolicyArguments(drop_n_last_frames=9999), 0, PUSHT)
 
 
 def test_labels_hold_the_points_and_the_harmonics_of_the_angle():

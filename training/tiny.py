@@ -6,7 +6,7 @@ Same classes as the 256M model, so everything learnt here carries over; small en
 import json
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil, SmolVLMModel
 
@@ -33,6 +33,8 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+# The parts of a prompt, a number or a word with the space before it, any other character.
+WORDS = r"User:|Task: |, State:|, Action: |\nAssistant:| ?\d+| ?[^\W\d_]+|\s|[^\w\s]|_"
 
 
 def make_text_tokenizer(
@@ -41,15 +43,15 @@ def make_text_tokenizer(
     """Train a byte-level BPE on the prompts themselves, so that a prompt takes few tokens.
 
     Numbers are kept apart, so a bin is one token; any other text still falls back to bytes. With `split_words`, words
-    are too: sentences that share words then share tokens, where otherwise a whole sentence becomes one token. The tail
-    of the vocabulary is left to the action tokens.
+    are too: sentences that share words then share tokens, where otherwise a whole sentence becomes one token. What all
+    prompts have in common is then one token a piece. The tail of the vocabulary is left to the action tokens.
     """
     prompts = [PROMPT.format(task=task, bins=f"{i} {i}") for task in tasks for i in range(n_state_bins)]
     prompts += ["User:", "\nAssistant:"] * n_state_bins
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split_words)]
-    )
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated") if split_words else pre_tokenizers.Digits()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=2048,
