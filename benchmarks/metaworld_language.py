@@ -8,12 +8,13 @@ another task has the same things on the table, with that task's. Writes `metawor
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import installed_versions, load_policy, make_predict, write_json
+from evaluate import installed_versions, rollout_in_processes, write_json
 from metaworld_tasks import BENCHMARK, TASKS
-from rollouts import rollout, success_rate
+from rollouts import success_rate
 
 # Tasks with the same things on the table.
 TWINS = {
@@ -93,36 +94,33 @@ UNSEEN = {
     "stick-pull": "Drag the box with the stick",
     "stick-push": "Shove the box with the stick",
 }
+TOLD = {"own": TASKS, "unseen": UNSEEN, "another": {task: TASKS[twin] for task, twin in TWINS.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/metaworld-tiny")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument(
+        "--told", nargs="+", default=["own", "unseen", "another"], choices=["own", "unseen", "another"]
+    )
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=3000)
+    parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    model, processor = load_policy(args.checkpoint)
-    seeds = range(args.seed, args.seed + args.episodes)
-    twins = [task for task in args.tasks if task in TWINS]
-    told = {
-        "own": (args.tasks, TASKS),
-        "unseen": (args.tasks, UNSEEN),
-        "another": (twins, {task: TASKS[TWINS[task]] for task in twins}),
-    }
     results = {"checkpoint": args.checkpoint, "versions": installed_versions(BENCHMARK), "told": {}}
-    for name, (tasks, sentences) in told.items():
+    for told in args.told:
+        tasks = [task for task in args.tasks if task in TOLD[told]]
         if not tasks:
             continue
-        by_task, successes = {}, []
-        for task in tasks:
-            predict = make_predict(model, processor, sentences[task])
-            result = rollout(BENCHMARK, predict, seeds, model.config.n_action_steps, [task])
-            by_task[task] = {"sentence": sentences[task], **success_rate(result.successes)}
-            successes += result.successes
-        results["told"][name] = {**success_rate(successes), "by_task": by_task}
-        print(f"{name}: {results['told'][name]['pc_success']:.1f} % of {len(successes)}")
+        benchmark = replace(BENCHMARK, tasks=TOLD[told])
+        options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.episodes}
+        result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, {}, {}, **options)
+        successes = {task: [e.success for e in result.episodes if e.task == task] for task in tasks}
+        by_task = {task: {"sentence": TOLD[told][task], **success_rate(successes[task])} for task in tasks}
+        results["told"][told] = {**success_rate(result.successes), "by_task": by_task}
+        print(f"{told}: {results['told'][told]['pc_success']:.1f} % of {len(result.successes)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "metaworld_language.json", results)
 

@@ -1,6 +1,7 @@
 """Collect demonstrations of Meta-World's scripted experts as a LeRobot v3.0 data set.
 
     python examples/collect_metaworld.py --output_dir outputs/metaworld --episodes 50
+    python examples/collect_metaworld.py --output_dir outputs/corrections --episodes 10 --policy outputs/metaworld-tiny
 
 Uses all cores. Each finished demonstration is a file in `<output_dir>.parts`; started again, it goes on from there,
 and with more `--episodes` it adds to them. Only demonstrations that succeed within `--max_steps` are kept, up to the
@@ -9,6 +10,9 @@ direction. The recorded actions are the expert's throughout, so the data show ho
 
 Drawing takes most of the time. With `--draw_every 4` the camera has a quarter of the control's rate: the frames
 between show its last picture, and `train.py --sample_every 4` starts no sample from them.
+
+With `--policy`, that policy plays first, for up to 160 steps, and a demonstration begins where the expert takes over:
+corrections of what the policy gets wrong (Kelly et al. 2019, arXiv 1810.02890).
 """
 
 import argparse
@@ -19,13 +23,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from evaluate import load_policy, make_predict
 from lerobot_writer import write_dataset
 from metaworld_tasks import CONTROL_HZ, IMAGE_SIZE, MT10, TASKS, MetaworldScene
+from rollouts import Predict
 from tqdm import tqdm
 
 from smolandfast.files_smolandfast import written_whole
 
-FIRST_SEED = 1_000_000  # evaluation seeds are below
+FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluation seeds are below
 NUM_SHOVES = 3  # 0, 1 or 2 in a demonstration
 POSITION, ROTATION = ["x", "y", "z"], ["qx", "qy", "qz", "qw"]
 HAND = [*POSITION, "gripper"]
@@ -43,13 +50,22 @@ DATASET = {
     "crf": 12,
     "pix_fmt": "yuv444p",
 }
-_scenes: dict[str, MetaworldScene] = {}  # one for each task that this process has played
+LEAD_IN = 160  # steps that a policy plays at most before the expert takes over
+_scene: MetaworldScene | None = None  # what this process has played last
+_policy: tuple[Predict, int] | None = None  # and how many actions of each chunk are executed
 
 
-def demonstrate(scene: MetaworldScene, seed: int, max_steps: int, draw_every: int = 1) -> dict[str, np.ndarray] | None:
+def demonstrate(
+    scene: MetaworldScene,
+    seed: int,
+    max_steps: int,
+    draw_every: int = 1,
+    policy: tuple[Predict, int] | None = None,
+) -> dict[str, np.ndarray] | None:
     """Let the expert play one episode; None if it does not succeed within `max_steps`.
 
-    Each picture stands in `draw_every` frames, and is new in the first of them.
+    Each picture stands in `draw_every` frames, and is new in the first of them. A policy, which is a `predict` and the
+    number of actions of a chunk to execute, plays first; None also if it succeeds.
 
     Returns:
         Arrays of T steps by feature: `observation.image` uint8 `(T, 128, 128, 3)`, `observation.state` `(T, 4)`,
@@ -61,9 +77,11 @@ def demonstrate(scene: MetaworldScene, seed: int, max_steps: int, draw_every: in
     for _ in range(rng.integers(NUM_SHOVES)):
         start, length = rng.integers(80), rng.integers(5, 13)
         shoves[start : start + length] = rng.uniform(-1, 1, 3)
-    # Draw only what will be kept: play once without pictures.
-    for draw in (False, True):
+    # Draw only what will be kept: play once without pictures. A policy has to see, and it is not played twice.
+    for draw in (False, True) if policy is None else (True,):
         scene.reset(seed)
+        if policy is not None and play_policy(scene, *policy, num_steps=int(rng.integers(LEAD_IN))):
+            return None
         steps, success = [], False
         for t in range(max_steps):
             action = scene.expert_action()
@@ -84,19 +102,43 @@ def demonstrate(scene: MetaworldScene, seed: int, max_steps: int, draw_every: in
     return {name: np.array(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)}
 
 
+def play_policy(scene: MetaworldScene, predict: Predict, n_action_steps: int, num_steps: int) -> bool:
+    """Let a policy play; returns whether it succeeded, or the time is over."""
+    for start in range(0, num_steps, n_action_steps):
+        chunk = predict([scene.image()], scene.state[None], [TASKS[scene.task]])[0]
+        for action in chunk[: min(n_action_steps, num_steps - start)]:
+            _, success, truncated = scene.step(action)
+            if success or truncated:
+                return True
+    return False
+
+
+def load(checkpoint: str | None) -> None:
+    """What a process does first."""
+    global _policy
+    torch.set_num_threads(1)
+    if checkpoint is not None:
+        model, processor = load_policy(checkpoint)
+        _policy = make_predict(model, processor), model.config.n_action_steps
+
+
 def collect(job: tuple[str, int], folder: Path, max_steps: int, draw_every: int) -> None:
     """Write demonstration `job = (task, number)` to its file."""
+    global _scene
     task, number = job
-    if task not in _scenes:
-        _scenes[task] = MetaworldScene(task)
+    if _scene is None or _scene.task != task:
+        if _scene is not None:
+            _scene.close()
+        _scene = MetaworldScene(task)
     for attempt in range(50):
-        seed = FIRST_SEED + list(TASKS).index(task) * 100_000 + number * 50 + attempt
-        episode = demonstrate(_scenes[task], seed, max_steps, draw_every)
+        first = FIRST_SEED if _policy is None else FIRST_CORRECTION
+        seed = first + list(TASKS).index(task) * 100_000 + number * 50 + attempt
+        episode = demonstrate(_scene, seed, max_steps, draw_every, _policy)
         if episode is not None:
             with written_whole(part_path(folder, task, number)) as path, open(path, "wb") as file:
                 np.savez_compressed(file, **episode)
             return
-    raise ValueError(f"The expert of {task} failed 50 times in {max_steps} steps. Raise --max_steps.")
+    raise ValueError(f"{task} failed 50 times in {max_steps} steps, or the policy solved it. Raise --max_steps.")
 
 
 def part_path(folder: Path, task: str, number: int) -> Path:
@@ -110,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=50, help="demonstrations of each task (50)")
     parser.add_argument("--max_steps", type=int, default=250, help="of a demonstration (250)")
     parser.add_argument("--draw_every", type=int, default=1, help="steps from one picture to the next (1)")
+    parser.add_argument("--policy", help="checkpoint of a policy that plays until the expert takes over")
     parser.add_argument("--num_processes", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
     for name in ("episodes", "max_steps", "draw_every", "num_processes"):
@@ -119,9 +162,12 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.output_dir.with_name(args.output_dir.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(task, number) for number in range(args.episodes) for task in tasks]
-    missing = [job for job in jobs if not part_path(folder, *job).exists()]
+    # Task by task: a scene takes 150 MB and two seconds to load.
+    missing = sorted(
+        (job for job in jobs if not part_path(folder, *job).exists()), key=lambda job: tasks.index(job[0])
+    )
     spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn hangs
-    with ProcessPoolExecutor(args.num_processes, spawn) as pool:
+    with ProcessPoolExecutor(args.num_processes, spawn, load, (args.policy,)) as pool:
         work = pool.map(partial(collect, folder=folder, max_steps=args.max_steps, draw_every=args.draw_every), missing)
         for _ in tqdm(work, total=len(jobs), initial=len(jobs) - len(missing), unit="demonstration"):
             pass

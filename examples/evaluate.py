@@ -10,15 +10,30 @@ not, since samples of a batch share one random stream, and rounding inside the m
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rollouts import MODULES, Benchmark, Predict, get_benchmark, rollout, write_contact_sheet, write_video
+from rollouts import (
+    MODULES,
+    Benchmark,
+    Predict,
+    RolloutResult,
+    get_benchmark,
+    rollout,
+    write_contact_sheet,
+    write_video,
+)
+from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
 from smolandfast.files_smolandfast import written_whole
@@ -50,6 +65,40 @@ def make_predict(model: Any, processor: Any, task: str | None = None, **generate
         return np.asarray(processor.post_process_actions(ids))  # (B, H, D), the robot's units
 
     return predict
+
+
+def rollout_in_processes(
+    num_processes: int,
+    checkpoint: str | Path,
+    benchmark: Benchmark,
+    tasks: Sequence[str],
+    load_options: dict[str, Any],
+    generate_options: dict[str, Any],
+    **options: Any,
+) -> RolloutResult:
+    """[`rollouts.rollout`] with a checkpoint's policy, the tasks divided among processes of one thread each.
+
+    Args:
+        load_options: For [`load_policy`].
+        generate_options: For `model.generate`. Random choices start anew with each task, from the first of the seeds.
+        options: For [`rollouts.rollout`].
+    """
+    one = partial(_rollout_task, checkpoint, benchmark, load_options, generate_options, options)
+    spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn or computed may hang
+    with ProcessPoolExecutor(min(num_processes, len(tasks)), spawn, torch.set_num_threads, (1,)) as pool:
+        results = list(tqdm(pool.map(one, tasks), total=len(tasks), unit="task"))
+    counts = ("num_requested", "num_chunks", "predict_seconds")
+    episodes = [episode for result in results for episode in result.episodes]
+    return RolloutResult(benchmark, episodes, *(sum(getattr(r, name) for r in results) for name in counts))
+
+
+def _rollout_task(
+    checkpoint: str | Path, benchmark: Benchmark, load_options: dict, generate_options: dict, options: dict, task: str
+) -> RolloutResult:
+    model, processor = load_policy(checkpoint, **load_options)
+    torch.manual_seed(options["seeds"][0])
+    options = {"n_action_steps": model.config.n_action_steps} | options
+    return rollout(benchmark, make_predict(model, processor, **generate_options), tasks=[task], **options)
 
 
 def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **minimums: int) -> None:
@@ -145,6 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=50, help="of each task (50)")
     parser.add_argument("--seed", type=int, default=1000, help="episode i resets its environment with seed + i")
     parser.add_argument("--num_envs", type=int, default=16, help="episodes played side by side (16)")
+    parser.add_argument("--num_processes", type=int, default=1, help="among which the tasks are divided (1)")
+    parser.add_argument("--full_pictures", action="store_true", help="metaworld: the pictures that LeRobot draws")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each chunk (the checkpoint's own)")
     parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, help="of sampling (1.0)")
@@ -153,17 +204,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    check_counts(parser, args, episodes=1, num_envs=1, n_action_steps=1, seed=0, record=0)
+    check_counts(parser, args, episodes=1, num_envs=1, num_processes=1, n_action_steps=1, seed=0, record=0)
     if args.temperature is not None and not (args.do_sample and 0 < args.temperature < float("inf")):
         parser.error(f"--temperature is {args.temperature}. Give a positive number, and --do_sample with it.")
     try:
         benchmark = get_benchmark(args.benchmark)
     except ValueError as error:
         parser.error(f"--benchmark: {error}")
+    if args.full_pictures:
+        if args.benchmark != "metaworld":
+            parser.error(f"--full_pictures: {args.benchmark} has one kind of pictures. Drop it.")
+        benchmark = replace(benchmark, make_scene=partial(benchmark.make_scene, full_pictures=True))
     for task in args.tasks or ():
         if task not in benchmark.tasks:
             parser.error(f"--tasks: {benchmark.name} has no {task}, only {', '.join(benchmark.tasks)}.")
     check_checkpoint(parser, args, benchmark)
+    if args.num_processes > 1 and args.device != "cpu":
+        parser.error(f"--num_processes is {args.num_processes}, but --device {args.device} has one policy. Give 1.")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -173,27 +230,33 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         parser.error(f"--output_dir {args.output_dir} cannot be created ({error.strerror}). Name another one.")
 
-    model, processor = load_checkpoint(parser, args, dtype=getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    model, processor = load_checkpoint(parser, args, dtype=dtype)
     model.to(args.device)
     chunk_size, n_action_steps = model.config.chunk_size, args.n_action_steps or model.config.n_action_steps
     if n_action_steps > chunk_size:
         parser.error(f"--n_action_steps is {n_action_steps}, the checkpoint predicts {chunk_size}. Give at most that.")
     sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
-    torch.manual_seed(args.seed)
-    result = rollout(
-        benchmark,
-        make_predict(model, processor, **sampling),
-        seeds=range(args.seed, args.seed + args.episodes),
-        n_action_steps=n_action_steps,
-        tasks=args.tasks,
-        num_envs=args.num_envs,
-        record=args.record,
-        progress=True,
-    )
+    options = {
+        "seeds": range(args.seed, args.seed + args.episodes),
+        "n_action_steps": n_action_steps,
+        "num_envs": args.num_envs,
+        "record": args.record,
+    }
+    tasks = args.tasks or list(benchmark.tasks)
+    if args.num_processes == 1:
+        torch.manual_seed(args.seed)
+        result = rollout(benchmark, make_predict(model, processor, **sampling), tasks=tasks, progress=True, **options)
+    else:
+        result = rollout_in_processes(
+            args.num_processes, args.checkpoint, benchmark, tasks, {"dtype": dtype}, sampling, **options
+        )
     metrics = {
         **{name: getattr(args, name) for name in ("benchmark", "checkpoint", "num_envs", "dtype", "device")},
+        **({"full_pictures": args.full_pictures} if args.benchmark == "metaworld" else {}),
         "n_action_steps": n_action_steps,
-        "num_threads": torch.get_num_threads(),
+        "num_processes": args.num_processes,
+        "num_threads": torch.get_num_threads() if args.num_processes == 1 else 1,
         **sampling,
         "versions": installed_versions(benchmark),
         **result.metrics(),

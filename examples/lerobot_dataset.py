@@ -5,6 +5,7 @@ low-dimensional frames as parquet, `videos/` a stream a camera with many episode
 Seeking in such a stream for every sample is slow, so each file is decoded once, into a uint8 `.npy` file in a cache.
 """
 
+import bisect
 import contextlib
 import hashlib
 import io
@@ -210,6 +211,28 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
 
     def _is_video(self, key: str) -> bool:
         return self.info["features"][key]["dtype"] == "video"
+
+
+class JoinedChunkDatasets(torch.utils.data.ConcatDataset):
+    """Several data sets as one, with all that training asks a [`LeRobotChunkDataset`] for."""
+
+    def __init__(self, datasets: Sequence[LeRobotChunkDataset]):
+        super().__init__(datasets)
+        self.states = np.concatenate([dataset.states for dataset in datasets])
+        self.frame_index = np.concatenate([dataset.frame_index for dataset in datasets])
+        firsts = np.cumsum([0, *(dataset.info["total_episodes"] for dataset in datasets)])
+        numbers = [first + dataset.episode_index for first, dataset in zip(firsts, datasets, strict=False)]
+        self.episode_index = np.concatenate(numbers)
+        self.tasks = list(dict.fromkeys(task for dataset in datasets for task in dataset.tasks))
+
+    def text(self, i: int) -> str:
+        """A frame's task."""
+        number = bisect.bisect_right(self.cumulative_sizes, i)
+        return self.datasets[number].text(i - (self.cumulative_sizes[number - 1] if number else 0))
+
+    def action_chunks(self) -> np.ndarray:
+        """The chunks of all frames, `(N, chunk_size, action_dim)` float32."""
+        return np.concatenate([dataset.action_chunks() for dataset in self.datasets])
 
 
 def _expect(holds: object, message: str) -> None:

@@ -8,6 +8,7 @@ Needs `metaworld` and, without a screen, Debian's `libosmesa6` with `MUJOCO_GL=o
 """
 
 import copy
+import functools
 import os
 import warnings
 from ctypes.util import find_library
@@ -135,6 +136,11 @@ def shift_observation(
     return shift_picture(image, right, 0), np.append(shift_points(state[:3], right, 0), state[3:])
 
 
+@functools.cache
+def _make_benchmark(name: str) -> metaworld.MT1:
+    return metaworld.MT1(name, seed=42)  # a second, for fifty resets
+
+
 class MetaworldScene:
     """One task's simulation, seen by LeRobot's camera.
 
@@ -150,7 +156,7 @@ class MetaworldScene:
             raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}.")
         self.task, self.full_pictures = task, full_pictures
         name = f"{task}-v3"
-        benchmark = metaworld.MT1(name, seed=42)
+        benchmark = _make_benchmark(name)
         self.env = benchmark.train_classes[name]()
         self.env.set_task(benchmark.train_tasks[0])
         self.env.model.camera("corner2").pos = CAMERA

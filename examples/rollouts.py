@@ -354,13 +354,20 @@ def check_chunks(chunks: np.ndarray, num_asked: int, n_action_steps: int, action
     return chunks
 
 
-def _tile(episode: Episode, frame: int, size: int, benchmark: Benchmark, title: str | None = None) -> Image.Image:
-    """A filmed scene, or the last one, above a title, by default the time, and the score."""
+def _tile(
+    episode: Episode, frame: int, size: int, benchmark: Benchmark, title: str | None = None, score: str | None = None
+) -> Image.Image:
+    """A filmed scene, or the last one, above a title, by default the time, and the score, by default its own."""
     last = len(episode.frames) - 1
     frame, steps = min(frame, last), min(frame * benchmark.film_every, len(episode.rewards))
     solved = episode.success and frame == last
-    score = f"solved at {len(episode.rewards) / benchmark.fps:.1f} s" if solved else "" if steps else "start"
-    if benchmark.max_reward is not None and steps and not solved:
+    if score is not None:
+        pass
+    elif solved:
+        score = f"solved at {len(episode.rewards) / benchmark.fps:.1f} s"
+    elif benchmark.max_reward is None or not steps:
+        score = "" if steps else "start"
+    else:
         score = f"best {int(100 * max(episode.rewards[:steps])) / 100:.2f}"  # rounded down: only success is 1.00
     height = size // 12 + 12
     tile = Image.new("RGB", (size, size + height), "white")
@@ -402,6 +409,17 @@ def write_video(path: str | Path, recordings: Sequence[Episode], benchmark: Benc
         for frame in range(max(len(episode.frames) for episode in recordings)):
             container.mux(stream.encode(av.VideoFrame.from_image(picture(frame))))
         container.mux(stream.encode(None))
+
+
+def write_end_sheet(
+    path: str | Path, recordings: Sequence[Episode], benchmark: Benchmark, scores: dict[str, str], columns: int = 10
+) -> None:
+    """Write one PNG: the last scene of each recording, labelled with its task and that task's score."""
+    tiles = []
+    for episode in recordings:
+        title = f"{_title(episode, benchmark)}  {scores[episode.task]}"
+        tiles.append(_tile(episode, len(episode.frames) - 1, 192, benchmark, title, ""))
+    _grid(tiles, columns).save(path)
 
 
 def write_contact_sheet(

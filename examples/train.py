@@ -20,7 +20,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from evaluate import make_predict
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
-from lerobot_dataset import LeRobotChunkDataset, download_dataset
+from lerobot_dataset import JoinedChunkDatasets, LeRobotChunkDataset, download_dataset
 from model_card import write_card
 from muon import make_muon
 from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, EpochSetter, rotate_points, turn_points, vary_scene
@@ -92,7 +92,9 @@ class PolicyArguments:
 
     preset: str = field(default="tiny", metadata={"choices": sorted(PRESETS), "help": "defaults for everything below"})
     benchmark: str = field(default="pusht", metadata={"choices": sorted(MODULES), "help": "what is learnt and played"})
-    dataset_root: str | None = field(default=None, metadata={"help": "folder of a local data set"})
+    dataset_root: list[str] | None = field(
+        default=None, metadata={"help": "folder of a local data set, or several to learn from together"}
+    )
     dataset_repo_id: str | None = field(
         default=None, metadata={"help": "data set on the hub, without a root; the benchmark's own by default"}
     )
@@ -432,9 +434,11 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(training.seed)
     benchmark = get_benchmark(args.benchmark)
     repo_id = args.dataset_repo_id or benchmark.repo_id
-    root = args.dataset_root or download_dataset(repo_id)
+    root, *more = args.dataset_root or [download_dataset(repo_id)]
     held_out = LeRobotChunkDataset(root, args.chunk_size, [0]).info["total_episodes"] - args.held_out_episodes
     train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))
+    if more:
+        train_set = JoinedChunkDatasets([train_set, *(LeRobotChunkDataset(path, args.chunk_size) for path in more)])
     model, processor = make_policy(train_set, args, benchmark)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {model.dtype}, bf16 autocast: {training.bf16}")

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.utils import httpx
-from lerobot_dataset import LeRobotChunkDataset, download_dataset
+from lerobot_dataset import JoinedChunkDatasets, LeRobotChunkDataset, download_dataset
 from PIL import Image
 
+ROLLOUTS = Path(__file__).parent / "data/pusht_rollouts"
 PUSHT = Path(__file__).parents[1].parent / "shared/data/pusht"
 FPS, LENGTHS = 10, [5, 7, 4]
 EPISODE = np.repeat(np.arange(3), LENGTHS)  # (16,)
@@ -111,6 +112,19 @@ def cache(tmp_path) -> Path:
 
 def shades_of(dataset: LeRobotChunkDataset, camera: int) -> np.ndarray:
     return np.array([dataset[i]["images"][camera].mean() for i in range(len(dataset))])
+
+
+def test_data_sets_are_joined_with_their_episodes_apart():
+    parts = [LeRobotChunkDataset(ROLLOUTS, 4, episodes) for episodes in ([0], [0, 1])]
+    joined = JoinedChunkDatasets(parts)
+    assert len(joined) == len(parts[0]) + len(parts[1]) and joined.tasks == parts[0].tasks
+    assert len(np.flatnonzero(np.diff(joined.episode_index))) == 2  # three episodes
+    assert joined.action_chunks().shape == (len(joined), 4, 2)
+    for i in (0, len(parts[0]) - 1, len(parts[0]), len(joined) - 1):
+        part, j = (parts[0], i) if i < len(parts[0]) else (parts[1], i - len(parts[0]))
+        assert joined.text(i) == part.text(j) and joined.frame_index[i] == part.frame_index[j]
+        np.testing.assert_array_equal(joined[i]["actions"], part[j]["actions"])
+        np.testing.assert_array_equal(joined.states[i], part.states[j])
 
 
 def test_a_sample_has_the_documented_fields(tiny, cache):

@@ -14,6 +14,7 @@ import mujoco
 import pretrain_metaworld
 import train
 from lerobot_dataset import LeRobotChunkDataset
+from metaworld_report import kind_of_ending
 from metaworld_tasks import (
     ARM_MESHES,
     BENCHMARK,
@@ -26,7 +27,7 @@ from metaworld_tasks import (
     simplified,
 )
 from PIL import Image
-from rollouts import rollout
+from rollouts import Episode, rollout
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,27 @@ def test_between_new_pictures_a_demonstration_shows_the_last_one():
     np.testing.assert_array_equal(every["action"], fourth["action"])
     shown = np.arange(len(every["action"])) // 4 * 4
     np.testing.assert_array_equal(fourth["observation.image"], every["observation.image"][shown])
+
+
+def test_a_correction_begins_where_the_policy_stopped_and_is_the_experts():
+    scene, asked = MetaworldScene("drawer-close"), []
+
+    def rise(images, states, texts):
+        asked.append((images[0].shape, texts))
+        return np.tile(np.float32([0, 0, 1, -1]), (1, 12, 1))
+
+    seed = next(s for s in range(100) if collect_metaworld.demonstrate(scene, s, 250, 8, policy=(rise, 8)))
+    asked.clear()
+    episode = collect_metaworld.demonstrate(scene, seed, 250, 8, policy=(rise, 8))
+    assert len(asked) > 1 and set(map(str, asked)) == {str(((128, 128, 3), [TASKS["drawer-close"]]))}
+    scene.reset(seed)
+    while not np.array_equal(scene.state, episode["observation.state"][0]):
+        scene.step(np.float32([0, 0, 1, -1]))
+        assert len(asked) * 8 <= collect_metaworld.LEAD_IN + 8
+    np.testing.assert_array_equal(scene.expert_action(), episode["action"][0])
+    # What the policy solves itself needs no correction.
+    solver = expert_policy([scene])
+    assert any(collect_metaworld.demonstrate(scene, s, 250, 8, policy=(solver, 1)) is None for s in range(3))
 
 
 def test_a_picture_that_is_moved_shows_points_that_are_moved_with_it():
@@ -196,6 +218,25 @@ def test_many_tasks_are_played_side_by_side_and_scored_by_task_and_difficulty():
     assert len(scenes) == 3  # a scene is loaded once for all episodes of its task
 
 
+def test_failures_are_told_apart_by_what_became_of_the_object():
+    still = np.zeros((3, 21), np.float32)
+    still[:, :3], still[:, 18:] = [0.3, 0, 0], [0, 0.4, 0]  # the hand is 30 cm from the object, the goal 40
+
+    def kind(task="push", success=False, **columns):
+        poses = still.copy()
+        for name, value in columns.items():
+            first = {"hand": 0, "thing": 4, "goal": 18}[name]
+            poses[-1, first : first + 3] = value
+        return kind_of_ending(Episode(task, 0, False, poses=list(poses), success=success))
+
+    assert kind(success=True) == "solved"
+    assert kind() == "never got there"
+    assert kind(hand=[0.04, 0, 0]) == "was there, moved nothing"
+    assert kind(hand=[0.1, 0, 0], thing=[0.1, 0, 0]) == "moved it elsewhere"
+    assert kind(hand=[0, 0.36, 0], thing=[0, 0.36, 0]) == "came near its goal"
+    assert kind("reach", hand=[0, 0.36, 0]) == "came near its goal"
+
+
 def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cache, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("metaworld_tasks.BENCHMARK", dataclasses.replace(BENCHMARK, max_steps=24))
     output = tmp_path / "policy"
@@ -204,14 +245,25 @@ def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cach
     pretrain_metaworld.main([*drawn.split(), "--dataset_root", str(demonstrations), "--output_dir", str(vision)])
     options = f"--vision_weights {vision}/vision.safetensors --freeze_vision_tower --reword_probability 0.5 "
     options += "--benchmark metaworld --max_steps 2 --eval_steps 2 --save_steps 2 --warmup_steps 1 --eval_episodes 1 "
+    options += "--sample_every 2 --max_shift 3 --oversample hard --train_sampling_strategy group_by_length "
     options += "--held_out_episodes 1 --per_device_train_batch_size 4 --report_to none --eval_tasks reach"
     train.main([*options.split(), "--dataset_root", str(demonstrations), "--output_dir", str(output)])
-    arguments = "--benchmark metaworld --tasks reach push --episodes 1 --record 1 --n_action_steps 12"
+    arguments = "--benchmark metaworld --tasks reach push --episodes 1 --record 1 --n_action_steps 12 --num_envs 1"
     evaluate.main([*arguments.split(), "--checkpoint", str(output), "--output_dir", str(tmp_path / "eval")])
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
     assert list(metrics["by_task"]) == ["reach", "push"] and metrics["malformed_chunks"] == 0
     assert {"rollouts.png", "rollouts.mp4"} <= {path.name for path in (tmp_path / "eval").iterdir()}
     assert "mean over groups" in capsys.readouterr().out
+    again = [*arguments.split(), "--checkpoint", str(output), "--num_processes", "2", "--output_dir"]
+    evaluate.main([*again, str(tmp_path / "processes")])
+    both = json.loads((tmp_path / "processes/metrics.json").read_text())
+    for name in ("tasks", "seeds", "max_rewards", "episode_lengths"):
+        assert both[name] == metrics[name]
+    evaluate.main([*again, str(tmp_path / "full"), "--full_pictures", "--record", "0"])
+    assert json.loads((tmp_path / "full/metrics.json").read_text())["full_pictures"] is True
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", "checkpoints/pusht-tiny", "--full_pictures"])
+    assert "--full_pictures: pusht has one kind of pictures" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(output)])
     assert "has 4 action dimensions, pusht 2" in capsys.readouterr().err

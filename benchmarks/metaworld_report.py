@@ -1,0 +1,83 @@
+"""Score a Meta-World policy as the docs report it: by task and difficulty, kinds of failures, a picture of each task.
+
+    python benchmarks/metaworld_report.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 1000
+
+Writes `metaworld.json`, `metaworld.png`, where each task's first episode ended, and `metaworld_failures.png`, filmed
+failures of each kind, into the output folder.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from evaluate import installed_versions, load_policy, rollout_in_processes, summary, write_json
+from metaworld_tasks import BENCHMARK, TASKS
+from rollouts import Episode, write_contact_sheet, write_end_sheet
+
+NEAR = 0.05  # metres
+
+
+def kind_of_ending(episode: Episode) -> str:
+    """Solved or not; else whether the object came near its goal, was moved, or had the hand near it."""
+    if episode.success:
+        return "solved"
+    poses = np.array(episode.poses)  # (T, 21), see `MetaworldScene.poses`
+    hand, thing, goal = poses[:, :3], poses[:, 4:7], poses[:, 18:]
+    if episode.task.startswith("reach"):
+        thing = hand
+    if np.linalg.norm(thing - goal, axis=1).min() < NEAR:
+        return "came near its goal"
+    if np.linalg.norm(thing - thing[0], axis=1).max() > NEAR:
+        return "moved it elsewhere"
+    if np.linalg.norm(hand - thing, axis=1).min() < NEAR:
+        return "was there, moved nothing"
+    return "never got there"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="checkpoints/metaworld-tiny")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--episodes", type=int, default=10, help="of each task (10)")
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--num_envs", type=int, default=5, help="episodes played side by side (5)")
+    parser.add_argument("--num_processes", type=int, default=os.cpu_count())
+    parser.add_argument("--examples", type=int, default=3, help="filmed failures of each kind (3)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/metaworld-report"))
+    args = parser.parse_args()
+    model, _ = load_policy(args.checkpoint)
+    options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.num_envs, "record": 1}
+    result = rollout_in_processes(args.num_processes, args.checkpoint, BENCHMARK, args.tasks, {}, {}, **options)
+    kinds = [kind_of_ending(episode) for episode in result.episodes]
+    metrics = {
+        "checkpoint": args.checkpoint,
+        "n_action_steps": model.config.n_action_steps,
+        "do_sample": bool(model.generation_config.do_sample),
+        "temperature": model.generation_config.temperature,
+        **{"dtype": "float32", "device": "cpu", "num_threads": 1, "num_envs": args.num_envs},
+        "versions": installed_versions(BENCHMARK),
+        **result.metrics(),
+        "kinds": kinds,
+        "counts": dict(Counter(kinds).most_common()),
+    }
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "metaworld.json", metrics)
+    print(summary(metrics, result.num_chunks), metrics["counts"], sep="\n")
+    rates = {task: f"{rate['pc_success'] / 100 * rate['n_episodes']:.0f} of {rate['n_episodes']}"
+             for task, rate in metrics["by_task"].items()}  # fmt: skip
+    write_end_sheet(args.output_dir / "metaworld.png", result.recordings, BENCHMARK, rates)
+    filmed = [(kind, e) for kind, e in zip(kinds, result.episodes, strict=True) if e.is_filmed and not e.success]
+    chosen = [pair for kind in sorted(set(kinds)) for pair in [p for p in filmed if p[0] == kind][: args.examples]]
+    if chosen:
+        titles = [f"{episode.task}: {kind}" for kind, episode in chosen]
+        sheet = args.output_dir / "metaworld_failures.png"
+        write_contact_sheet(sheet, [episode for _, episode in chosen], BENCHMARK, titles=titles)
+
+
+if __name__ == "__main__":
+    main()
