@@ -24,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evaluate import load_policy, make_predict
+from evaluate import load_policy, make_predict, write_json
 from lerobot_writer import write_dataset
 from metaworld_tasks import CONTROL_HZ, IMAGE_SIZE, MT10, TASKS, MetaworldScene
 from rollouts import Predict
 from tqdm import tqdm
 
-from smolandfast.files_smolandfast import written_whole
+from smolandfast.files_smolandfast import read_json, written_whole
 
 FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluation seeds are below
 NUM_SHOVES = 3  # 0, 1 or 2 in a demonstration
@@ -161,6 +161,12 @@ def main(argv: list[str] | None = None) -> None:
     tasks = MT10 if args.tasks == ["MT10"] else args.tasks
     folder = args.output_dir.with_name(args.output_dir.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
+    options = {"max_steps": args.max_steps, "draw_every": args.draw_every, "policy": args.policy}
+    begun = folder / "options.json"
+    if not begun.exists():
+        write_json(begun, options)
+    elif read_json(begun) != options:
+        parser.error(f"{folder} was begun with {read_json(begun)}, now it is {options}. Name another --output_dir.")
     jobs = [(task, number) for number in range(args.episodes) for task in tasks]
     # Task by task: a scene takes 150 MB and two seconds to load.
     missing = sorted(

@@ -361,14 +361,10 @@ def _tile(
     last = len(episode.frames) - 1
     frame, steps = min(frame, last), min(frame * benchmark.film_every, len(episode.rewards))
     solved = episode.success and frame == last
-    if score is not None:
-        pass
-    elif solved:
-        score = f"solved at {len(episode.rewards) / benchmark.fps:.1f} s"
-    elif benchmark.max_reward is None or not steps:
-        score = "" if steps else "start"
-    else:
-        score = f"best {int(100 * max(episode.rewards[:steps])) / 100:.2f}"  # rounded down: only success is 1.00
+    if score is None:
+        score = f"solved at {len(episode.rewards) / benchmark.fps:.1f} s" if solved else "" if steps else "start"
+        if benchmark.max_reward is not None and steps and not solved:
+            score = f"best {int(100 * max(episode.rewards[:steps])) / 100:.2f}"  # rounded down: only success is 1.00
     height = size // 12 + 12
     tile = Image.new("RGB", (size, size + height), "white")
     tile.paste(Image.open(io.BytesIO(episode.frames[frame])).resize((size, size), Image.Resampling.LANCZOS))

@@ -143,6 +143,9 @@ class PolicyArguments:
     oversample: list[str] | None = field(
         default=None, metadata={"help": "groups of the benchmark's tasks whose samples come twice in an epoch"}
     )
+    batch_by_length: bool = field(
+        default=False, metadata={"help": "batches of samples of similar length, so that little is padded"}
+    )
     held_out_episodes: int = field(default=6, metadata={"help": "last demonstrations, for the evaluation loss"})
     eval_episodes: int = field(default=20, metadata={"help": "simulator episodes of each task at each evaluation"})
     eval_tasks: list[str] | None = field(
@@ -241,14 +244,16 @@ class PolicyTrainer(WholeCheckpointTrainer):
         eval_tasks: list[str] | None,
         eval_seeds: range,
         card_options: dict,
+        batch_by_length: bool,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.batch_by_length = batch_by_length
         self.benchmark, self.eval_tasks, self.eval_seeds = benchmark, eval_tasks, eval_seeds
         self.card_options = card_options
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.args.train_sampling_strategy != "group_by_length":  # Transformers' would read every image for it
+        if not self.batch_by_length:
             return super().get_train_dataloader()
         loader = DataLoader(
             self.train_dataset,
@@ -462,6 +467,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_tasks=args.eval_tasks or [t for t, sentence in benchmark.tasks.items() if sentence in train_set.tasks],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
         card_options={"datasets": [repo_id], "base_model": base_model},
+        batch_by_length=args.batch_by_length,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()

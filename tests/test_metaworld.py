@@ -186,6 +186,9 @@ def test_collecting_goes_on_where_it_was_stopped(tmp_path, capsys):
     (tmp_path / "data").rename(tmp_path / "old")
     collect_metaworld.main(arguments)
     assert part.stat().st_mtime_ns == written
+    with pytest.raises(SystemExit):
+        collect_metaworld.main([*arguments, "--draw_every", "4"])
+    assert "was begun with {'max_steps': 250, 'draw_every': 1, 'policy': None}" in capsys.readouterr().err
 
 
 def expert_policy(scenes):
@@ -241,11 +244,11 @@ def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cach
     monkeypatch.setattr("metaworld_tasks.BENCHMARK", dataclasses.replace(BENCHMARK, max_steps=24))
     output = tmp_path / "policy"
     vision = tmp_path / "vision"
-    drawn = "--tasks reach --num_scenes 4 --max_steps 2 --batch_size 4 --num_processes 1"
+    drawn = "--tasks reach --num_scenes 4 --max_shift 4 --max_steps 2 --batch_size 4 --num_processes 1"
     pretrain_metaworld.main([*drawn.split(), "--dataset_root", str(demonstrations), "--output_dir", str(vision)])
     options = f"--vision_weights {vision}/vision.safetensors --freeze_vision_tower --reword_probability 0.5 "
     options += "--benchmark metaworld --max_steps 2 --eval_steps 2 --save_steps 2 --warmup_steps 1 --eval_episodes 1 "
-    options += "--sample_every 2 --max_shift 3 --oversample hard --train_sampling_strategy group_by_length "
+    options += "--sample_every 2 --max_shift 3 --oversample hard --batch_by_length "
     options += "--held_out_episodes 1 --per_device_train_batch_size 4 --report_to none --eval_tasks reach"
     train.main([*options.split(), "--dataset_root", str(demonstrations), "--output_dir", str(output)])
     arguments = "--benchmark metaworld --tasks reach push --episodes 1 --record 1 --n_action_steps 12 --num_envs 1"

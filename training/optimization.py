@@ -72,6 +72,6 @@ def bf16_is_faster(size: int = 512, repeats: int = 10) -> bool:
             start = time.perf_counter()
             (matrix @ matrix).sum().item()
             seconds[dtype] += time.perf_counter() - start if repeat else 0.0  # the first is for warming up
-        if max(seconds.values()) > 5 * min(seconds.values()):
+        if max(seconds.values()) > max(0.5, 5 * min(seconds.values())):  # bf16 without hardware is that slow
             break
     return seconds[torch.bfloat16] < seconds[torch.float32]
