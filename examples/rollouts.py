@@ -414,7 +414,7 @@ def write_end_sheet(
     tiles = []
     for episode in recordings:
         title = f"{_title(episode, benchmark)}  {scores[episode.task]}"
-        tiles.append(_tile(episode, len(episode.frames) - 1, 192, benchmark, title, ""))
+        tiles.append(_tile(episode, len(episode.frames) - 1, 256, benchmark, title, ""))
     _grid(tiles, columns).save(path)
 
 
@@ -427,11 +427,11 @@ def write_contact_sheet(
 ) -> None:
     """Write one PNG: for each recording a row of `moments` scenes, first to last, labelled with time and score.
 
-    The first scene of a row shows the title, by default the task, or the seed where there is only one task.
+    The first scene of a row shows the title alone, or by default the task, or the seed where there is only one task.
     """
     tiles = []
     for i, episode in enumerate(recordings):
-        title = _title(episode, benchmark) if titles is None else titles[i]
+        first = (_title(episode, benchmark), None) if titles is None else (titles[i], "")
         for frame in np.linspace(0, len(episode.frames) - 1, moments).round().astype(int).tolist():
-            tiles.append(_tile(episode, frame, 192, benchmark, None if frame else title))
+            tiles.append(_tile(episode, frame, 192, benchmark, *(() if frame else first)))
     _grid(tiles, columns=moments).save(path)

@@ -244,7 +244,7 @@ class PolicyTrainer(WholeCheckpointTrainer):
         eval_tasks: list[str] | None,
         eval_seeds: range,
         card_options: dict,
-        batch_by_length: bool,
+        batch_by_length: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
