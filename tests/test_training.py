@@ -155,8 +155,10 @@ def test_muon_is_pytorchs_and_in_fp32_much_the_same():
                 parameter.grad = gradient.clone()
             optimizer.step()
     for stock, same, exact, before in zip(*copies, start, strict=True):
-        torch.testing.assert_close(same, stock, rtol=0, atol=0)
-        assert (exact - stock).norm() < 0.03 * (stock - before).norm()
+        if torch.__version__.startswith("2.13."):  # another release may round in another order
+            torch.testing.assert_close(same, stock, rtol=0, atol=0)
+        for ours in (same, exact):
+            assert (ours - stock).norm() < 0.03 * (stock - before).norm()
 
 
 def test_batches_hold_samples_of_similar_length_another_way_in_every_epoch():
