@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lerobot_dataset import LeRobotChunkDataset
 from muon import Muon, make_muon
@@ -214,6 +214,7 @@ def test_embeddings_move_to_another_vocabulary_token_by_token():
     torch.testing.assert_close(fitted[name][new[0]], rows[pieces].mean(dim=0))
 
 
+@settings(deadline=None)
 @given(st.text(), st.lists(st.integers(0, 255), min_size=1, max_size=8))
 def test_a_vocabulary_of_words_reads_any_sentence_and_each_bin_is_a_token(sentence, bins):
     prompt = PROMPT.format(task=sentence, bins=" ".join(map(str, bins)))
