@@ -101,9 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/metaworld-tiny")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument(
-        "--told", nargs="+", default=["own", "unseen", "another"], choices=["own", "unseen", "another"]
-    )
+    parser.add_argument("--told", nargs="+", default=list(TOLD), choices=list(TOLD))
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=3000)
     parser.add_argument("--num_processes", type=int, default=1)

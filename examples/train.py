@@ -161,6 +161,8 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         self.dataset, self.seed, self.epoch, self.wordings = dataset, seed, 0, benchmark.wordings
         lasts = np.flatnonzero(np.diff(dataset.episode_index, append=-1))
         frames_to_come = np.repeat(lasts, np.diff(lasts, prepend=-1)) - np.arange(len(dataset))
+        if args.sample_every < 1:
+            raise ValueError(f"sample_every is {args.sample_every}, expected 1 or more. 1 starts at every frame.")
         is_start = dataset.frame_index % args.sample_every == 0
         self.indices = np.flatnonzero(is_start & (frames_to_come >= args.drop_n_last_frames))
         if len(self.indices) == 0:

@@ -195,6 +195,8 @@ def test_samples_start_at_every_nth_frame_and_oversampled_groups_come_twice():
     groups = dataclasses.replace(PUSHT, tasks={"pusht": dataset.tasks[0]}, groups={"pusht": "hard"})
     twice = VariedDemonstrations(dataset, PolicyArguments(sample_every=4, oversample=["hard"]), 0, groups)
     assert sorted(twice.indices) == sorted([*samples.indices, *samples.indices])
+    with pytest.raises(ValueError, match="sample_every is 0, expected 1 or more"):
+        VariedDemonstrations(dataset, PolicyArguments(sample_every=0), 0, PUSHT)
     with pytest.raises(ValueError, match=r"oversample has 'harder', expected some of pusht's groups \['hard'\]"):
         VariedDemonstrations(dataset, PolicyArguments(oversample=["harder"]), 0, groups)
 
