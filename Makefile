@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # The demo needs less than the tests do.
-ALL := examples,metaworld,app,dev
+ALL := examples,metaworld,app,deployment,dev
 FOR_EXAMPLES := $(VENV)/for-examples
 FOR_METAWORLD := $(VENV)/for-metaworld
 INSTALLED := $(VENV)/installed
@@ -18,7 +18,7 @@ COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-
 # What `make test-oldest` and `make test-newest` run: all tests, or those of the core, TESTS="$(CORE)".
 TESTS ?=
 CORE := $(addprefix tests/test_,auto_classes.py checkpoint.py configuration.py generation.py modeling.py \
-	normalization.py packing.py processing.py requirements.py tokenization.py training.py)
+	normalization.py packing.py processing.py requirements.py runtime.py tokenization.py training.py)
 # DISCARD=1 removes an environment after its tests: some take 8 GB.
 DISCARD ?=
 

@@ -1,6 +1,7 @@
 """Checks of what comes in: whole numbers, arrays, images, and content that makes a library stumble.
 
 Each raises a ValueError that says what came, what was expected and how to fix it. Knows nothing of policies.
+A tensor is known by its `detach`, so that PyTorch need not be there.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from numbers import Integral
 
 import numpy as np
-import torch
+from numpy.typing import ArrayLike
 from PIL import Image
 
 MAX_SIZE = 2**20  # no size of a model, an image or a chunk is larger
@@ -20,10 +21,10 @@ def check_whole(value: object, name: str, low: int = 1, high: int = MAX_SIZE) ->
         raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}.")
 
 
-def as_numbers(values: "np.ndarray | torch.Tensor", name: str, shape: tuple | None = None) -> np.ndarray:
+def as_numbers(values: ArrayLike, name: str, shape: tuple | None = None) -> np.ndarray:
     """A float64 array of this shape, where a word stands for any size; refuses numbers that are not finite."""
     try:
-        if isinstance(values, torch.Tensor):
+        if hasattr(values, "detach"):
             values = values.detach().cpu().double().numpy()
         values = np.asarray(values)
         if values.dtype.kind not in "fiubO":  # NumPy would read strings, and drop imaginary parts
@@ -57,7 +58,7 @@ def as_rgb_images(sample, name: str) -> list[np.ndarray]:
 def _as_rgb(image, name: str) -> np.ndarray:
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
-    if isinstance(image, torch.Tensor):
+    if hasattr(image, "detach"):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):

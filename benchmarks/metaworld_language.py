@@ -114,7 +114,7 @@ def main() -> None:
             continue
         benchmark = replace(BENCHMARK, tasks=TOLD[told])
         options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.episodes}
-        result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, {}, {}, **options)
+        result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, {}, **options)
         successes = {task: [e.success for e in result.episodes if e.task == task] for task in tasks}
         by_task = {task: {"sentence": TOLD[told][task], **success_rate(successes[task])} for task in tasks}
         results["told"][told] = {**success_rate(result.successes), "by_task": by_task}

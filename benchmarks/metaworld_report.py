@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     model, _ = load_policy(args.checkpoint)
     options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.num_envs, "record": 1}
-    result = rollout_in_processes(args.num_processes, args.checkpoint, BENCHMARK, args.tasks, {}, {}, **options)
+    result = rollout_in_processes(args.num_processes, args.checkpoint, BENCHMARK, args.tasks, {}, **options)
     kinds = [kind_of_ending(episode) for episode in result.episodes]
     metrics = {
         "checkpoint": args.checkpoint,

@@ -2,6 +2,7 @@
 
     python examples/evaluate.py --checkpoint checkpoints/pusht-tiny --episodes 50 --output_dir outputs/eval
     python examples/evaluate.py --benchmark metaworld --checkpoint checkpoints/metaworld-tiny --episodes 10
+    python examples/evaluate.py --checkpoint deployed --backend openvino    # what export_policy.py wrote
 
 Writes `metrics.json`, and `rollouts.mp4` and `rollouts.png` of the first episodes, into the output folder. Episode i
 resets its environment with seed + i. On one machine, the same command gives the same result; another `--num_envs` may
@@ -13,7 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
 from smolandfast.files_smolandfast import written_whole
+from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
 
 
 def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
@@ -67,23 +69,50 @@ def make_predict(model: Any, processor: Any, task: str | None = None, **generate
     return predict
 
 
+def load_predict(
+    checkpoint: str | Path,
+    backend: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **options,
+) -> tuple[Predict, int, int, int]:
+    """A checkpoint's or a deployed policy's `predict`.
+
+    Args:
+        backend: Of a deployed policy, see [`DeployedPolicy`]; None for a checkpoint.
+        options: For `model.generate`.
+
+    Returns:
+        It, and the policy's `chunk_size`, `n_action_steps` and `action_dim`.
+    """
+    if backend is not None:
+        policy = DeployedPolicy(checkpoint, backend, torch.get_num_threads())
+
+        def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
+            return policy.predict(images, texts, states)
+
+        return predict, policy.chunk_size, policy.n_action_steps, policy.action_dim
+    model, processor = load_policy(checkpoint, dtype=dtype)
+    model.to(device)
+    config = model.config
+    return make_predict(model, processor, **options), config.chunk_size, config.n_action_steps, config.action_dim
+
+
 def rollout_in_processes(
     num_processes: int,
     checkpoint: str | Path,
     benchmark: Benchmark,
     tasks: Sequence[str],
     load_options: dict[str, Any],
-    generate_options: dict[str, Any],
     **options: Any,
 ) -> RolloutResult:
     """[`rollouts.rollout`] with a checkpoint's policy, the tasks divided among processes of one thread each.
 
     Args:
-        load_options: For [`load_policy`].
-        generate_options: For `model.generate`. Random choices start anew with each task, from the first of the seeds.
+        load_options: For [`load_predict`]. Random choices start anew with each task, from the first of the seeds.
         options: For [`rollouts.rollout`].
     """
-    one = partial(_rollout_task, checkpoint, benchmark, load_options, generate_options, options)
+    one = partial(_rollout_task, checkpoint, benchmark, load_options, options)
     spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn or computed may hang
     with ProcessPoolExecutor(min(num_processes, len(tasks)), spawn, torch.set_num_threads, (1,)) as pool:
         results = list(tqdm(pool.map(one, tasks), total=len(tasks), unit="task"))
@@ -93,12 +122,11 @@ def rollout_in_processes(
 
 
 def _rollout_task(
-    checkpoint: str | Path, benchmark: Benchmark, load_options: dict, generate_options: dict, options: dict, task: str
+    checkpoint: str | Path, benchmark: Benchmark, load_options: dict, options: dict, task: str
 ) -> RolloutResult:
-    model, processor = load_policy(checkpoint, **load_options)
+    predict, _, n_action_steps, _ = load_predict(checkpoint, **load_options)
     torch.manual_seed(options["seeds"][0])
-    options = {"n_action_steps": model.config.n_action_steps} | options
-    return rollout(benchmark, make_predict(model, processor, **generate_options), tasks=[task], **options)
+    return rollout(benchmark, predict, tasks=[task], **{"n_action_steps": n_action_steps} | options)
 
 
 def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **minimums: int) -> None:
@@ -133,10 +161,12 @@ def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, 
         )
 
 
-def load_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, **kwargs: Any) -> tuple[Any, Any]:
-    """[`load_policy`] of `--checkpoint`; its exceptions become an error line."""
+def load_checkpoint(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, load: Callable = load_policy, **kwargs: Any
+) -> tuple:
+    """[`load_policy`], or another `load`, of `--checkpoint`; its exceptions become an error line."""
     try:
-        return load_policy(args.checkpoint, **kwargs)
+        return load(args.checkpoint, **kwargs)
     except (OSError, ValueError) as error:
         parser.error(f"--checkpoint {args.checkpoint} cannot be loaded: {first_line(error)}")
 
@@ -201,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, help="of sampling (1.0)")
     parser.add_argument("--record", type=int, default=6, help="first episodes of each task to film, 0 for none (6)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/eval"))
+    parser.add_argument("--backend", choices=sorted(BACKENDS), help="what runs a deployed policy (onnxruntime)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -218,7 +249,16 @@ def main(argv: list[str] | None = None) -> None:
     for task in args.tasks or ():
         if task not in benchmark.tasks:
             parser.error(f"--tasks: {benchmark.name} has no {task}, only {', '.join(benchmark.tasks)}.")
-    check_checkpoint(parser, args, benchmark)
+    if os.path.isfile(os.path.join(args.checkpoint, POLICY)):
+        args.backend = args.backend or "onnxruntime"
+        if args.do_sample or args.dtype != "float32" or args.device != "cpu":
+            parser.error("--checkpoint is a deployed policy, which is greedy. Drop --do_sample, --dtype and --device.")
+    elif args.backend is not None:
+        parser.error(
+            f"--backend is {args.backend}, but --checkpoint {args.checkpoint} is no deployed policy. Drop it."
+        )
+    else:
+        check_checkpoint(parser, args, benchmark)
     if args.num_processes > 1 and args.device != "cpu":
         parser.error(f"--num_processes is {args.num_processes}, but --device {args.device} has one policy. Give 1.")
     try:
@@ -230,13 +270,14 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         parser.error(f"--output_dir {args.output_dir} cannot be created ({error.strerror}). Name another one.")
 
-    dtype = getattr(torch, args.dtype)
-    model, processor = load_checkpoint(parser, args, dtype=dtype)
-    model.to(args.device)
-    chunk_size, n_action_steps = model.config.chunk_size, args.n_action_steps or model.config.n_action_steps
+    sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
+    load_options = {"backend": args.backend, "device": args.device, "dtype": getattr(torch, args.dtype)} | sampling
+    predict, chunk_size, n_action_steps, action_dim = load_checkpoint(parser, args, load_predict, **load_options)
+    if action_dim != benchmark.action_dim:
+        parser.error(f"--checkpoint has {action_dim} action dimensions, {benchmark.name} {benchmark.action_dim}.")
+    n_action_steps = args.n_action_steps or n_action_steps
     if n_action_steps > chunk_size:
         parser.error(f"--n_action_steps is {n_action_steps}, the checkpoint predicts {chunk_size}. Give at most that.")
-    sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
     options = {
         "seeds": range(args.seed, args.seed + args.episodes),
         "n_action_steps": n_action_steps,
@@ -246,13 +287,12 @@ def main(argv: list[str] | None = None) -> None:
     tasks = args.tasks or list(benchmark.tasks)
     if args.num_processes == 1:
         torch.manual_seed(args.seed)
-        result = rollout(benchmark, make_predict(model, processor, **sampling), tasks=tasks, progress=True, **options)
+        result = rollout(benchmark, predict, tasks=tasks, progress=True, **options)
     else:
-        result = rollout_in_processes(
-            args.num_processes, args.checkpoint, benchmark, tasks, {"dtype": dtype}, sampling, **options
-        )
+        result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, load_options, **options)
     metrics = {
         **{name: getattr(args, name) for name in ("benchmark", "checkpoint", "num_envs", "dtype", "device")},
+        **({} if args.backend is None else {"backend": args.backend}),
         **({"full_pictures": args.full_pictures} if args.benchmark == "metaworld" else {}),
         "n_action_steps": n_action_steps,
         "num_processes": args.num_processes,

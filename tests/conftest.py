@@ -22,13 +22,23 @@ PYTHON_FILES = {
     "configuration_smolandfast.py",
     "files_smolandfast.py",
     "generation_smolandfast.py",
+    "hub_smolandfast.py",
     "modeling_smolandfast.py",
     "normalization_smolandfast.py",
     "packing_smolandfast.py",
     "processing_smolandfast.py",
+    "prompt_smolandfast.py",
+    "strings_smolandfast.py",
     "tokenization_fast_action.py",
 }
-TOKENIZER_FILES = {"checks_smolandfast.py", "files_smolandfast.py", "tokenization_fast_action.py"}  # its own folder's
+# What its action tokenizer's own folder carries.
+TOKENIZER_FILES = {
+    "checks_smolandfast.py",
+    "files_smolandfast.py",
+    "hub_smolandfast.py",
+    "strings_smolandfast.py",
+    "tokenization_fast_action.py",
+}
 CHUNK_SIZE = 8
 
 torch.set_num_threads(2)

@@ -161,9 +161,9 @@ def test_a_file_is_found_on_the_hub_in_the_cache_or_nowhere(hub, tmp_path):
     hub.repos["user/policy"] = {"config.json": b"{}", "parts/tokenizer.json": b"[]"}
     load_elsewhere(
         hub,
-        f"""
-sys.path.append({str(ROOT)!r})
-from files_smolandfast import find_file
+        """
+del sys.modules["smolandfast"]
+from smolandfast.hub_smolandfast import find_file
 
 def refusal(name, **place):
     try:
@@ -171,13 +171,13 @@ def refusal(name, **place):
     except OSError as error:
         return str(error)
 
-assert find_file("user/policy", "config.json").read_bytes() == b"{{}}"
+assert find_file("user/policy", "config.json").read_bytes() == b"{}"
 assert find_file("user/policy", "tokenizer.json", subfolder="parts").read_bytes() == b"[]"
 assert find_file("user/policy", "SHA256SUMS") is None
 assert "config.json of user/another cannot be downloaded from the hub" in refusal("user/another")
 assert "neither a folder nor a hub id" in refusal("no/such/folder")
-cached = {{"local_files_only": True}}
-assert find_file("user/policy", "config.json", **cached).read_bytes() == b"{{}}"
+cached = {"local_files_only": True}
+assert find_file("user/policy", "config.json", **cached).read_bytes() == b"{}"
 assert find_file("user/policy", "model.safetensors", **cached) is None
 assert "user/new is not in the cache, and the hub cannot be reached" in refusal("user/new", **cached)
 """,

@@ -94,7 +94,7 @@ def test_a_panic_inside_the_tokenizers_library_is_a_clear_error(fitted, tmp_path
 @needs_fast_plus
 def test_fast_plus_refuses_symbols_that_it_never_writes(fast_plus):
     """As constrained decoding does: code points above 0xD7FF."""
-    byte_ids = {fast_plus._token_bytes[i]: i for i in range(len(fast_plus)) if len(fast_plus._token_bytes[i]) == 1}
+    byte_ids = {fast_plus.token_bytes[i]: i for i in range(len(fast_plus)) if len(fast_plus.token_bytes[i]) == 1}
     for symbol in ("\ue000", "\uffff", "\U0010ffff"):
         ids = [[byte_ids[bytes([byte])] for byte in symbol.encode()]]
         with pytest.raises(ValueError, match=rf"ids\[0\] holds the coefficient {ord(symbol) - 354}, expected -354 to"):
@@ -212,7 +212,7 @@ def test_relaxed_decoding_cuts_and_fills_what_holds_no_whole_chunk(fitted, fast_
     relaxed = fitted.decode_actions([ids, ids + ids, []], relaxed=True)
     np.testing.assert_array_equal(relaxed[:2], np.concatenate([whole, whole]))
     np.testing.assert_array_equal(relaxed[2:], actions)
-    broken = [i for i, token in enumerate(fast_plus._token_bytes) if token == b"\xc4"]  # half of a character
+    broken = [i for i, token in enumerate(fast_plus.token_bytes) if token == b"\xc4"]  # half of a character
     assert (fast_plus.decode_actions([broken], 2, 1, relaxed=True) == 0).all()
 
 

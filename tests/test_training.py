@@ -26,7 +26,7 @@ from train import main as train
 from transformers import Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
-from smolandfast.processing_smolandfast import PROMPT
+from smolandfast.prompt_smolandfast import PROMPT
 from smolandfast.training import ActionDataCollator, make_optimizer, parameter_groups
 from smolandfast.training.tiny import make_text_tokenizer
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil, Smol
 
 from ..configuration_smolandfast import SmolAndFastConfig
 from ..modeling_smolandfast import SmolAndFastForActionPrediction
-from ..processing_smolandfast import PROMPT, SmolAndFastProcessor
+from ..processing_smolandfast import SmolAndFastProcessor
+from ..prompt_smolandfast import PROMPT
 from ..tokenization_fast_action import FastActionTokenizer
 
 IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3  # IMAGE_SIZE and SCALE_FACTOR are defaults

@@ -12,20 +12,14 @@ from numbers import Real
 
 import numpy as np
 import torch
-from scipy.fft import dct, idct
+from scipy.fft import dct
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .checks_smolandfast import as_numbers, check_whole, naming_errors
-from .files_smolandfast import HUB_KWARGS, find_file
+from .hub_smolandfast import HUB_KWARGS, find_file
+from .strings_smolandfast import FIRST_SYMBOL, MAX_CODE_POINT, MAX_SYMBOLS, inverse_dct, read_coefficients
 
-# A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
-# 15, which no normalizer or pre-tokenizer touches.
-FIRST_SYMBOL = 0xF0000
-MAX_SYMBOLS = 0xFFFE
-# The official FAST+ tokenizer writes it as chr(c - min_coefficient); code points from 0xD800 on are surrogates, which
-# UTF-8 cannot hold.
-MAX_CODE_POINT = 0xD7FF
 MAX_COEFFICIENT = 2**31
 
 
@@ -92,7 +86,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         self.fit_report = fit_report
         self.min_coefficient = min_coefficient
         self.is_byte_level = isinstance(self.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
-        self._first_symbol = 0 if self.is_byte_level else FIRST_SYMBOL
+        self.first_symbol = 0 if self.is_byte_level else FIRST_SYMBOL
         largest = min_coefficient + (MAX_CODE_POINT if self.is_byte_level else MAX_SYMBOLS - 1)
         max_coefficient = largest if max_coefficient is None else max_coefficient
         if not min_coefficient <= max_coefficient <= largest:
@@ -104,9 +98,9 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         tokens = self.convert_ids_to_tokens(list(range(len(self))))
         if self.is_byte_level:
             to_byte = _byte_alphabet()
-            self._token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
+            self.token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
         else:
-            self._token_bytes = [token.encode("utf-8") for token in tokens]
+            self.token_bytes = [token.encode("utf-8") for token in tokens]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "FastActionTokenizer":
@@ -208,7 +202,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         """
         coefficients = _dct_coefficients(self._check_chunks(actions), self.scale)
         symbols = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
-        texts = _write_symbols(symbols - self.min_coefficient + self._first_symbol)
+        texts = _write_symbols(symbols - self.min_coefficient + self.first_symbol)
         return [encoding.ids for encoding in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode_actions(
@@ -262,7 +256,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         coefficients = np.zeros((len(rows), size))
         for i, row in enumerate(rows):
             coefficients[i, : row.size] = row[:size]
-        return idct((coefficients / self.scale).reshape(-1, horizon, action_dim), axis=1, norm="ortho")
+        return inverse_dct((coefficients / self.scale).reshape(-1, horizon, action_dim))
 
     def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
         with naming_errors(f"ids[{index}]", "Pass a list of ids for each chunk."):
@@ -272,18 +266,17 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 f"ids[{index}] has shape {ids.shape} and dtype {ids.dtype}, expected a list of ids: decode_actions "
                 "takes a batch of lists."
             )
-        outside = ids[(ids < 0) | (ids >= len(self._token_bytes))]
+        outside = ids[(ids < 0) | (ids >= len(self.token_bytes))]
         if outside.size:
-            raise ValueError(f"ids[{index}] holds {outside[0]}, expected FAST ids in [0, {len(self._token_bytes)}).")
+            raise ValueError(f"ids[{index}] holds {outside[0]}, expected FAST ids in [0, {len(self.token_bytes)}).")
         try:
-            text = b"".join([self._token_bytes[i] for i in ids]).decode(errors="ignore" if relaxed else "strict")
+            string, errors = b"".join([self.token_bytes[i] for i in ids]), "ignore" if relaxed else "strict"
+            coefficients = read_coefficients(string, self.first_symbol, self.min_coefficient, errors)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"ids[{index}] is not a valid FAST string: its bytes are not UTF-8 ({error.reason} at byte "
                 f"{error.start}). Only strings from encode_actions or from constrained decoding can be decoded."
             ) from error
-        symbols = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
-        coefficients = symbols - self._first_symbol + self.min_coefficient
         if relaxed:
             return np.clip(coefficients, self.min_coefficient, self.max_coefficient)
         outside = coefficients[(coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)]
@@ -340,9 +333,9 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 tokens of over 1,500 coefficients, and configurations are read by people.
         """
         if not self.is_byte_level:
-            return {"fast_token_lengths": [len(token.decode("utf-8")) for token in self._token_bytes]}
-        fits = [len(token.decode("utf-8", errors="ignore")) <= num_coefficients for token in self._token_bytes]
-        pairs = zip(self._token_bytes, fits, strict=True)
+            return {"fast_token_lengths": [len(token.decode("utf-8")) for token in self.token_bytes]}
+        fits = [len(token.decode("utf-8", errors="ignore")) <= num_coefficients for token in self.token_bytes]
+        pairs = zip(self.token_bytes, fits, strict=True)
         return {"fast_token_bytes": [token.hex() if fit else None for token, fit in pairs]}
 
     def _check_chunks(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:

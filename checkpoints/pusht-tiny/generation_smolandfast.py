@@ -2,8 +2,7 @@
 
 Every FAST token stands for a known number of DCT coefficients, and a chunk has `chunk_size * action_dim` of them. At
 each step the logits of all tokens that do not fit into what is left are set to -inf; when nothing is left, the string
-ends. Tokens of a byte-level tokenizer (FAST+) may begin or end inside a UTF-8 character, so there the automaton of
-well-formed UTF-8 (Unicode standard, table 3-7) runs along. Knows ids and scores: no images, no robot units, no model.
+ends. Knows ids and scores: no images, no robot units, no model.
 """
 
 import torch
@@ -11,17 +10,7 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessor, StoppingCriteria
 
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
-
-# Inside a character: what the next byte may be, as (first, last, next state). State 0 stands between characters.
-# Limited to code points up to 0xD7FF, the symbols that FastActionTokenizer writes.
-UTF8_STATES = (
-    ((0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 3), (0xE1, 0xEC, 2), (0xED, 0xED, 4)),
-    ((0x80, 0xBF, 0),),
-    ((0x80, 0xBF, 1),),
-    ((0xA0, 0xBF, 1),),
-    ((0x80, 0x9F, 1),),
-)
-INVALID = -1
+from .strings_smolandfast import INVALID, grammar_tables
 
 
 class ActionGrammar:
@@ -48,23 +37,11 @@ class ActionGrammar:
         self.base_id = config.action_token_base_id
         self.band = slice(action_token_map(config.num_action_tokens - 1, self.base_id), self.base_id + 1)
         self.num_coefficients = config.num_coefficients
-        if config.fast_token_lengths is not None:
-            self.started = torch.tensor(config.fast_token_lengths)
-            self.next_state = torch.zeros(1, config.num_action_tokens, dtype=torch.long)
-            self.max_new_tokens = self.num_coefficients
-        else:
-            too_long = self.num_coefficients + 1
-            tokens = [b"\0" * too_long if token is None else bytes.fromhex(token) for token in config.fast_token_bytes]
-            if not {bytes([byte]) for byte in range(256)} <= set(tokens):
-                raise ValueError("fast_token_bytes lacks single bytes, so not every chunk can be written.")
-            self.started = torch.tensor([sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens])
-            self.next_state = torch.tensor(
-                [[_read_bytes(state, token) for token in tokens] for state in range(len(UTF8_STATES))]
-            )
-            self.max_new_tokens = 3 * self.num_coefficients  # bytes of the longest symbols
-        if not (self.started == 1).any():
-            raise ValueError("No action token stands for a single coefficient, so not every chunk can be written.")
-        self.started, self.next_state = pad(self.started, (0, 1)), pad(self.next_state, (0, 1, 0, 1), value=INVALID)
+        started, next_state, self.max_new_tokens = grammar_tables(
+            self.num_coefficients, config.fast_token_lengths, config.fast_token_bytes
+        )
+        started, next_state = torch.from_numpy(started), torch.from_numpy(next_state)
+        self.started, self.next_state = pad(started, (0, 1)), pad(next_state, (0, 1, 0, 1), value=INVALID)
 
     def read(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Run the automaton over what has been written.
@@ -201,11 +178,3 @@ class ChunkIsComplete(StoppingCriteria):
 def is_complete(left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
     """Whether a string holds its whole chunk: nothing is left to begin, and no character is open."""
     return (left == 0) & (state == 0)
-
-
-def _read_bytes(state: int, token: bytes) -> int:
-    for byte in token:
-        state = next((after for first, last, after in UTF8_STATES[state] if first <= byte <= last), INVALID)
-        if state == INVALID:
-            break
-    return state

@@ -1,11 +1,12 @@
 """Robot units to [-1, 1] and back, and states to bins.
 
 Owns the statistics of a data set, in LeRobot's names: `observation.state` and `action`, each with `min`, `max` and,
-for quantile normalisation, `q01`, `q99`. Knows nothing of tokens, prompts or images.
+for quantile normalisation, `q01`, `q99`. Knows nothing of tokens, prompts or images;
+needs NumPy alone.
 """
 
 import numpy as np
-import torch
+from numpy.typing import ArrayLike
 
 from .checks_smolandfast import as_numbers, check_whole
 
@@ -97,13 +98,13 @@ class Normalizer:
         """Robot units in one normalised unit of action: `(action_dim,)`."""
         return (self.action_bounds[1] - self.action_bounds[0]) / 2
 
-    def state_bins(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
+    def state_bins(self, state: ArrayLike) -> np.ndarray:
         """Bins of each state: `(B, state_dim)` robot units `-> (B, state_dim)` in [0, n_state_bins), clamped."""
         state = as_numbers(state, "state", ("batch", self.state_dim))
         positions = (_to_unit(state, self.state_bounds) + 1) / 2 * self.n_state_bins
         return np.clip(np.floor(positions), 0, self.n_state_bins - 1).astype(np.int64)
 
-    def normalize_actions(self, actions: "np.ndarray | torch.Tensor", bins: np.ndarray) -> np.ndarray:
+    def normalize_actions(self, actions: ArrayLike, bins: np.ndarray) -> np.ndarray:
         """`(B, H, action_dim)` robot units and the state's bins `-> (B, H, action_dim)` float32, about [-1, 1]."""
         actions = as_numbers(actions, "actions", ("batch", "chunk_size", self.action_dim))
         if len(actions) != len(bins):
@@ -120,7 +121,7 @@ class Normalizer:
         values = self._to_robot(actions, bins)
         return ((values < low) | (values > high)).sum(axis=(1, 2))
 
-    def count_clamped_states(self, state: "np.ndarray | torch.Tensor") -> np.ndarray:
+    def count_clamped_states(self, state: ArrayLike) -> np.ndarray:
         """How many values of each state lie outside the bins, so that `state_bins` clamps them: `(B,)`."""
         state = as_numbers(state, "state", ("batch", self.state_dim))
         low, high = self.state_bounds

@@ -10,7 +10,6 @@ Knows no model: [`SmolAndFastProcessor.model_kwargs`] says what one must know of
 
 import hashlib
 import json
-import re
 
 import numpy as np
 import torch
@@ -18,17 +17,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
 from transformers.utils import logging
 
-from .checks_smolandfast import as_numbers, as_rgb_images, check_whole, naming_errors
+from .checks_smolandfast import as_numbers, check_whole, naming_errors
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
-from .files_smolandfast import HUB_KWARGS, find_file, read_json
+from .files_smolandfast import read_json
+from .hub_smolandfast import HUB_KWARGS, find_file
 from .normalization_smolandfast import Normalizer
+from .prompt_smolandfast import BINS_IN_PROMPT, read_observations, warning_of_new_tasks, write_prompt
 from .tokenization_fast_action import FastActionTokenizer
 
 logger = logging.get_logger(__name__)
 
-PROMPT = "Task: {task}, State: {bins}, Action: "
 TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")
-BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")
 
 
 class SmolAndFastProcessor(ProcessorMixin):
@@ -296,25 +295,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
-        if images is None or state is None:
-            raise ValueError("The policy needs images and state: processor(images=image, text=task, state=state).")
-        state = as_numbers(state, "state")
-        if state.ndim not in (1, 2) or state.size == 0:
-            raise ValueError(f"state has shape {state.shape}, expected (state_dim,) or (batch, state_dim).")
-        if state.ndim == 1:
-            state, images = state[None], [images]
-            actions = None if actions is None else as_numbers(actions, "actions")[None]
-        elif not isinstance(images, (list, tuple)) and np.ndim(images) < 4:
-            images = [images]
-        batch_size = len(state)
-        tasks = text if isinstance(text, (list, tuple)) else [text] * batch_size
-        tasks = [self.default_task if task is None or task == "" else task for task in tasks]
-        if len(images) != batch_size or len(tasks) != batch_size:
-            raise ValueError(
-                f"Got {len(images)} samples of images, {len(tasks)} tasks and {batch_size} states, expected one of "
-                "each a sample. For one sample, state has shape (state_dim,)."
-            )
-        images = [as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)]
+        is_one = np.ndim(state) == 1
+        images, tasks, state = read_observations(images, text, state, self.default_task)
         bins = self.normalizer.state_bins(state)
         with naming_errors("The image processor", "Load it from the checkpoint again."):
             pixels = self.image_processor(
@@ -333,7 +315,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         if actions is None:
             self._warn_of_new_tasks(tasks)
         else:
-            actions = as_numbers(actions, "actions", (batch_size, self.chunk_size, self.normalizer.action_dim))
+            actions = as_numbers(actions, "actions")[None] if is_one else actions
+            actions = as_numbers(actions, "actions", (len(state), self.chunk_size, self.normalizer.action_dim))
             tokens = self.action_tokenizer.encode_actions(self.normalizer.normalize_actions(actions, bins))
             targets = [[action_token_map(token, self.action_token_base_id) for token in row] for row in tokens]
             targets = [target + [self.tokenizer.eos_token_id] for target in targets]
@@ -443,6 +426,11 @@ class SmolAndFastProcessor(ProcessorMixin):
         tokens = action_token_map(ids, self.action_token_base_id)
         return (tokens >= 0) & (tokens < len(self.action_tokenizer))
 
+    def prompt_around(self, num_images: int) -> tuple[str, str]:
+        """What stands before and after task and state: the tokens of images that are not split, the chat's turns."""
+        before, after = self._prompt_around_images(num_images)
+        return before.replace(self.tokenizer.image_token, self._write_image(0, 0)), after
+
     def _prompt_around_images(self, num_images: int) -> tuple[str, str]:
         """What the chat template writes before and after the user's images and text."""
         mark = "{prompt}"
@@ -458,26 +446,17 @@ class SmolAndFastProcessor(ProcessorMixin):
         return parts[0], parts[1]
 
     def _warn_of_new_tasks(self, tasks: list[str]) -> None:
-        known = self.training_tasks
-        new = [task for task in tasks if task not in known] if known else []
-        if new and not self._has_warned:
+        warning = warning_of_new_tasks(tasks, self.training_tasks)
+        if warning and not self._has_warned:
             self._has_warned = True
-            more = f" and {len(known) - 3} more (processor.training_tasks)" if len(known) > 3 else ""
-            logger.warning(
-                f"The policy is told {new[0]!r}, and was trained on other sentences: {', '.join(map(repr, known[:3]))}"
-                f"{more}. Use one of them, or measure first what it does with this one."
-            )
+            logger.warning(warning)
 
     def _write_prompt(self, template: tuple[str, str], task: str, bins, grid: list[tuple[int, int]]) -> str:
         """The prompt of one sample; `grid` holds the rows and columns that each image is split into, 0 for none."""
-        if not isinstance(task, str) or any(token in task for token in self.tokenizer.get_added_vocab()):
-            raise ValueError(
-                f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens."
-            )
-        prompt, *pieces = template[0].split(self.tokenizer.image_token)
+        before, *pieces = template[0].split(self.tokenizer.image_token)
         for (rows, cols), piece in zip(grid, pieces, strict=True):
-            prompt += self._write_image(rows, cols) + piece
-        return prompt + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + template[1]
+            before += self._write_image(rows, cols) + piece
+        return write_prompt(before, task, bins, template[1], self.tokenizer.get_added_vocab())
 
     def _write_image(self, rows: int, cols: int) -> str:
         """What SmolVLM reads for one image: its sub-images, row by row, then the whole of it; 0 rows: not split."""

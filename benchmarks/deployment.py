@@ -1,0 +1,202 @@
+"""The deployed policy beside PyTorch's: equal chunks, milliseconds, memory, start, size on disk.
+
+    python benchmarks/deployment.py
+    python benchmarks/deployment.py --shapes 256M     # random weights
+
+Both sides run in one process, alternating; a figure is the median of its repeats. Nothing else should run on the
+machine meanwhile. Needs `pip install -e ".[examples,deployment]"`; OpenVINO is measured where it is installed. Writes
+`benchmarks/results/deployment.json` and `.md`, or `deployment_256m`.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from packaging.requirements import Requirement
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from bench import RESULTS, describe_machine, seconds, write_table
+from bench_256m import TEXT, VISION
+from evaluate import load_policy
+from export_policy import export_policy
+from releases import collect
+
+from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastForActionPrediction, compute_statistics
+from smolandfast.runtime_smolandfast import DeployedPolicy
+from smolandfast.training import make_tiny_processor
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
+WEIGHTS = ("float32", "int8")
+# A process of its own says how long it takes to a first chunk, and how much memory it takes.
+START = """
+import json, resource, sys, time
+start = time.perf_counter()
+import numpy as np
+image, state = np.zeros(({side}, {side}, 3), dtype=np.uint8), np.zeros({state_dim})
+{load}
+loaded = time.perf_counter()
+{predict}
+print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+LOAD_TORCH = """
+import torch
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained({folder!r}, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
+"""
+PREDICT_TORCH = "processor.post_process_actions(model.generate(**processor(images=image, text={task!r}, state=state)))"
+LOAD_DEPLOYED = """
+sys.path.insert(0, {folder!r})
+from smolandfast_runtime import DeployedPolicy
+policy = DeployedPolicy({folder!r}, {backend!r})
+"""
+PREDICT_DEPLOYED = "policy.predict(image, {task!r}, state)"
+
+
+def make_checkpoint_256m(folder: Path) -> None:
+    """Random weights of SmolVLM2-256M's shapes at scale 4, whose chunks take eight tokens."""
+    rng = np.random.default_rng(0)
+    actions, states = rng.uniform(-1, 1, (500, 4, 2)), rng.uniform(-1, 1, (500, 2))
+    few = FastActionTokenizer.fit(actions, scale=10.0, vocab_size=1024)
+    symbols = few.max_coefficient - few.min_coefficient + 1  # without merges, a token is one coefficient
+    tokenizer = FastActionTokenizer.fit(actions, scale=10.0, vocab_size=symbols)
+    processor = make_tiny_processor(
+        tokenizer, compute_statistics(states, actions), "Push it.", scale_factor=4, image_size=VISION["image_size"]
+    )
+    torch.manual_seed(0)
+    image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.image_token)
+    sizes = {"vision_config": VISION, "text_config": TEXT, "image_token_id": image_token_id, "n_action_steps": 4}
+    config = SmolAndFastConfig(**sizes, **processor.model_kwargs())
+    SmolAndFastForActionPrediction(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def torch_predict(model: Any, processor: Any):
+    def predict(image: np.ndarray, task: str | None, state: np.ndarray) -> np.ndarray:
+        inputs = processor(images=image, text=task, state=state)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        return processor.post_process_actions(model.generate(**inputs))
+
+    return predict
+
+
+def count_equal(checkpoint: str, policies: dict[str, DeployedPolicy], count: int) -> dict[str, float]:
+    """On what the policy sees while it plays PushT: chunks that are PyTorch's, bit by bit."""
+    seen = collect(checkpoint, range(6000, 6000 + max(2, count // 12)), count)
+    model, processor = load_policy(checkpoint, dtype=torch.float32)
+    equal, differences = dict.fromkeys(policies, 0), {name: [] for name in policies}
+    for image, state in zip(seen["images"], seen["states"], strict=True):
+        output = model.generate(
+            **processor(images=image, state=state), return_dict_in_generate=True, output_scores=True
+        )
+        expected, actions = processor.report(output, state), processor.post_process_actions(output)
+        for name, policy in policies.items():
+            found = policy.report(image, None, state)
+            equal[name] += np.array_equal(found["actions"], actions)
+            differences[name].append(abs(found["log_probability"] - expected["log_probability"])[0])
+    figures = {}
+    for name in policies:
+        figures[f"{name}: chunks of {count} that are PyTorch's"] = equal[name]
+        figures[f"{name}: largest difference of the mean log-probability"] = max(differences[name])
+    return figures
+
+
+def installed_megabytes(*names: str) -> float:
+    """Size of packages and of all that they need, as installed here."""
+    found, waiting = {}, list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            continue  # optional on this platform
+        found[name] = sum(os.path.getsize(f.locate()) for f in package.files or () if f.locate().is_file())
+        requirements = map(Requirement, package.requires or ())
+        waiting += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return sum(found.values()) / 1e6
+
+
+def measure_start(code: str) -> tuple[float, float]:
+    """Seconds to a first chunk and megabytes of memory of a new process; the second of two, with files cached."""
+    for _ in range(2):
+        printed = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return tuple(json.loads(printed.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
+    parser.add_argument("--shapes", choices=("tiny", "256M"), default="tiny")
+    parser.add_argument("--observations", type=int, default=1000, help="that chunks are compared on")
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        checkpoint = args.checkpoint
+        if args.shapes == "256M":
+            make_checkpoint_256m(Path(checkpoint := str(Path(temporary, "checkpoint"))))
+        folders = {weights: Path(temporary, weights) for weights in WEIGHTS}
+        for weights, folder in folders.items():
+            export_policy(checkpoint, folder, weights)
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            figures[f"folder, {weights}: MB"] = size / 1e6
+        kinds = [(backend, weights) for backend in BACKENDS for weights in WEIGHTS]
+        model, processor = load_policy(checkpoint, dtype=torch.float32)
+        side = processor.image_processor.max_image_size["longest_edge"]
+        image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        state, task = np.mean(processor.normalizer.state_bounds, axis=0), processor.default_task
+        models = {"PyTorch, float32": model}
+        if args.shapes == "256M":
+            half, _ = load_policy(checkpoint, dtype=torch.bfloat16)
+            models |= {"PyTorch, bf16": half}
+            if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+                models |= {"PyTorch, bf16, pack()": load_policy(checkpoint, dtype=torch.bfloat16)[0].pack()}
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            predicts = {name: torch_predict(one, processor) for name, one in models.items()}
+            predicts |= {
+                f"{backend}, {weights}": DeployedPolicy(folders[weights], backend, threads).predict
+                for backend, weights in kinds
+            }
+            times = seconds(*[lambda p=p: p(image, task, state) for p in predicts.values()], repeats=args.rounds)
+            for name, found in zip(predicts, times, strict=True):
+                figures[f"{name}, threads {threads}: ms a chunk"] = found * 1e3
+                figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / found
+        del predicts
+        if args.shapes == "tiny":
+            policies = {f"{b}, {w}": DeployedPolicy(folders[w], b, 1) for b, w in kinds}
+            torch.set_num_threads(1)
+            figures |= count_equal(checkpoint, policies, args.observations)
+        names = {"side": side, "state_dim": len(state)}
+        starts = {"PyTorch, float32": (LOAD_TORCH.format(folder=checkpoint), PREDICT_TORCH.format(task=task))}
+        for backend, weights in kinds:
+            load = LOAD_DEPLOYED.format(folder=str(folders[weights]), backend=backend)
+            starts[f"{backend}, {weights}"] = load, PREDICT_DEPLOYED.format(task=task)
+        for name, (load, predict) in starts.items():
+            start, memory = measure_start(START.format(load=load, predict=predict, **names))
+            figures[f"{name}: s from start to the first chunk"] = start
+            figures[f"{name}: MB of memory"] = memory
+    figures["installed, PyTorch and Transformers: MB"] = installed_megabytes(
+        "torch", "transformers", "scipy", "pillow"
+    )
+    for backend in BACKENDS:
+        figures[f"installed, {backend}: MB"] = installed_megabytes(backend, "tokenizers", "numpy", "pillow")
+    machine = describe_machine() | {name: version(name) for name in BACKENDS} | {"rounds": args.rounds}
+    name = "deployment" if args.shapes == "tiny" else "deployment_256m"
+    write_table(RESULTS / name, machine, {name: float(value) for name, value in figures.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""FAST strings without a model: which token may follow, and the numbers that a whole string stands for.
+
+Needs NumPy alone: the processor, `generate()` and a deployed policy (`runtime_smolandfast.py`) all read strings here.
+"""
+
+import numpy as np
+
+# A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
+# 15, which no normalizer or pre-tokenizer touches.
+FIRST_SYMBOL = 0xF0000
+MAX_SYMBOLS = 0xFFFE
+# The official FAST+ tokenizer writes it as chr(c - min_coefficient); code points from 0xD800 on are surrogates, which
+# UTF-8 cannot hold.
+MAX_CODE_POINT = 0xD7FF
+
+# Inside a character: what the next byte may be, as (first, last, next state). State 0 stands between characters.
+# Unicode standard, table 3-7, limited to code points up to MAX_CODE_POINT.
+UTF8_STATES = (
+    ((0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 3), (0xE1, 0xEC, 2), (0xED, 0xED, 4)),
+    ((0x80, 0xBF, 0),),
+    ((0x80, 0xBF, 1),),
+    ((0xA0, 0xBF, 1),),
+    ((0x80, 0x9F, 1),),
+)
+INVALID = -1
+
+
+def grammar_tables(
+    num_coefficients: int, token_lengths: list[int] | None, token_bytes: list[str | None] | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The automaton that recognises the strings of one chunk.
+
+    Args:
+        num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
+        token_lengths: `fast_token_lengths` of the configuration, or None.
+        token_bytes: `fast_token_bytes` of the configuration, where there are no lengths: a token may begin or end
+            inside a character, so the automaton of well-formed UTF-8 runs along.
+
+    Returns:
+        `started` `(num_action_tokens,)`, the coefficients that begin inside each token; `next_state`
+        `(num_states, num_action_tokens)`, the state after a token, -1 where it must not follow; and a number of tokens
+        that no string exceeds.
+
+    Raises:
+        ValueError: Not every chunk can be written with these tokens.
+    """
+    if token_lengths is not None:
+        started = np.array(token_lengths, dtype=np.int64)
+        next_state, max_new_tokens = np.zeros((1, len(started)), dtype=np.int64), num_coefficients
+    else:
+        too_long = b"\0" * (num_coefficients + 1)
+        tokens = [too_long if token is None else bytes.fromhex(token) for token in token_bytes]
+        if not {bytes([byte]) for byte in range(256)} <= set(tokens):
+            raise ValueError("fast_token_bytes lacks single bytes, so not every chunk can be written.")
+        started = np.array([sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens], dtype=np.int64)
+        next_state = np.array([[_read_bytes(state, token) for token in tokens] for state in range(len(UTF8_STATES))])
+        max_new_tokens = 3 * num_coefficients  # bytes of the longest symbols
+    if not (started == 1).any():
+        raise ValueError("No action token stands for a single coefficient, so not every chunk can be written.")
+    return started, next_state, max_new_tokens
+
+
+def _read_bytes(state: int, token: bytes) -> int:
+    for byte in token:
+        state = next((after for first, last, after in UTF8_STATES[state] if first <= byte <= last), INVALID)
+        if state == INVALID:
+            break
+    return state
+
+
+def read_coefficients(string: bytes, first_symbol: int, min_coefficient: int, errors: str = "strict") -> np.ndarray:
+    """The integers that the bytes of a string's tokens stand for, `(n,)`; raises `UnicodeDecodeError`."""
+    symbols = np.frombuffer(string.decode(errors=errors).encode("utf-32-le"), dtype="<u4").astype(np.int64)
+    return symbols - first_symbol + min_coefficient
+
+
+def inverse_dct(coefficients: np.ndarray) -> np.ndarray:
+    """The orthonormal DCT-III over time: `(B, H, D) -> (B, H, D)` float64.
+
+    A sum over frequencies in their order: the same bits whatever the batch and whatever multiplies matrices here.
+    """
+    horizon = coefficients.shape[1]
+    times = (2 * np.arange(horizon) + 1) * np.pi / (2 * horizon)
+    actions = np.repeat(coefficients[:, :1] * np.sqrt(1 / horizon), horizon, axis=1)
+    for frequency in range(1, horizon):
+        wave = np.sqrt(2 / horizon) * np.cos(frequency * times)
+        actions += coefficients[:, frequency, None] * wave[:, None]
+    return actions

@@ -1,0 +1,241 @@
+"""A deployed policy: ONNX graphs, tokenizers and statistics in one folder, without PyTorch and Transformers.
+
+`examples/export_policy.py` writes the folder, this file and what it imports included. It needs onnxruntime (or
+OpenVINO), tokenizers, NumPy and Pillow. Observations are read, and refused, by the code that the processor uses;
+action strings are written under the grammar that `generate()` uses, so here too each is a whole chunk, whatever the
+weights.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from .checks_smolandfast import check_whole, naming_errors
+from .files_smolandfast import SUMS, check_checksums, read_checksums, read_json
+from .normalization_smolandfast import Normalizer
+from .prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
+from .strings_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
+
+logger = logging.getLogger("smolandfast")
+
+FORMAT = 1  # of the folder
+POLICY, VISION, DECODER, EMBEDDINGS, TOKENIZER = FILES = (
+    "policy.json",
+    "vision.onnx",
+    "decoder.onnx",
+    "embeddings.npy",
+    "tokenizer.json",
+)
+AGAIN = "Export the policy again."
+
+
+class DeployedPolicy:
+    """Predicts action chunks, greedily, as `generate()` of the policy that was exported does.
+
+    Args:
+        folder: What `examples/export_policy.py` wrote.
+        backend: `"onnxruntime"` or `"openvino"`.
+        num_threads: Threads that compute; by default the backend's own choice, all cores.
+        device: OpenVINO's device (`"CPU"`, `"GPU"`, `"NPU"`), or an execution provider of onnxruntime such as
+            `"CUDAExecutionProvider"` or `"TensorrtExecutionProvider"`; by default the processor.
+
+    Attributes:
+        chunk_size, n_action_steps, action_dim, state_dim: As in the configuration of the policy.
+        training_tasks: The sentences that it was trained on. Told another one, it warns once.
+
+    Raises:
+        OSError: Files that are missing, damaged, or not those that were exported together.
+        ValueError: A folder of another kind, or parts that do not fit together.
+        ImportError: The backend is not installed.
+    """
+
+    _has_warned = False
+
+    def __init__(
+        self,
+        folder: str | Path,
+        backend: str = "onnxruntime",
+        num_threads: int | None = None,
+        device: str | None = None,
+    ):
+        if backend not in list(BACKENDS):
+            raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
+        if num_threads is not None:
+            check_whole(num_threads, "num_threads")
+        folder = Path(folder)
+        if not (folder / POLICY).is_file():
+            raise OSError(f"{folder} has no {POLICY}: it is no deployed policy. Make one with export_policy.py.")
+        unlisted = set(FILES) - set(read_checksums(folder / SUMS))
+        if unlisted:
+            raise OSError(f"{folder / SUMS} does not list {sorted(unlisted)[0]}. {AGAIN}")
+        check_checksums(folder)
+        about = read_json(folder / POLICY, AGAIN)
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{folder} has format {about.get('format')!r}, this code reads {FORMAT}. {AGAIN}")
+        with naming_errors(folder, AGAIN, passing=(ImportError,)):
+            self._read(about)
+            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+            self._embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+            load = BACKENDS[backend]
+            self._vision, self._decoder = (load(folder / name, num_threads, device) for name in (VISION, DECODER))
+            # A first chunk: what does not fit together shows here, and a backend that compiles has done so.
+            task = (self.training_tasks or ["Do nothing."])[0]
+            self.predict(np.zeros((*self._image_size, 3), dtype=np.uint8), task, np.zeros(self.state_dim))
+
+    def _read(self, about: dict[str, Any]) -> None:
+        names = ("n_action_steps", "default_task", "training_tasks")
+        self.n_action_steps, self.default_task, self.training_tasks = (about[name] for name in names)
+        self.normalizer = Normalizer(**about["normalizer"])
+        self.state_dim, self.action_dim = self.normalizer.state_dim, self.normalizer.action_dim
+        self._prompt, self._cache_shape = about["prompt"], about["cache"]
+        pixels = about["pixels"]
+        self._image_size, self._resample = (pixels["side"],) * 2, Image.Resampling(pixels["resample"])
+        values = (np.arange(256) * pixels["rescale_factor"]).astype(np.float32)
+        mean, std = (np.float32(pixels[name])[:, None] for name in ("mean", "std"))
+        self._pixel_table = (values - mean) / std  # (3, 256): what each value of a channel becomes
+        tokens = about["actions"]
+        self.chunk_size, self._scale, self._base_id = (tokens[name] for name in ("chunk_size", "scale", "base_id"))
+        self._symbols = tokens["first_symbol"], tokens["min_coefficient"]
+        self._token_bytes = [None if token is None else bytes.fromhex(token) for token in tokens["token_bytes"]]
+        self._num_coefficients = self.chunk_size * self.action_dim
+        self._started, self._next_state, _ = grammar_tables(
+            self._num_coefficients, tokens["token_lengths"], None if tokens["token_lengths"] else tokens["token_bytes"]
+        )
+
+    def predict(self, images, text: str | list[str] | None = None, state=None) -> np.ndarray:
+        """Predict a chunk for one observation or a batch, one after the other.
+
+        Args:
+            images: One sample: an RGB image (PIL or NumPy, `(H, W, 3)` or `(3, H, W)`, uint8 or floats in [0, 1]; any
+                size), or a list with one of each camera. A batch: a list with one entry a sample, or an array
+                `(batch, ...)` for one camera.
+            text: The task, one sentence or one a sample. `None` or empty: the policy's default task.
+            state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
+
+        Returns:
+            `(batch, chunk_size, action_dim)` float32 in the robot's units, inside the demonstrations' range. Execute
+            the first `n_action_steps` of a chunk, then look again.
+
+        Raises:
+            ValueError: Input that is missing, of the wrong shape or kind, or not finite; scores that are not finite.
+        """
+        return self.report(images, text, state)["actions"]
+
+    def report(self, images, text: str | list[str] | None = None, state=None) -> dict[str, np.ndarray]:
+        """[`predict`], and how far each chunk can be trusted, so that a controller can stop the arm.
+
+        Returns:
+            `actions`, as `predict` returns them, and what [`SmolAndFastProcessor.report`] says, each `(batch,)`:
+            `log_probability`, the mean over the chunk's tokens, each among those that could follow; `clipped_actions`,
+            how many of its values were outside the demonstrations' range; `clamped_states`, how many of the state's
+            were.
+        """
+        images, tasks, state = read_observations(images, text, state, self.default_task)
+        bins = self.normalizer.state_bins(state)
+        warning = warning_of_new_tasks(tasks, self.training_tasks)
+        if warning and not self._has_warned:
+            self._has_warned = True
+            logger.warning(warning)
+        prompts = [self._write_prompt(*sample) for sample in zip(images, tasks, bins, strict=True)]
+        written = [self._write(ids, sample) for ids, sample in zip(prompts, images, strict=True)]
+        chunks = inverse_dct(np.stack([coefficients for coefficients, _ in written]) / self._scale)
+        reference = bins if self.normalizer.use_relative_actions else None
+        return {
+            "actions": self.normalizer.unnormalize_actions(chunks, reference),
+            "log_probability": np.array([log_probability for _, log_probability in written]),
+            "clipped_actions": self.normalizer.count_clipped_actions(chunks, reference),
+            "clamped_states": self.normalizer.count_clamped_states(state),
+        }
+
+    def _write_prompt(self, images: list[np.ndarray], task: str, bins: np.ndarray) -> np.ndarray:
+        around = self._prompt["around"].get(str(len(images)))
+        if around is None:
+            raise ValueError(f"Got {len(images)} images a sample, expected at most {len(self._prompt['around'])}.")
+        text = write_prompt(around[0], task, bins.tolist(), around[1], self._prompt["special_tokens"])
+        return np.array(self._tokenizer.encode(text).ids)
+
+    def _write(self, ids: np.ndarray, images: list[np.ndarray]) -> tuple[np.ndarray, float]:
+        """Coefficients of one chunk `(chunk_size, action_dim)`, and its tokens' mean log-probability."""
+        embeds = self._embeddings[ids]
+        is_visual = ids == self._prompt["image_token_id"]
+        embeds[is_visual] = np.concatenate([self._vision({"pixel_values": self._pixels(x)})[0][0] for x in images])
+        layers, heads, head_dim = self._cache_shape
+        cache = [np.zeros((1, heads, 0, head_dim), dtype=np.float32)] * (2 * layers)
+        left, state, string, total, length, count = self._num_coefficients, 0, b"", 0.0, 0, 0
+        while left > 0 or state != 0:
+            scores, *cache = self._decoder(self._decoder_inputs(embeds, length, cache))
+            length += len(embeds)
+            # The scores are in the vocabulary's order, the last token first.
+            allowed = (self._next_state[state] != INVALID) & (self._started <= left)
+            scores = np.where(allowed[::-1], scores[0], -np.inf)
+            best = int(scores.argmax())
+            if not np.isfinite(scores[best]):
+                raise ValueError(
+                    f"The model's scores for the action tokens are {scores[best]}: no action can be chosen. {AGAIN}"
+                )
+            total -= math.log(np.exp((scores - scores[best]).astype(np.float64)).sum())
+            token = len(scores) - 1 - best
+            left, state = left - int(self._started[token]), int(self._next_state[state, token])
+            string, count = string + self._token_bytes[token], count + 1
+            embeds = self._embeddings[[self._base_id - token]]
+        coefficients = read_coefficients(string, *self._symbols)
+        return coefficients.reshape(self.chunk_size, self.action_dim), total / count
+
+    def _pixels(self, image: np.ndarray) -> np.ndarray:
+        image = np.asarray(Image.fromarray(image).resize(self._image_size, self._resample))
+        return self._pixel_table[np.arange(3)[:, None, None], image.transpose(2, 0, 1)][None]
+
+    def _decoder_inputs(self, embeds: np.ndarray, length: int, cache: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """`embeds` of new tokens `(new, hidden_size)` behind `length` tokens that the cache holds."""
+        positions = np.arange(length, length + len(embeds))
+        is_later = np.arange(length + len(embeds)) > positions[:, None]
+        inputs = {
+            "inputs_embeds": embeds[None],
+            "position_ids": positions[None],
+            "attention_mask": np.where(is_later, np.finfo(np.float32).min, np.float32(0))[None, None],
+        }
+        return inputs | {f"past_{i}": values for i, values in enumerate(cache)}
+
+
+class _OnnxRuntime:
+    """A graph that onnxruntime runs: inputs by name to a list of outputs."""
+
+    def __init__(self, path: Path, num_threads: int | None, device: str | None):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads or 0
+        options.log_severity_level = 3
+        providers = [device or "CPUExecutionProvider"]
+        if providers[0] not in onnxruntime.get_available_providers():
+            raise ValueError(f"device is {device!r}, expected one of {onnxruntime.get_available_providers()}.")
+        self.session = onnxruntime.InferenceSession(path, options, providers=providers)
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self.session.run(None, inputs)
+
+
+class _OpenVino:
+    """A graph that OpenVINO runs, on a processor in float32: inputs by name to a list of outputs."""
+
+    def __init__(self, path: Path, num_threads: int | None, device: str | None):
+        import openvino
+
+        device = device or "CPU"
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if device == "CPU":
+            options["INFERENCE_PRECISION_HINT"] = "f32"  # otherwise bf16, where the processor has it
+            options |= {} if num_threads is None else {"INFERENCE_NUM_THREADS": num_threads}
+        self.request = openvino.Core().compile_model(path, device, options).create_infer_request()
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self.request.infer(inputs, share_inputs=True)
+        return [tensor.data.copy() for tensor in self.request.output_tensors]
+
+
+BACKENDS = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino}

@@ -1,0 +1,313 @@
+"""A deployed policy predicts what its checkpoint predicts, refuses what its processor refuses, without PyTorch."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from conftest import CHUNK_SIZE, TASK, make_processor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_fuzz import fuzz, junk, odd_arrays, odd_images
+
+from smolandfast import SmolAndFastProcessor, compute_statistics, runtime_smolandfast
+from smolandfast.files_smolandfast import SUMS, write_checksums
+from smolandfast.runtime_smolandfast import DECODER, FILES, POLICY, VISION, DeployedPolicy
+from smolandfast.training import make_tiny_model, make_tiny_processor
+
+export_policy = pytest.importorskip("export_policy", reason='the exporter needs pip install -e ".[deployment]"')
+BACKENDS = ["onnxruntime", "openvino"]
+ROOT = Path(__file__).parents[1]
+
+
+def make_checkpoint(folder: Path, processor: SmolAndFastProcessor) -> Path:
+    """A policy of one layer in each tower, which has preferences."""
+    torch.manual_seed(0)
+    model = make_tiny_model(processor, n_action_steps=4)
+    for tower in (model.model.text_model, model.model.vision_model.encoder):
+        del tower.layers[1:]
+    for part in (model.config.text_config, model.config.vision_config):
+        part.num_hidden_layers = 1
+    model.lm_head.weight.data *= 20
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(demonstrations, tmp_path_factory) -> Path:
+    processor = make_processor(demonstrations, use_relative_actions=True)
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "policy", processor)
+
+
+@pytest.fixture(scope="module")
+def deployed(checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("deployed") / "policy"
+    num_equal, difference = export_policy.export_policy(checkpoint, folder)
+    assert num_equal == export_policy.NUM_OBSERVATIONS and difference < 1e-5
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock(checkpoint):
+    return evaluate.load_policy(checkpoint, dtype=torch.float32)
+
+
+def observations():
+    """One camera and two, images of several sizes and kinds, one sample and many."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((96, 96, 3), (50, 120, 3), (3, 200, 130))]
+    states = rng.uniform(50, 450, (3, 2))
+    for picture, state in zip(pictures, states, strict=True):
+        yield {"images": picture, "text": TASK, "state": state}
+    yield {"images": pictures, "text": [TASK, "Do something else.", ""], "state": states}
+    yield {"images": [[pictures[0], pictures[1]]], "text": None, "state": states[:1]}
+    yield {"images": Image.fromarray(pictures[1]), "state": states[0].astype(np.float32)}
+    yield {"images": (pictures[0] / 255).astype(np.float32), "state": states[0].tolist()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_and_reports_are_those_of_the_checkpoint(deployed, stock, backend):
+    pytest.importorskip(backend)
+    check_equal(DeployedPolicy(deployed, backend), *stock)
+
+
+def test_chunks_of_fast_plus_are_too(fast_plus, demonstrations, tmp_path):
+    """Its tokens may end inside a character, and hold more coefficients than a chunk has."""
+    statistics = compute_statistics(*demonstrations)
+    processor = make_tiny_processor(fast_plus, statistics, TASK, chunk_size=CHUNK_SIZE)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", processor)
+    export_policy.export_policy(checkpoint, tmp_path / "policy")
+    check_equal(DeployedPolicy(tmp_path / "policy"), *evaluate.load_policy(checkpoint, dtype=torch.float32))
+
+
+def check_equal(policy, model, processor):
+    for observation in observations():
+        output = model.generate(**processor(**observation), return_dict_in_generate=True, output_scores=True)
+        found, expected = policy.report(**observation), processor.report(output, observation["state"])
+        np.testing.assert_array_equal(found["actions"], processor.post_process_actions(output))
+        np.testing.assert_array_equal(policy.predict(**observation), found["actions"])
+        np.testing.assert_allclose(found["log_probability"], expected["log_probability"], atol=1e-4)
+        for name in ("clipped_actions", "clamped_states"):
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_what_the_model_config_says_is_there(deployed, stock):
+    policy, config = DeployedPolicy(deployed), stock[0].config
+    assert (policy.chunk_size, policy.n_action_steps, policy.action_dim) == (config.chunk_size, 4, config.action_dim)
+    assert policy.state_dim == 2 and policy.training_tasks == stock[1].training_tasks
+
+
+def outcome(call, *args, **kwargs):
+    """What a call returns, or the words that it is refused with."""
+    try:
+        return call(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+
+
+@fuzz
+@given(data=st.data())
+def test_any_observation_is_refused_with_the_words_of_the_processor_or_taken(deployed, stock, data):
+    model, processor = stock
+    observation = {"images": np.zeros((96, 96, 3), np.uint8), "text": TASK, "state": np.array([200.0, 300.0])}
+    name = data.draw(st.sampled_from(sorted(observation)))
+    value = data.draw({"images": odd_images, "text": junk | st.text()}.get(name, odd_arrays | junk))
+    observation |= {name: value}
+    inputs = outcome(processor, **observation)
+    found = outcome(DeployedPolicy.predict, POLICIES.setdefault(deployed, DeployedPolicy(deployed)), **observation)
+    if isinstance(inputs, str):
+        assert found == inputs
+    elif not isinstance(found, str):
+        np.testing.assert_array_equal(found, processor.post_process_actions(model.generate(**inputs)))
+    else:
+        assert "images a sample" in found  # a processor takes any number of cameras
+
+
+POLICIES: dict[Path, DeployedPolicy] = {}
+
+
+@settings(fuzz, max_examples=50)
+@given(seed=st.integers(0, 2**32 - 1), sharpness=st.sampled_from([0.0, 1.0, 1e30]))
+def test_any_scores_are_written_as_a_whole_chunk(deployed, seed, sharpness):
+    policy, rng = POLICIES.setdefault(deployed, DeployedPolicy(deployed)), np.random.default_rng(seed)
+    decoder = policy._decoder
+
+    def play_dice(inputs):
+        scores, *cache = decoder(inputs)
+        return [rng.normal(0, 1, scores.shape) * sharpness, *cache]
+
+    policy._decoder = play_dice
+    try:
+        found = policy.report(np.zeros((96, 96, 3), np.uint8), TASK, [200.0, 300.0])
+    finally:
+        policy._decoder = decoder
+    low, high = policy.normalizer.action_limits
+    assert found["actions"].shape == (1, policy.chunk_size, policy.action_dim)
+    assert (found["actions"] >= low.astype(np.float32)).all() and (found["actions"] <= high.astype(np.float32)).all()
+    assert np.isfinite(found["log_probability"]).all() and (found["log_probability"] <= 0).all()
+
+
+def test_scores_that_are_not_finite_are_refused(deployed):
+    policy = DeployedPolicy(deployed)
+    decoder = policy._decoder
+    policy._decoder = lambda inputs: [np.full_like(decoder(inputs)[0], np.nan), *decoder(inputs)[1:]]
+    with pytest.raises(ValueError, match="no action can be chosen"):
+        policy.predict(np.zeros((96, 96, 3), np.uint8), TASK, [200.0, 300.0])
+
+
+def test_a_new_sentence_is_warned_of_once(deployed, caplog):
+    policy = DeployedPolicy(deployed)
+    with caplog.at_level(logging.WARNING, "smolandfast"):
+        for _ in range(2):
+            policy.predict(np.zeros((96, 96, 3), np.uint8), "Fetch tea.", [200.0, 300.0])
+    assert [("Fetch tea." in message, TASK in message) for message in caplog.messages] == [(True, True)]
+
+
+WITHOUT_PYTORCH = """
+import sys
+for name in ("torch", "transformers", "scipy", "huggingface_hub", "safetensors", "onnx", "smolandfast"):
+    sys.modules[name] = None
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from smolandfast_runtime import DeployedPolicy
+
+policy = DeployedPolicy(sys.argv[1], num_threads=1)
+np.save(sys.argv[2], policy.predict(np.zeros((96, 96, 3), np.uint8), state=[200.0, 300.0]))
+"""
+
+
+def test_the_folder_runs_by_itself(deployed, stock, tmp_path):
+    folder = shutil.copytree(deployed, tmp_path / "elsewhere")
+    command = [sys.executable, "-c", WITHOUT_PYTORCH, folder, tmp_path / "chunk.npy"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    model, processor = stock
+    expected = model.generate(**processor(np.zeros((96, 96, 3), np.uint8), None, [200.0, 300.0]))
+    np.testing.assert_array_equal(np.load(tmp_path / "chunk.npy"), processor.post_process_actions(expected))
+
+
+def test_the_code_that_travels_is_all_that_it_imports(deployed):
+    for path in (deployed / "smolandfast_runtime").glob("*_smolandfast.py"):
+        assert path.read_bytes() == (ROOT / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_or_missing_file_is_refused(deployed, tmp_path, name):
+    folder = shutil.copytree(deployed, tmp_path / "damaged")
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(OSError, match=name):
+        DeployedPolicy(folder)
+    (folder / name).unlink()
+    with pytest.raises(OSError, match=name):
+        DeployedPolicy(folder)
+
+
+def test_a_folder_without_checksums_or_of_another_kind_is_refused(deployed, checkpoint, tmp_path):
+    folder = shutil.copytree(deployed, tmp_path / "damaged")
+    lines = (folder / SUMS).read_text().splitlines(keepends=True)
+    (folder / SUMS).write_text("".join(line for line in lines if VISION not in line))
+    with pytest.raises(OSError, match=f"does not list {VISION}"):
+        DeployedPolicy(folder)
+    (folder / SUMS).unlink()
+    with pytest.raises(OSError, match=SUMS):
+        DeployedPolicy(folder)
+    with pytest.raises(OSError, match="it is no deployed policy"):
+        DeployedPolicy(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": 2}, "has format 2, this code reads 1"),
+        ({"cache": [1, 4, 32]}, "cannot be used"),
+        ({"actions": {}}, "cannot be used: KeyError"),
+        ({"normalizer": {"statistics": {}}}, "cannot be used: ValueError: statistics has no"),
+        (
+            {"pixels": {"side": 64, "resample": 1, "rescale_factor": 1 / 255, "mean": [0.5] * 3, "std": [0.5] * 3}},
+            "used",
+        ),
+    ],
+    ids=["format", "cache", "actions", "statistics", "image size"],
+)
+def test_parts_that_do_not_fit_together_are_refused(deployed, tmp_path, changes, words):
+    folder = shutil.copytree(deployed, tmp_path / "changed")
+    about = json.loads((folder / POLICY).read_text()) | changes
+    (folder / POLICY).write_text(json.dumps(about))
+    write_checksums(folder, FILES)
+    with pytest.raises(ValueError, match=words):
+        DeployedPolicy(folder)
+
+
+def test_a_graph_that_is_none_is_refused(deployed, tmp_path):
+    folder = shutil.copytree(deployed, tmp_path / "changed")
+    (folder / DECODER).write_bytes(b"no graph")
+    write_checksums(folder, FILES)
+    for backend in BACKENDS:
+        pytest.importorskip(backend)
+        with pytest.raises(ValueError, match="cannot be used"):
+            DeployedPolicy(folder, backend)
+
+
+def test_options_that_do_not_exist_are_refused(deployed):
+    with pytest.raises(ValueError, match="backend is 'tensorflow', expected one of onnxruntime, openvino"):
+        DeployedPolicy(deployed, "tensorflow")
+    with pytest.raises(ValueError, match="num_threads is 0"):
+        DeployedPolicy(deployed, num_threads=0)
+    with pytest.raises(ValueError, match="device is 'CUDAExecutionProvider', expected one of"):
+        DeployedPolicy(deployed, device="CUDAExecutionProvider")
+
+
+def test_weights_of_eight_bits_are_nearly_the_same(deployed, checkpoint, stock, tmp_path):
+    export_policy.export_policy(checkpoint, tmp_path / "int8", "int8")
+    assert (tmp_path / "int8" / DECODER).stat().st_size < 0.4 * (deployed / DECODER).stat().st_size
+    policy, exact = DeployedPolicy(tmp_path / "int8"), DeployedPolicy(deployed)
+    for observation in observations():
+        found, expected = policy.report(**observation), exact.report(**observation)
+        assert np.isfinite(found["actions"]).all()
+        np.testing.assert_allclose(found["log_probability"], expected["log_probability"], atol=1)
+
+
+def test_a_policy_that_came_out_different_is_not_left_behind(checkpoint, tmp_path, monkeypatch):
+    before = runtime_smolandfast.DeployedPolicy._pixels
+    monkeypatch.setattr(runtime_smolandfast.DeployedPolicy, "_pixels", lambda self, image: 0.9 * before(self, image))
+    with pytest.raises(ValueError, match="The exported policy is not the same"):
+        export_policy.export_policy(checkpoint, tmp_path / "policy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_policy_that_splits_images_is_refused(checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "splitting")
+    settings_file = folder / "processor_config.json"
+    content = json.loads(settings_file.read_text())
+    content["image_processor"]["do_image_splitting"] = True
+    settings_file.write_text(json.dumps(content))
+    config = json.loads((folder / "config.json").read_text()) | {"processor_fingerprint": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        export_policy.main(["--checkpoint", str(folder), "--output_dir", str(tmp_path / "policy")])
+    assert "splits images" in capsys.readouterr().err and not (tmp_path / "policy").exists()
+
+
+def test_the_simulator_plays_a_deployed_policy(deployed, tmp_path, capsys):
+    pytest.importorskip("gym_pusht")
+    options = ["--episodes", "1", "--record", "0", "--output_dir", str(tmp_path)]
+    evaluate.main(["--checkpoint", str(deployed), *options])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["backend"], metrics["malformed_chunks"], metrics["n_episodes"]) == ("onnxruntime", 0, 1)
+    for wrong in (["--do_sample"], ["--dtype", "bfloat16"]):
+        with pytest.raises(SystemExit):
+            evaluate.main(["--checkpoint", str(deployed), *options, *wrong])
+        assert "a deployed policy, which is greedy" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", str(ROOT / "checkpoints/pusht-tiny"), *options, "--backend", "openvino"])
+    assert "no deployed policy" in capsys.readouterr().err
