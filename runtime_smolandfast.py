@@ -211,6 +211,8 @@ class _OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or 0
         options.log_severity_level = 3
+        # Between two chunks threads sleep, rather than spin and take the processor from the robot's own programs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = [device or "CPUExecutionProvider"]
         if providers[0] not in onnxruntime.get_available_providers():
             raise ValueError(f"device is {device!r}, expected one of {onnxruntime.get_available_providers()}.")

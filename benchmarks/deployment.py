@@ -1,11 +1,12 @@
 """The deployed policy beside PyTorch's: equal chunks, milliseconds, memory, start, size on disk.
 
-    python benchmarks/deployment.py
-    python benchmarks/deployment.py --shapes 256M     # random weights
+    python benchmarks/deployment.py speed
+    python benchmarks/deployment.py speed_256m --rounds 3     # SmolVLM2-256M's shapes, random weights
+    python benchmarks/deployment.py equal
 
 Both sides run in one process, alternating; a figure is the median of its repeats. Nothing else should run on the
 machine meanwhile. Needs `pip install -e ".[examples,deployment]"`; OpenVINO is measured where it is installed. Writes
-`benchmarks/results/deployment.json` and `.md`, or `deployment_256m`.
+`benchmarks/results/deployment_<part>.json` and `.md`.
 """
 
 import argparse
@@ -38,15 +39,16 @@ ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
 WEIGHTS = ("float32", "int8")
 # A process of its own says how long it takes to a first chunk, and how much memory it takes.
-START = """
-import json, resource, sys, time
+START = r"""
+import json, re, sys, time
 start = time.perf_counter()
 import numpy as np
 image, state = np.zeros(({side}, {side}, 3), dtype=np.uint8), np.zeros({state_dim})
 {load}
-loaded = time.perf_counter()
 {predict}
-print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+seconds = time.perf_counter() - start
+peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())  # of this process alone; Linux
+print(json.dumps([seconds, int(peak[1]) / 1000]))
 """
 LOAD_TORCH = """
 import torch
@@ -135,67 +137,67 @@ def measure_start(code: str) -> tuple[float, float]:
     return tuple(json.loads(printed.splitlines()[-1]))
 
 
+def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dict[str, float]:
+    """Milliseconds of a chunk on one and two threads, and what a new process takes to a first one."""
+    kinds = [(backend, weights) for backend in BACKENDS for weights in WEIGHTS]
+    model, processor = load_policy(checkpoint, dtype=torch.float32)
+    side = processor.image_processor.max_image_size["longest_edge"]
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    state, task = np.mean(processor.normalizer.state_bounds, axis=0), processor.default_task
+    half, _ = load_policy(checkpoint, dtype=torch.bfloat16)
+    models = {"PyTorch, float32": model, "PyTorch, bf16": half}
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        models["PyTorch, bf16, pack()"] = load_policy(checkpoint, dtype=torch.bfloat16)[0].pack()
+    figures = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        predicts = {name: torch_predict(one, processor) for name, one in models.items()}
+        predicts |= {f"{b}, {w}": DeployedPolicy(folders[w], b, threads).predict for b, w in kinds}
+        times = seconds(*[lambda p=p: p(image, task, state) for p in predicts.values()], repeats=rounds)
+        for name, found in zip(predicts, times, strict=True):
+            figures[f"{name}, threads {threads}: ms a chunk"] = found * 1e3
+            figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / found
+    del predicts, models, model, half
+    starts = {"PyTorch, float32": (LOAD_TORCH.format(folder=checkpoint), PREDICT_TORCH.format(task=task))}
+    for backend, weights in kinds:
+        load = LOAD_DEPLOYED.format(folder=str(folders[weights]), backend=backend)
+        starts[f"{backend}, {weights}"] = load, PREDICT_DEPLOYED.format(task=task)
+    for name, (load, predict) in starts.items():
+        code = START.format(load=load, predict=predict, side=side, state_dim=len(state))
+        figures[f"{name}: s from start to the first chunk"], figures[f"{name}: MB of memory"] = measure_start(code)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("speed", "speed_256m", "equal"))
     parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
-    parser.add_argument("--shapes", choices=("tiny", "256M"), default="tiny")
     parser.add_argument("--observations", type=int, default=1000, help="that chunks are compared on")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = args.checkpoint
-        if args.shapes == "256M":
+        if args.part == "speed_256m":
             make_checkpoint_256m(Path(checkpoint := str(Path(temporary, "checkpoint"))))
         folders = {weights: Path(temporary, weights) for weights in WEIGHTS}
         for weights, folder in folders.items():
             export_policy(checkpoint, folder, weights)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             figures[f"folder, {weights}: MB"] = size / 1e6
-        kinds = [(backend, weights) for backend in BACKENDS for weights in WEIGHTS]
-        model, processor = load_policy(checkpoint, dtype=torch.float32)
-        side = processor.image_processor.max_image_size["longest_edge"]
-        image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-        state, task = np.mean(processor.normalizer.state_bounds, axis=0), processor.default_task
-        models = {"PyTorch, float32": model}
-        if args.shapes == "256M":
-            half, _ = load_policy(checkpoint, dtype=torch.bfloat16)
-            models |= {"PyTorch, bf16": half}
-            if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-                models |= {"PyTorch, bf16, pack()": load_policy(checkpoint, dtype=torch.bfloat16)[0].pack()}
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            predicts = {name: torch_predict(one, processor) for name, one in models.items()}
-            predicts |= {
-                f"{backend}, {weights}": DeployedPolicy(folders[weights], backend, threads).predict
-                for backend, weights in kinds
-            }
-            times = seconds(*[lambda p=p: p(image, task, state) for p in predicts.values()], repeats=args.rounds)
-            for name, found in zip(predicts, times, strict=True):
-                figures[f"{name}, threads {threads}: ms a chunk"] = found * 1e3
-                figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / found
-        del predicts
-        if args.shapes == "tiny":
-            policies = {f"{b}, {w}": DeployedPolicy(folders[w], b, 1) for b, w in kinds}
+        if args.part == "equal":
             torch.set_num_threads(1)
+            policies = {f"{b}, {w}": DeployedPolicy(folders[w], b, 1) for b in BACKENDS for w in WEIGHTS}
             figures |= count_equal(checkpoint, policies, args.observations)
-        names = {"side": side, "state_dim": len(state)}
-        starts = {"PyTorch, float32": (LOAD_TORCH.format(folder=checkpoint), PREDICT_TORCH.format(task=task))}
-        for backend, weights in kinds:
-            load = LOAD_DEPLOYED.format(folder=str(folders[weights]), backend=backend)
-            starts[f"{backend}, {weights}"] = load, PREDICT_DEPLOYED.format(task=task)
-        for name, (load, predict) in starts.items():
-            start, memory = measure_start(START.format(load=load, predict=predict, **names))
-            figures[f"{name}: s from start to the first chunk"] = start
-            figures[f"{name}: MB of memory"] = memory
-    figures["installed, PyTorch and Transformers: MB"] = installed_megabytes(
-        "torch", "transformers", "scipy", "pillow"
-    )
-    for backend in BACKENDS:
-        figures[f"installed, {backend}: MB"] = installed_megabytes(backend, "tokenizers", "numpy", "pillow")
+        else:
+            figures |= measure_speed(checkpoint, folders, args.rounds)
+            stock = "torch", "transformers", "scipy", "pillow"
+            figures["installed, PyTorch and Transformers: MB"] = installed_megabytes(*stock)
+            for backend in BACKENDS:
+                figures[f"installed, {backend}: MB"] = installed_megabytes(backend, "tokenizers", "numpy", "pillow")
     machine = describe_machine() | {name: version(name) for name in BACKENDS} | {"rounds": args.rounds}
-    name = "deployment" if args.shapes == "tiny" else "deployment_256m"
-    write_table(RESULTS / name, machine, {name: float(value) for name, value in figures.items()})
+    results = {name: float(value) for name, value in figures.items()}
+    write_table(RESULTS / f"deployment_{args.part}", machine, results)
 
 
 if __name__ == "__main__":

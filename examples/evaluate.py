@@ -38,6 +38,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
 from smolandfast.files_smolandfast import written_whole
+from smolandfast.loop_smolandfast import STRATEGIES
 from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
 
 
@@ -229,13 +230,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each chunk (the checkpoint's own)")
     parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, help="of sampling (1.0)")
+    parser.add_argument("--delay", type=int, default=0, help="steps that the world goes on while a chunk is predicted")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="switch", help="what is executed meanwhile")
     parser.add_argument("--record", type=int, default=6, help="first episodes of each task to film, 0 for none (6)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/eval"))
     parser.add_argument("--backend", choices=sorted(BACKENDS), help="what runs a deployed policy (onnxruntime)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    check_counts(parser, args, episodes=1, num_envs=1, num_processes=1, n_action_steps=1, seed=0, record=0)
+    check_counts(parser, args, episodes=1, num_envs=1, num_processes=1, n_action_steps=1, seed=0, record=0, delay=0)
     if args.temperature is not None and not (args.do_sample and 0 < args.temperature < float("inf")):
         parser.error(f"--temperature is {args.temperature}. Give a positive number, and --do_sample with it.")
     try:
@@ -283,6 +286,8 @@ def main(argv: list[str] | None = None) -> None:
         "n_action_steps": n_action_steps,
         "num_envs": args.num_envs,
         "record": args.record,
+        "delay": args.delay,
+        "strategy": args.strategy,
     }
     tasks = args.tasks or list(benchmark.tasks)
     if args.num_processes == 1:
@@ -298,6 +303,10 @@ def main(argv: list[str] | None = None) -> None:
         "num_processes": args.num_processes,
         "num_threads": torch.get_num_threads() if args.num_processes == 1 else 1,
         **sampling,
+        "delay": args.delay,
+        "strategy": args.strategy,
+        "mean_jump": float(result.jumps.mean()),
+        "jump_95": float(np.quantile(result.jumps, 0.95)),
         "versions": installed_versions(benchmark),
         **result.metrics(),
     }

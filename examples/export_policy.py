@@ -37,8 +37,12 @@ from smolandfast.runtime_smolandfast import (
     DeployedPolicy,
 )
 
+logging.getLogger().setLevel(logging.WARNING)  # importing the quantizer has made every library tell all it does
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators that are not used
 ROOT = Path(__file__).resolve().parents[1]
-CODE = [f"{name}_smolandfast.py" for name in ("checks", "files", "normalization", "prompt", "runtime", "strings")]
+CODE = [
+    f"{name}_smolandfast.py" for name in ("checks", "files", "loop", "normalization", "prompt", "runtime", "strings")
+]
 OPSET = 23  # the first with attention, rotary embeddings and RMS norms as operators
 MAX_IMAGES = 8  # of one observation
 NUM_OBSERVATIONS = 8  # that the two policies are compared on
@@ -60,6 +64,11 @@ print(actions.shape)  # (1, {chunk_size}, {action_dim})
 
 Execute the first {n_action_steps} actions, then look again. `policy.report` also says how far to trust them.
 Weights: {weights}. {comparison}.
+"""
+INIT = """from .loop_smolandfast import ControlLoop
+from .runtime_smolandfast import DeployedPolicy
+
+__all__ = ["ControlLoop", "DeployedPolicy"]
 """
 PYPROJECT = """[build-system]
 requires = ["setuptools>=77.0.1"]
@@ -145,7 +154,6 @@ def export_graphs(model: Any, processor: Any, folder: Path) -> None:
     vision, pixels = Vision(model, side).eval(), (torch.zeros(1, 3, side, side),)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
             vision, pixels, folder / VISION, input_names=["pixel_values"], output_names=["features"], **options
         )
@@ -214,7 +222,6 @@ def quantize(folder: Path) -> None:
 
     The vision tower stays: most of its time is not for reading weights, and rounding it changes more chunks.
     """
-    logging.getLogger("onnxruntime.quantization").setLevel(logging.ERROR)
     options = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4, bits=8)
     quantizer = MatMulNBitsQuantizer(onnx.load(folder / DECODER), algo_config=options)
     quantizer.process()
@@ -260,9 +267,7 @@ def export_policy(checkpoint: str | Path, output_dir: Path, weights: str = "floa
         package.mkdir()
         for name in CODE:
             shutil.copyfile(ROOT / name, package / name)
-        (package / "__init__.py").write_text(
-            'from .runtime_smolandfast import DeployedPolicy\n\n__all__ = ["DeployedPolicy"]\n', encoding="utf-8"
-        )
+        (package / "__init__.py").write_text(INIT, encoding="utf-8")
         (folder / "pyproject.toml").write_text(PYPROJECT.format(format=FORMAT), encoding="utf-8")
         num_equal, difference = compare(DeployedPolicy(folder), model, processor)
         comparison = f"{num_equal} of {NUM_OBSERVATIONS} made-up chunks are those of the checkpoint in float32"

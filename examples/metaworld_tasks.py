@@ -249,6 +249,11 @@ def simplified(model: mujoco.MjModel) -> mujoco.MjModel:
     return model
 
 
+def hold(state: np.ndarray, last_action: np.ndarray | None) -> np.ndarray:
+    """The action that stands still: actions are velocities, and the gripper's force."""
+    return np.array([0, 0, 0, 0 if last_action is None else last_action[3]], dtype=np.float32)
+
+
 BENCHMARK = Benchmark(
     name="metaworld",
     repo_id="lerobot/metaworld_mt50",
@@ -275,4 +280,5 @@ BENCHMARK = Benchmark(
     shift=shift_observation,
     wordings={TASKS[task]: wordings for task, wordings in OTHER_WORDINGS.items()},
     film_every=4,
+    hold=hold,
 )

@@ -68,6 +68,11 @@ class PushTScene:
         return self._info["block_pose"]
 
 
+def hold(state: np.ndarray, last_action: np.ndarray | None) -> np.ndarray:
+    """The action that stands still: actions are positions."""
+    return state if last_action is None else last_action
+
+
 BENCHMARK = Benchmark(
     name="pusht",
     repo_id="lerobot/pusht",
@@ -99,4 +104,5 @@ BENCHMARK = Benchmark(
     packages=("gymnasium", "gym_pusht", "pymunk"),
     wordings={TASK: WORDINGS},
     max_reward=1.0,
+    hold=hold,
 )

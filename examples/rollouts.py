@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from smolandfast.loop_smolandfast import Schedule
+
 MODULES = {"pusht": "pusht", "metaworld": "metaworld_tasks"}
 FRAME_SIZE = 384  # pixels along each side of a filmed scene
 Z_95 = NormalDist().inv_cdf(0.975)
@@ -79,6 +81,8 @@ class Benchmark:
     wordings: dict[str, list[str]] = field(default_factory=dict)  # other wordings of a sentence, for training
     max_reward: float | None = None  # if rewards are comparable between episodes, their best
     film_every: int = 1  # steps from one filmed scene to the next
+    # (state, last action or None) -> the action that stands still, while a prediction is late
+    hold: Callable[[np.ndarray, np.ndarray | None], np.ndarray] | None = None
 
 
 def get_benchmark(name: str) -> Benchmark:
@@ -107,7 +111,9 @@ class Episode:
     success: bool = False
     done: bool = False
     frames: list[bytes] = field(default_factory=list)
-    queue: deque[np.ndarray] = field(default_factory=deque)  # actions of the current chunk still to execute
+    actions: list[np.ndarray] = field(default_factory=list)  # as commanded
+    schedule: Schedule | None = None
+    coming: tuple[np.ndarray, int] | None = None  # a chunk that is still to arrive, and the step it was asked for at
 
     def film(self, scene: Scene, every: int) -> None:
         if self.is_filmed and (self.done or len(self.rewards) % every == 0):
@@ -145,6 +151,11 @@ class RolloutResult:
     @property
     def sum_rewards(self) -> list[float]:
         return [sum(episode.rewards) for episode in self.episodes]
+
+    @property
+    def jumps(self) -> np.ndarray:
+        """Distances of consecutive commanded actions, of all episodes together."""
+        return np.concatenate([np.linalg.norm(np.diff(e.actions, axis=0), axis=1) for e in self.episodes])
 
     @property
     def recordings(self) -> list[Episode]:
@@ -230,6 +241,8 @@ def rollout(
     record: int = 0,
     progress: bool = False,
     on_step: OnStep | None = None,
+    delay: int = 0,
+    strategy: str = "wait",
 ) -> RolloutResult:
     """Play each task once for each seed, up to `num_envs` episodes side by side.
 
@@ -246,6 +259,8 @@ def rollout(
         record: The first `record` episodes of each task are filmed.
         progress: Show a progress bar.
         on_step: Called after each step of each episode. Every step is then drawn.
+        delay: Steps from an observation to the arrival of its chunk, in which the world goes on.
+        strategy: What is executed meanwhile, see [`Schedule`]. Without delay, all do the same.
 
     Raises:
         ValueError: an argument out of range, or a chunk of the wrong shape or with a value that is not finite.
@@ -256,6 +271,10 @@ def rollout(
     if min(counts) < 1:
         names = "len(tasks), len(seeds), n_action_steps, num_envs, max_steps"
         raise ValueError(f"{names} are {counts}, expected at least 1 each.")
+    if delay < 0 or (delay > 0 and benchmark.hold is None):
+        raise ValueError(
+            f"delay is {delay}, expected 0 or more; above 0, {benchmark.name} has to know how to stand still."
+        )
     unknown = [task for task in tasks if task not in benchmark.tasks]
     if unknown:
         raise ValueError(f"tasks has {unknown[0]!r}, expected some of {benchmark.name}'s {list(benchmark.tasks)}.")
@@ -272,11 +291,12 @@ def rollout(
             for slot in slots:
                 if slot.episode is None and to_come:
                     slot.start(_take(to_come, slots, slot.task), benchmark)
+                    slot.episode.schedule = Schedule(n_action_steps, strategy)
             playing = [slot for slot in slots if slot.episode is not None]
             if not playing:
                 break
 
-            waiting = [slot for slot in playing if not slot.episode.queue]
+            waiting = [s for s in playing if s.episode.coming is None and s.episode.schedule.is_due()]
             if waiting:
                 num_requested += len(waiting)
                 images = [slot.scene.image() for slot in waiting]
@@ -286,12 +306,18 @@ def rollout(
                 predict_seconds += time.perf_counter() - start
                 chunks = check_chunks(chunks, len(waiting), n_action_steps, benchmark.action_dim)
                 for slot, chunk in zip(waiting, chunks, strict=True):
-                    slot.episode.queue.extend(chunk[:n_action_steps])
+                    slot.episode.coming = chunk, slot.episode.schedule.step
                 num_chunks += len(waiting)
 
             for slot in playing:
                 scene, episode = slot.scene, slot.episode
-                action = episode.queue.popleft()
+                if episode.coming is not None and episode.schedule.step - episode.coming[1] >= delay:
+                    episode.schedule.arrive(*episode.coming)
+                    episode.coming = None
+                action = episode.schedule.next_action()
+                if action is None:
+                    action = benchmark.hold(scene.state, episode.actions[-1] if episode.actions else None)
+                episode.actions.append(action)
                 before = (scene.image(), scene.state, action) if on_step is not None else ()
                 reward, episode.success, over = scene.step(action)
                 episode.rewards.append(reward)

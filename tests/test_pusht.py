@@ -231,7 +231,7 @@ class StandInProcessor:
 
 class StandInModel:
     device = torch.device("cpu")
-    config = SimpleNamespace(chunk_size=10, n_action_steps=5)
+    config = SimpleNamespace(chunk_size=10, n_action_steps=5, action_dim=2)
 
     def __init__(self):
         self.generate_kwargs = []

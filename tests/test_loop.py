@@ -1,0 +1,243 @@
+"""Chunks that take time become one action a control step, on a simulated clock: nothing here sleeps."""
+
+import heapq
+import itertools
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rollouts import get_benchmark, rollout
+
+from smolandfast.loop_smolandfast import NEW_SHARE, STRATEGIES, ControlLoop, Schedule
+
+FPS, HORIZON, N_ACTION_STEPS = 10, 8, 4
+
+
+class SimulatedTime:
+    """A clock that moves only when somebody waits, and an executor whose work is done `delays[i]` seconds later."""
+
+    def __init__(self, delays=(0.0,)):
+        self.time, self.delays, self.work, self.count = 100.0, itertools.cycle(delays), [], 0
+
+    def now(self):
+        return self.time
+
+    def wait(self, event, seconds):
+        until = self.time + seconds
+        while self.work and self.work[0][0] <= until + 1e-9:
+            self.time, _, future, result = heapq.heappop(self.work)
+            finish(future, result)
+        self.time = max(self.time, until)
+        return event.is_set()
+
+    def submit(self, function, *args):
+        future, self.count = Future(), self.count + 1
+        try:
+            result = function(*args)
+        except Exception as error:
+            result = error
+        delay = next(self.delays)
+        if delay == 0:
+            finish(future, result)
+        else:
+            heapq.heappush(self.work, (self.time + delay, self.count, future, result))
+        return future
+
+
+def finish(future, result):
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def make_loop(clock, sent, predict=None, **options):
+    """A robot whose n-th chunk holds the numbers 100 n + its observation's step, + 1, ..."""
+    chunks = itertools.count(1)
+
+    def number(observation):
+        return (100.0 * next(chunks) + np.arange(HORIZON))[:, None]
+
+    return ControlLoop(
+        lambda: None,
+        predict or number,
+        lambda action: sent.append(action.item()),
+        FPS,
+        N_ACTION_STEPS,
+        now=clock.now,
+        wait=clock.wait,
+        executor=clock,
+        **options,
+    )
+
+
+def test_blending_takes_a_share_of_both_chunks_where_they_overlap():
+    sent = []
+    make_loop(SimulatedTime([0.2]), sent, strategy="blend").run(max_steps=10)
+    both = [NEW_SHARE * new + (1 - NEW_SHARE) * old for new, old in ((202, 106), (203, 107))]
+    assert sent == pytest.approx([102, 103, 104, 105, *both, 204, 205])
+
+
+def test_switching_drops_what_is_past_and_leaves_no_gap():
+    sent = []
+    loop = make_loop(SimulatedTime([0.2]), sent)
+    assert loop.run(max_steps=12) == 12
+    # Nothing for two steps; asked for again at steps 4 and 8, the chunks are there two steps later.
+    assert sent == [102, 103, 104, 105, 202, 203, 204, 205, 302, 303]
+    assert loop.num_late == 0
+
+
+def test_waiting_stands_still_and_begins_at_the_first_action():
+    sent = []
+    loop = make_loop(SimulatedTime([0.2]), sent, strategy="wait")
+    loop.run(max_steps=12)
+    assert sent == [100, 101, 102, 103, 103, 103, 200, 201, 202, 203]  # a position is held by sending it again
+    assert loop.num_late == 2
+
+
+def test_velocities_are_held_by_the_action_for_it_from_the_first_step():
+    sent = []
+    make_loop(SimulatedTime([0.2]), sent, strategy="wait", hold=[-1.0]).run(max_steps=8)
+    assert sent == [-1, -1, 100, 101, 102, 103, -1, -1]
+
+
+def test_a_chunk_that_is_late_is_waited_for_along_the_one_before_then_standing_still():
+    sent = []
+    loop = make_loop(SimulatedTime([0.1, 0.7, 0.1]), sent)
+    loop.run(max_steps=14)
+    assert sent == [*range(101, 108), 107, 107, 107, 207, 301, 302]  # of the second chunk, one action was not past
+    assert loop.num_late == 3
+
+
+def test_a_prediction_that_raises_is_a_late_chunk_and_too_many_in_a_row_end_the_loop():
+    def fail_twice(observation, calls=itertools.count()):  # noqa: B008
+        if next(calls) in (1, 2):
+            raise OSError("the camera is gone")
+        return np.arange(HORIZON)[:, None]
+
+    sent = []
+    loop = make_loop(SimulatedTime(), sent, fail_twice)
+    loop.run(max_steps=8)
+    assert sent == [1, 2, 3, 4, 5, 6, 1] and [str(e) for e in loop.failures] == ["the camera is gone"] * 2
+
+    def fail(observation):
+        raise OSError("the camera is gone")
+
+    with pytest.raises(OSError, match="the camera is gone"):
+        make_loop(SimulatedTime(), sent, fail, max_failures=2).run(max_steps=8)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "words"),
+    [
+        (np.full((HORIZON, 1), np.nan), "expected finite numbers"),
+        (np.zeros((2, 1)), "returned 2 actions, expected at least n_action_steps, 4"),
+        (np.zeros((2, HORIZON, 1)), r"has shape \(2, 8, 1\)"),
+        ("no numbers", "not an array of numbers"),
+    ],
+)
+def test_no_action_is_sent_that_is_not_of_a_whole_chunk(chunk, words):
+    sent = []
+    with pytest.raises(ValueError, match=words):
+        make_loop(SimulatedTime(), sent, lambda observation: chunk).run(max_steps=8)
+    assert sent == []
+
+
+def test_stop_ends_the_loop_before_another_action():
+    clock, sent = SimulatedTime(), []
+    loop = make_loop(clock, sent)
+    act = loop.act
+    loop.act = lambda action: (act(action), loop.stop() if len(sent) == 3 else None)
+    assert loop.run() == 4 and len(sent) == 3
+    assert clock.time <= 100 + 4 / FPS + 1e-9
+
+
+def test_steps_that_the_robot_took_too_long_for_are_left_out():
+    clock, sent = SimulatedTime(), []
+    loop = make_loop(clock, sent)
+    act = loop.act
+
+    def slow(action):
+        act(action)
+        if len(sent) == 2:
+            clock.time += 0.25
+
+    loop.act = slow
+    loop.run(max_steps=7)
+    assert sent == [101, 102, 104, 201, 202]  # step 3 was missed
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    delays=st.lists(st.sampled_from([0.0, 0.03, 0.1, 0.35, 0.8, 1.2]), min_size=1, max_size=6),
+    strategy=st.sampled_from(sorted(STRATEGIES)),
+    n_action_steps=st.integers(1, HORIZON),
+)
+def test_whatever_the_delays_an_action_belongs_to_its_step(delays, strategy, n_action_steps):
+    """Chunks that say which step their actions are for: what is sent at a step is for this step, or is held."""
+    clock, sent = SimulatedTime(delays), []
+    loop = ControlLoop(
+        clock.now,
+        lambda seen: (round((seen - 100) * FPS) + np.arange(HORIZON, dtype=float))[:, None],
+        lambda action: sent.append((round((clock.now() - 100) * FPS), action.item())),
+        FPS,
+        n_action_steps,
+        strategy,
+        now=clock.now,
+        wait=clock.wait,
+        executor=clock,
+    )
+    loop.run(max_steps=40)
+    steps = [step for step, _ in sent]
+    assert steps == list(range(steps[0], 40)) if steps else True  # from the first chunk on, one action a step
+    if strategy == "wait":
+        assert all(action <= step for step, action in sent)  # stale while it waited, never ahead of time
+    else:
+        held = 0
+        for (step, action), (_, before) in zip(sent[1:], sent, strict=False):
+            assert action == pytest.approx(step) or action == before
+            held += action == before
+        assert held == loop.num_late
+
+
+def test_a_thread_predicts_while_the_loop_goes_on():
+    """The real clock and a real thread, for a fifth of a second."""
+    sent = []
+    loop = ControlLoop(lambda: None, lambda seen: np.zeros((1, HORIZON, 1)), sent.append, 100, N_ACTION_STEPS)
+    assert loop.run(max_steps=20) == 20 and len(sent) >= 15 and not loop.failures
+
+
+def test_options_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="strategy is 'guess', expected one of wait, switch, blend"):
+        Schedule(4, "guess")
+    with pytest.raises(ValueError, match="n_action_steps is 0"):
+        Schedule(0)
+    with pytest.raises(ValueError, match="fps is 0"):
+        make_loop(SimulatedTime(), []).__class__(None, None, None, 0, 4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_simulator_that_does_not_wait_executes_what_the_loop_would(strategy):
+    """PushT with a policy that always says where the pusher was seen, plus 10, 20, ... to the right."""
+    benchmark = get_benchmark("pusht")
+
+    def predict(images, states, texts):
+        offsets = np.stack([10.0 * np.arange(HORIZON), np.zeros(HORIZON)], axis=1)
+        return states[:, None] + offsets
+
+    options = {"seeds": range(3), "n_action_steps": 4, "max_steps": 20, "num_envs": 2, "strategy": strategy}
+    result = rollout(benchmark, predict, delay=2, **options)
+    for episode in result.episodes:
+        actions = np.array(episode.actions)
+        assert len(actions) == 20
+        np.testing.assert_array_equal(actions[0], actions[1])  # nothing to execute yet: it stands where it is
+        pause = actions[6:8] if strategy == "wait" else actions[:2]
+        np.testing.assert_array_equal(pause[0], pause[1])
+    undelayed = [np.array(e.actions) for e in rollout(benchmark, predict, **options).episodes]
+    expected = [np.array(e.actions) for e in rollout(benchmark, predict, **options | {"strategy": "wait"}).episodes]
+    if strategy != "blend":
+        np.testing.assert_array_equal(undelayed, expected)
+    with pytest.raises(ValueError, match="delay is -1"):
+        rollout(benchmark, predict, delay=-1, **options)
