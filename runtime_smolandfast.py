@@ -8,6 +8,7 @@ weights.
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class DeployedPolicy:
             self._num_coefficients, tokens["token_lengths"], None if tokens["token_lengths"] else tokens["token_bytes"]
         )
 
-    def predict(self, images, text: str | list[str] | None = None, state=None) -> np.ndarray:
+    def predict(self, images, text: str | list[str] | None = None, state=None, **limits) -> np.ndarray:
         """Predict a chunk for one observation or a batch, one after the other.
 
         Args:
@@ -116,6 +117,7 @@ class DeployedPolicy:
                 `(batch, ...)` for one camera.
             text: The task, one sentence or one a sample. `None` or empty: the policy's default task.
             state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
+            limits: `max_tokens` or `deadline`, see [`report`].
 
         Returns:
             `(batch, chunk_size, action_dim)` float32 in the robot's units, inside the demonstrations' range. Execute
@@ -124,17 +126,36 @@ class DeployedPolicy:
         Raises:
             ValueError: Input that is missing, of the wrong shape or kind, or not finite; scores that are not finite.
         """
-        return self.report(images, text, state)["actions"]
+        return self.report(images, text, state, **limits)["actions"]
 
-    def report(self, images, text: str | list[str] | None = None, state=None) -> dict[str, np.ndarray]:
+    def report(
+        self,
+        images,
+        text: str | list[str] | None = None,
+        state=None,
+        max_tokens: int | None = None,
+        deadline: float | None = None,
+    ) -> dict[str, np.ndarray]:
         """[`predict`], and how far each chunk can be trusted, so that a controller can stop the arm.
+
+        Args:
+            max_tokens: Most tokens to write of a chunk, 1 or more. Low frequencies come first; what is not written is
+                zero, so the chunk is a smoother one.
+            deadline: The same after so many seconds from this call, for each sample of a batch. The first token is
+                always written: vision and prompt are not cut short.
 
         Returns:
             `actions`, as `predict` returns them, and what [`SmolAndFastProcessor.report`] says, each `(batch,)`:
             `log_probability`, the mean over the chunk's tokens, each among those that could follow; `clipped_actions`,
             how many of its values were outside the demonstrations' range; `clamped_states`, how many of the state's
-            were.
+            were. And `is_whole`, whether neither limit has cut it short.
         """
+        start = time.monotonic()
+        if max_tokens is not None:
+            check_whole(max_tokens, "max_tokens")
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline is {deadline!r}, expected seconds, above 0.")
+        limits = max_tokens or math.inf, math.inf if deadline is None else start + deadline
         images, tasks, state = read_observations(images, text, state, self.default_task)
         bins = self.normalizer.state_bins(state)
         warning = warning_of_new_tasks(tasks, self.training_tasks)
@@ -142,14 +163,16 @@ class DeployedPolicy:
             self._has_warned = True
             logger.warning(warning)
         prompts = [self._write_prompt(*sample) for sample in zip(images, tasks, bins, strict=True)]
-        written = [self._write(ids, sample) for ids, sample in zip(prompts, images, strict=True)]
-        chunks = inverse_dct(np.stack([coefficients for coefficients, _ in written]) / self._scale)
+        written = [self._write(ids, sample, *limits) for ids, sample in zip(prompts, images, strict=True)]
+        coefficients, log_probability, is_whole = zip(*written, strict=True)
+        chunks = inverse_dct(np.stack(coefficients) / self._scale)
         reference = bins if self.normalizer.use_relative_actions else None
         return {
             "actions": self.normalizer.unnormalize_actions(chunks, reference),
-            "log_probability": np.array([log_probability for _, log_probability in written]),
+            "log_probability": np.array(log_probability),
             "clipped_actions": self.normalizer.count_clipped_actions(chunks, reference),
             "clamped_states": self.normalizer.count_clamped_states(state),
+            "is_whole": np.array(is_whole),
         }
 
     def _write_prompt(self, images: list[np.ndarray], task: str, bins: np.ndarray) -> np.ndarray:
@@ -159,15 +182,17 @@ class DeployedPolicy:
         text = write_prompt(around[0], task, bins.tolist(), around[1], self._prompt["special_tokens"])
         return np.array(self._tokenizer.encode(text).ids)
 
-    def _write(self, ids: np.ndarray, images: list[np.ndarray]) -> tuple[np.ndarray, float]:
-        """Coefficients of one chunk `(chunk_size, action_dim)`, and its tokens' mean log-probability."""
+    def _write(
+        self, ids: np.ndarray, images: list[np.ndarray], max_tokens: float, end: float
+    ) -> tuple[np.ndarray, float, bool]:
+        """A chunk's coefficients `(chunk_size, action_dim)`, its tokens' mean log-probability, whether it is whole."""
         embeds = self._embeddings[ids]
         is_visual = ids == self._prompt["image_token_id"]
         embeds[is_visual] = np.concatenate([self._vision({"pixel_values": self._pixels(x)})[0][0] for x in images])
         layers, heads, head_dim = self._cache_shape
         cache = [np.zeros((1, heads, 0, head_dim), dtype=np.float32)] * (2 * layers)
         left, state, string, total, length, count = self._num_coefficients, 0, b"", 0.0, 0, 0
-        while left > 0 or state != 0:
+        while (left > 0 or state != 0) and (count == 0 or (count < max_tokens and time.monotonic() < end)):
             scores, *cache = self._decoder(self._decoder_inputs(embeds, length, cache))
             length += len(embeds)
             # The scores are in the vocabulary's order, the last token first.
@@ -183,8 +208,11 @@ class DeployedPolicy:
             left, state = left - int(self._started[token]), int(self._next_state[state, token])
             string, count = string + self._token_bytes[token], count + 1
             embeds = self._embeddings[[self._base_id - token]]
-        coefficients = read_coefficients(string, *self._symbols)
-        return coefficients.reshape(self.chunk_size, self.action_dim), total / count
+        is_whole = left == 0 and state == 0
+        found = read_coefficients(string, *self._symbols, errors="strict" if is_whole else "ignore")
+        coefficients = np.zeros(self._num_coefficients, dtype=np.int64)
+        coefficients[: len(found)] = found  # a character that was cut in two is left out
+        return coefficients.reshape(self.chunk_size, self.action_dim), total / count, is_whole
 
     def _pixels(self, image: np.ndarray) -> np.ndarray:
         image = np.asarray(Image.fromarray(image).resize(self._image_size, self._resample))

@@ -144,9 +144,9 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
     side = processor.image_processor.max_image_size["longest_edge"]
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     state, task = np.mean(processor.normalizer.state_bounds, axis=0), processor.default_task
-    half, _ = load_policy(checkpoint, dtype=torch.bfloat16)
-    models = {"PyTorch, float32": model, "PyTorch, bf16": half}
+    models = {"PyTorch, float32": model}
     if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        models["PyTorch, bf16"] = load_policy(checkpoint, dtype=torch.bfloat16)[0]
         models["PyTorch, bf16, pack()"] = load_policy(checkpoint, dtype=torch.bfloat16)[0].pack()
     figures = {}
     for threads in (1, 2):
@@ -157,7 +157,7 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
         for name, found in zip(predicts, times, strict=True):
             figures[f"{name}, threads {threads}: ms a chunk"] = found * 1e3
             figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / found
-    del predicts, models, model, half
+    del predicts, models, model
     starts = {"PyTorch, float32": (LOAD_TORCH.format(folder=checkpoint), PREDICT_TORCH.format(task=task))}
     for backend, weights in kinds:
         load = LOAD_DEPLOYED.format(folder=str(folders[weights]), backend=backend)
@@ -173,16 +173,20 @@ def main() -> None:
     parser.add_argument("part", choices=("speed", "speed_256m", "equal"))
     parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
     parser.add_argument("--observations", type=int, default=1000, help="that chunks are compared on")
+    parser.add_argument("--export_dir", type=Path, help="keep there what is exported, and take what is there")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        checkpoint = args.checkpoint
+        checkpoint, exported = args.checkpoint, args.export_dir or Path(temporary)
         if args.part == "speed_256m":
-            make_checkpoint_256m(Path(checkpoint := str(Path(temporary, "checkpoint"))))
-        folders = {weights: Path(temporary, weights) for weights in WEIGHTS}
+            checkpoint = str(exported / "checkpoint")
+            if not (exported / "checkpoint").exists():
+                make_checkpoint_256m(exported / "checkpoint")
+        folders = {weights: exported / weights for weights in WEIGHTS}
         for weights, folder in folders.items():
-            export_policy(checkpoint, folder, weights)
+            if not folder.exists():
+                export_policy(checkpoint, folder, weights)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             figures[f"folder, {weights}: MB"] = size / 1e6
         if args.part == "equal":

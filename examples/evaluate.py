@@ -75,12 +75,13 @@ def load_predict(
     backend: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    **options,
+    max_tokens: int | None = None,
+    **options: Any,
 ) -> tuple[Predict, int, int, int]:
     """A checkpoint's or a deployed policy's `predict`.
 
     Args:
-        backend: Of a deployed policy, see [`DeployedPolicy`]; None for a checkpoint.
+        backend, max_tokens: Of a deployed policy, see [`DeployedPolicy`]; None for a checkpoint.
         options: For `model.generate`.
 
     Returns:
@@ -90,7 +91,7 @@ def load_predict(
         policy = DeployedPolicy(checkpoint, backend, torch.get_num_threads())
 
         def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
-            return policy.predict(images, texts, states)
+            return policy.predict(images, texts, states, max_tokens=max_tokens)
 
         return predict, policy.chunk_size, policy.n_action_steps, policy.action_dim
     model, processor = load_policy(checkpoint, dtype=dtype)
@@ -235,10 +236,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--record", type=int, default=6, help="first episodes of each task to film, 0 for none (6)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/eval"))
     parser.add_argument("--backend", choices=sorted(BACKENDS), help="what runs a deployed policy (onnxruntime)")
+    parser.add_argument("--max_tokens", type=int, help="tokens to write of a chunk, of a deployed policy (all)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, or a GPU (which is taken where there is one)")
     args = parser.parse_args(argv)
-    check_counts(parser, args, episodes=1, num_envs=1, num_processes=1, n_action_steps=1, seed=0, record=0, delay=0)
+    check_counts(parser, args, episodes=1, num_envs=1, num_processes=1, n_action_steps=1, max_tokens=1)
+    check_counts(parser, args, seed=0, record=0, delay=0)
     if args.temperature is not None and not (args.do_sample and 0 < args.temperature < float("inf")):
         parser.error(f"--temperature is {args.temperature}. Give a positive number, and --do_sample with it.")
     try:
@@ -254,14 +257,14 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--tasks: {benchmark.name} has no {task}, only {', '.join(benchmark.tasks)}.")
     if os.path.isfile(os.path.join(args.checkpoint, POLICY)):
         args.backend = args.backend or "onnxruntime"
-        if args.do_sample or args.dtype != "float32" or args.device != "cpu":
+        if args.do_sample or args.dtype != "float32" or args.device is not None:
             parser.error("--checkpoint is a deployed policy, which is greedy. Drop --do_sample, --dtype and --device.")
-    elif args.backend is not None:
-        parser.error(
-            f"--backend is {args.backend}, but --checkpoint {args.checkpoint} is no deployed policy. Drop it."
-        )
+        args.device = "cpu"
+    elif args.backend is not None or args.max_tokens is not None:
+        parser.error(f"--checkpoint {args.checkpoint} is no deployed policy. Drop --backend and --max_tokens.")
     else:
         check_checkpoint(parser, args, benchmark)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.num_processes > 1 and args.device != "cpu":
         parser.error(f"--num_processes is {args.num_processes}, but --device {args.device} has one policy. Give 1.")
     try:
@@ -274,7 +277,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--output_dir {args.output_dir} cannot be created ({error.strerror}). Name another one.")
 
     sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
-    load_options = {"backend": args.backend, "device": args.device, "dtype": getattr(torch, args.dtype)} | sampling
+    load_options = {name: getattr(args, name) for name in ("backend", "device", "max_tokens")} | sampling
+    load_options["dtype"] = getattr(torch, args.dtype)
     predict, chunk_size, n_action_steps, action_dim = load_checkpoint(parser, args, load_predict, **load_options)
     if action_dim != benchmark.action_dim:
         parser.error(f"--checkpoint has {action_dim} action dimensions, {benchmark.name} {benchmark.action_dim}.")
@@ -297,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, load_options, **options)
     metrics = {
         **{name: getattr(args, name) for name in ("benchmark", "checkpoint", "num_envs", "dtype", "device")},
-        **({} if args.backend is None else {"backend": args.backend}),
+        **({} if args.backend is None else {"backend": args.backend, "max_tokens": args.max_tokens}),
         **({"full_pictures": args.full_pictures} if args.benchmark == "metaworld" else {}),
         "n_action_steps": n_action_steps,
         "num_processes": args.num_processes,

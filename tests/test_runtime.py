@@ -311,3 +311,34 @@ def test_the_simulator_plays_a_deployed_policy(deployed, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(ROOT / "checkpoints/pusht-tiny"), *options, "--backend", "openvino"])
     assert "no deployed policy" in capsys.readouterr().err
+
+
+def test_a_chunk_that_is_cut_short_keeps_its_low_frequencies(deployed):
+    policy, image, state = DeployedPolicy(deployed), np.zeros((96, 96, 3), np.uint8), [200.0, 300.0]
+    whole = policy.report(image, TASK, state)
+    assert whole["is_whole"].tolist() == [True]
+    first = policy.report(image, TASK, state, max_tokens=1)
+    assert first["is_whole"].tolist() == [False] and np.isfinite(first["actions"]).all()
+    many = policy.report(image, TASK, state, max_tokens=1000, deadline=1000.0)
+    np.testing.assert_array_equal(many["actions"], whole["actions"])
+    late = policy.report(image, TASK, state, deadline=1e-9)
+    np.testing.assert_array_equal(late["actions"], first["actions"])
+    for wrong in ({"max_tokens": 0}, {"deadline": 0}, {"deadline": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            policy.predict(image, TASK, state, **wrong)
+
+
+@settings(fuzz, max_examples=50)
+@given(max_tokens=st.integers(1, 30), seed=st.integers(0, 100))
+def test_what_is_not_written_of_a_chunk_is_zero(deployed, max_tokens, seed):
+    """The frequencies of a chunk cut short are those of the whole one, then zeros."""
+    policy, rng = POLICIES.setdefault(deployed, DeployedPolicy(deployed)), np.random.default_rng(seed)
+    image, ids = (
+        rng.integers(0, 256, (96, 96, 3), dtype=np.uint8),
+        policy._write_prompt([None], TASK, np.array([1, 2])),
+    )
+    whole, *_ = policy._write(ids, [image], np.inf, np.inf)
+    part, log_probability, is_whole = policy._write(ids, [image], max_tokens, np.inf)
+    same = whole.ravel() == part.ravel()
+    length = len(same) if same.all() else int(same.argmin())
+    assert (part.ravel()[length:] == 0).all() and is_whole == (is_whole and same.all()) and log_probability <= 0
