@@ -1,0 +1,112 @@
+"""A world that goes on while the policy thinks: success and smoothness of PushT against the delay of a chunk.
+
+    python examples/export_policy.py --checkpoint checkpoints/pusht-tiny --output_dir deployed
+    python benchmarks/delay.py --checkpoint deployed --episodes 50 --num_processes 2
+    python benchmarks/delay.py --checkpoint deployed --max_tokens 1 2 3 4 6 8 --delays 0 --strategies switch
+
+Each delay, in control steps of 0.1 s, with each strategy (`loop_smolandfast.STRATEGIES`), on the same seeds;
+and the same for chunks that are cut short after some tokens. What is measured is kept: started again, it goes on.
+Writes `benchmarks/results/delay.json` and `assets/delay.png`, or `anytime.json`.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from bench import RESULTS
+from evaluate import installed_versions, load_predict, write_json
+from pusht import BENCHMARK, CONTROL_HZ
+from rollouts import rollout
+
+from smolandfast.loop_smolandfast import STRATEGIES
+
+NAMES = {
+    "wait": "stands still while it thinks",
+    "switch": "goes on, switches to the new chunk",
+    "blend": "goes on, averages the overlap (LeRobot)",
+}
+
+
+def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | None, seeds: range) -> dict[str, Any]:
+    """Play one strategy, delay and limit of tokens."""
+    strategy, delay, max_tokens = case
+    torch.set_num_threads(1)
+    predict, _, n_action_steps, _ = load_predict(checkpoint, backend, max_tokens=max_tokens)
+    options = {"seeds": seeds, "n_action_steps": n_action_steps, "num_envs": 1}
+    result = rollout(BENCHMARK, predict, delay=delay, strategy=strategy, **options)
+    metrics = result.metrics()
+    names = ("pc_success", "pc_success_low", "pc_success_high", "n_episodes", "avg_max_reward", "ms_per_chunk")
+    return {
+        "strategy": strategy,
+        "delay": delay,
+        "max_tokens": max_tokens,
+        **{name: metrics[name] for name in names},
+        "mean_steps": float(np.mean(result.lengths)),
+        "mean_jump": float(result.jumps.mean()),
+        "jump_95": float(np.quantile(result.jumps, 0.95)),
+        "successes": result.successes,
+    }
+
+
+def draw(cases: list[dict[str, Any]], path: Path) -> None:
+    """Success, and the jumps between commanded actions, against the delay."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for strategy in dict.fromkeys(case["strategy"] for case in cases):
+        points = sorted((case for case in cases if case["strategy"] == strategy), key=lambda case: case["delay"])
+        seconds = [case["delay"] / CONTROL_HZ for case in points]
+        success = np.array([case["pc_success"] for case in points])
+        margins = [success - [case["pc_success_low"] for case in points]]
+        margins += [np.array([case["pc_success_high"] for case in points]) - success]
+        left.errorbar(seconds, success, yerr=margins, marker="o", capsize=3, label=NAMES[strategy])
+        right.plot(seconds, [case["jump_95"] for case in points], marker="o", label=NAMES[strategy])
+    left.set(xlabel="seconds that a chunk takes", ylabel="success, %", ylim=(0, 100))
+    right.set(xlabel="seconds that a chunk takes", ylabel="95 % of the jumps are below, pixels of 512", ylim=(0, None))
+    left.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="checkpoints/pusht-tiny", help="a checkpoint, or a deployed policy")
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=8000)
+    parser.add_argument("--delays", type=int, nargs="+", default=[0, 1, 2, 3, 4, 6, 8])
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--max_tokens", type=int, nargs="+", default=[None])
+    parser.add_argument("--num_processes", type=int, default=1)
+    args = parser.parse_args()
+    path = RESULTS / ("delay.json" if args.max_tokens == [None] else "anytime.json")
+    backend = "onnxruntime" if (Path(args.checkpoint) / "policy.json").is_file() else None
+    setting = {"checkpoint": args.checkpoint, "seed": args.seed, "episodes": args.episodes, "backend": backend}
+    setting["versions"] = installed_versions(BENCHMARK)
+    found = json.loads(path.read_text()) if path.is_file() else setting | {"cases": []}
+    if {name: found[name] for name in setting} != setting:
+        parser.error(f"{path} was measured with {found['checkpoint']} and other options. Move it away.")
+    done = {(case["strategy"], case["delay"], case["max_tokens"]) for case in found["cases"]}
+    cases = [c for c in itertools.product(args.strategies, args.delays, args.max_tokens) if c not in done]
+    seeds = range(args.seed, args.seed + args.episodes)
+    one = partial(measure, checkpoint=args.checkpoint, backend=backend, seeds=seeds)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.num_processes, spawn) as pool:
+        for case in pool.map(one, sorted(cases, key=lambda case: case[1])):
+            found["cases"].append(case)
+            write_json(path, found)
+            print({name: value for name, value in case.items() if name != "successes"}, flush=True)
+    if args.max_tokens == [None]:
+        draw(found["cases"], RESULTS.parents[1] / "assets/delay.png")
+
+
+if __name__ == "__main__":
+    main()
