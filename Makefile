@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # The demo needs less than the tests do.
-ALL := examples,metaworld,app,deployment,dev
+ALL := examples,metaworld,app,deployment,serve,dev
 FOR_EXAMPLES := $(VENV)/for-examples
 FOR_METAWORLD := $(VENV)/for-metaworld
 INSTALLED := $(VENV)/installed
