@@ -26,6 +26,9 @@ SHORT = {
     "record_rollouts.py": "--episodes 1 --max_steps 20",
     "push_to_hub.py": "--output_dir repository",  # without it, the test of that script has a hub to push to
     "app.py": "--help",
+    "serve.py": "--help",
+    "export_policy.py": "",
+    "delay.py": "--help",
 }
 # Run by `make demo`, CI, the plugin's tests and test_metaworld.py, or for a person with an account.
 ELSEWHERE = (
@@ -96,6 +99,17 @@ def test_your_own_robot_works_as_it_is_written(vlm, tmp_path, monkeypatch):
     assert actions.shape == (1, 10, 2) and np.isfinite(actions).all()
 
 
+@pytest.mark.slow
+def test_the_deployed_policy_drives_an_arm_as_it_is_written(tmp_path):
+    """The folder alone, without this package; with a time of its own, since three seconds are real."""
+    pytest.importorskip("export_policy").export_policy(ROOT / "checkpoints/pusht-tiny", tmp_path / "deployed")
+    code = "import sys\nsys.modules |= dict.fromkeys(('torch', 'transformers', 'scipy', 'smolandfast'))\n"
+    code += "sys.path.insert(0, 'deployed')\n" + snippets("deployment.md", "python")[0]
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.match(r"90 steps, \d+ of them late", result.stdout)
+
+
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="no bf16 products")
 def test_the_real_sizes_snippet_packs_the_shipped_policy_too():
     exec(snippets("real_size.md", "python")[0], names := {"folder": str(ROOT / "checkpoints/pusht-tiny")})
@@ -105,7 +119,8 @@ def test_the_real_sizes_snippet_packs_the_shipped_policy_too():
 def test_no_python_snippet_is_left_out():
     """Two of them are run elsewhere: the README's ten lines in test_auto_classes, the controller in test_report."""
     counts = {page: len(snippets(page, "python")) for page in PAGES if snippets(page, "python")}
-    assert counts == {"README.md": 1, "safety.md": 1, "your_robot.md": 5, "training.md": 1, "real_size.md": 1}
+    here = {"deployment.md": 1, "your_robot.md": 5, "training.md": 1, "real_size.md": 1}
+    assert counts == {"README.md": 1, "safety.md": 1} | here
 
 
 def test_every_command_is_known_here_or_tested_elsewhere():
