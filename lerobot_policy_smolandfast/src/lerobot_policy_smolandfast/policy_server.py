@@ -10,13 +10,13 @@ machine alone. Reach it from another one through a tunnel (ssh -L), or on a netw
 from lerobot.async_inference.constants import SUPPORTED_POLICIES
 from lerobot.async_inference.policy_server import serve
 
-from .configuration_smolandfast import SMOLANDFASTConfig
+from .modeling_smolandfast import SMOLANDFASTPolicy
 
 
 def main() -> None:
     # LeRobot 0.6.1 looks policies up in this list, and loads no plugins here: importing this package has done that.
-    if SMOLANDFASTConfig.get_choice_name(SMOLANDFASTConfig) not in SUPPORTED_POLICIES:
-        SUPPORTED_POLICIES.append(SMOLANDFASTConfig.get_choice_name(SMOLANDFASTConfig))
+    if SMOLANDFASTPolicy.name not in SUPPORTED_POLICIES:
+        SUPPORTED_POLICIES.append(SMOLANDFASTPolicy.name)
     serve()
 
 
