@@ -25,7 +25,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from bench import RESULTS
-from evaluate import installed_versions, load_predict, write_json
+from evaluate import find_backend, installed_versions, load_predict, write_json
 from pusht import BENCHMARK, CONTROL_HZ
 from rollouts import rollout
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--num_processes", type=int, default=1)
     args = parser.parse_args()
     path = RESULTS / ("delay.json" if args.max_tokens == [None] else "anytime.json")
-    backend = "onnxruntime" if (Path(args.checkpoint) / "policy.json").is_file() else None
+    backend = find_backend(args.checkpoint)
     setting = {"checkpoint": args.checkpoint, "seed": args.seed, "episodes": args.episodes, "backend": backend}
     setting["versions"] = installed_versions(BENCHMARK)
     found = json.loads(path.read_text()) if path.is_file() else setting | {"cases": []}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import installed_versions, rollout_in_processes, write_json
+from evaluate import find_backend, installed_versions, rollout_in_processes, write_json
 from metaworld_tasks import BENCHMARK, TASKS
 from rollouts import success_rate
 
@@ -114,7 +114,8 @@ def main() -> None:
             continue
         benchmark = replace(BENCHMARK, tasks=TOLD[told])
         options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.episodes}
-        result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, {}, **options)
+        load_options = {"backend": find_backend(args.checkpoint)}
+        result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, load_options, **options)
         successes = {task: [e.success for e in result.episodes if e.task == task] for task in tasks}
         by_task = {task: {"sentence": TOLD[told][task], **success_rate(successes[task])} for task in tasks}
         results["told"][told] = {**success_rate(result.successes), "by_task": by_task}

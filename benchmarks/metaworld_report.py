@@ -2,6 +2,8 @@
 
     python benchmarks/metaworld_report.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 1000
 
+A deployed policy (`export_policy.py`) takes half of the time; its chunks are equal.
+
 Writes `metaworld.json`, `metaworld.png`, where each task's first episode ended, and `metaworld_failures.png`, filmed
 failures of each kind, into the output folder.
 """
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import installed_versions, load_policy, rollout_in_processes, summary, write_json
+from evaluate import find_backend, installed_versions, load_predict, rollout_in_processes, summary, write_json
 from metaworld_tasks import BENCHMARK, TASKS
 from rollouts import Episode, write_contact_sheet, write_end_sheet
 
@@ -50,15 +52,15 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=3, help="filmed failures of each kind (3)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/metaworld-report"))
     args = parser.parse_args()
-    model, _ = load_policy(args.checkpoint)
+    load_options = {"backend": find_backend(args.checkpoint)}
+    _, _, n_action_steps, _ = load_predict(args.checkpoint, **load_options)
     options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.num_envs, "record": 1}
-    result = rollout_in_processes(args.num_processes, args.checkpoint, BENCHMARK, args.tasks, {}, **options)
+    result = rollout_in_processes(args.num_processes, args.checkpoint, BENCHMARK, args.tasks, load_options, **options)
     kinds = [kind_of_ending(episode) for episode in result.episodes]
     metrics = {
         "checkpoint": args.checkpoint,
-        "n_action_steps": model.config.n_action_steps,
-        "do_sample": bool(model.generation_config.do_sample),
-        "temperature": model.generation_config.temperature,
+        "n_action_steps": n_action_steps,
+        **load_options,
         **{"dtype": "float32", "device": "cpu", "num_threads": 1, "num_envs": args.num_envs},
         "versions": installed_versions(BENCHMARK),
         **result.metrics(),

@@ -70,6 +70,11 @@ def make_predict(model: Any, processor: Any, task: str | None = None, **generate
     return predict
 
 
+def find_backend(checkpoint: str | Path) -> str | None:
+    """What runs a deployed policy by default; None for a checkpoint."""
+    return "onnxruntime" if os.path.isfile(os.path.join(checkpoint, POLICY)) else None
+
+
 def load_predict(
     checkpoint: str | Path,
     backend: str | None = None,
@@ -255,8 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     for task in args.tasks or ():
         if task not in benchmark.tasks:
             parser.error(f"--tasks: {benchmark.name} has no {task}, only {', '.join(benchmark.tasks)}.")
-    if os.path.isfile(os.path.join(args.checkpoint, POLICY)):
-        args.backend = args.backend or "onnxruntime"
+    if find_backend(args.checkpoint) is not None:
+        args.backend = args.backend or find_backend(args.checkpoint)
         if args.do_sample or args.dtype != "float32" or args.device is not None:
             parser.error("--checkpoint is a deployed policy, which is greedy. Drop --do_sample, --dtype and --device.")
         args.device = "cpu"
