@@ -28,7 +28,6 @@ SHORT = {
     "app.py": "--help",
     "serve.py": "--help",
     "export_policy.py": "",
-    "delay.py": "--help",
 }
 # Run by `make demo`, CI, the plugin's tests and test_metaworld.py, or for a person with an account.
 ELSEWHERE = (
