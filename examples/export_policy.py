@@ -82,7 +82,7 @@ requires-python = ">=3.10"
 dependencies = ["onnxruntime>=1.23", "tokenizers>=0.22", "numpy>=2.1", "pillow>=11.0"]
 
 [project.optional-dependencies]
-openvino = ["openvino>=2026.0"]
+openvino = ["openvino>=2026.4"]
 
 [tool.setuptools]
 packages = ["smolandfast_runtime"]
