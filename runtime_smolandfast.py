@@ -105,7 +105,7 @@ class DeployedPolicy:
         self._token_bytes = [None if token is None else bytes.fromhex(token) for token in tokens["token_bytes"]]
         self._num_coefficients = self.chunk_size * self.action_dim
         self._started, self._next_state, _ = grammar_tables(
-            self._num_coefficients, tokens["token_lengths"], None if tokens["token_lengths"] else tokens["token_bytes"]
+            self._num_coefficients, tokens["token_lengths"], tokens["token_bytes"]
         )
 
     def predict(self, images, text: str | list[str] | None = None, state=None, **limits) -> np.ndarray:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from packaging.requirements import Requirement
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from bench import RESULTS, describe_machine, seconds, write_table
 from bench_256m import TEXT, VISION
-from evaluate import load_policy
+from evaluate import load_policy, load_predict, make_predict
 from export_policy import export_policy
 from releases import collect
 
@@ -81,15 +80,6 @@ def make_checkpoint_256m(folder: Path) -> None:
     config = SmolAndFastConfig(**sizes, **processor.model_kwargs())
     SmolAndFastForActionPrediction(config).save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def torch_predict(model: Any, processor: Any):
-    def predict(image: np.ndarray, task: str | None, state: np.ndarray) -> np.ndarray:
-        inputs = processor(images=image, text=task, state=state)
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        return processor.post_process_actions(model.generate(**inputs))
-
-    return predict
 
 
 def count_equal(checkpoint: str, policies: dict[str, DeployedPolicy], count: int) -> dict[str, float]:
@@ -151,9 +141,9 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
     figures = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        predicts = {name: torch_predict(one, processor) for name, one in models.items()}
-        predicts |= {f"{b}, {w}": DeployedPolicy(folders[w], b, threads).predict for b, w in kinds}
-        times = seconds(*[lambda p=p: p(image, task, state) for p in predicts.values()], repeats=rounds)
+        predicts = {name: make_predict(one, processor) for name, one in models.items()}
+        predicts |= {f"{backend}, {weights}": load_predict(folders[weights], backend)[0] for backend, weights in kinds}
+        times = seconds(*[lambda p=p: p([image], state[None], [task]) for p in predicts.values()], repeats=rounds)
         for name, found in zip(predicts, times, strict=True):
             figures[f"{name}, threads {threads}: ms a chunk"] = found * 1e3
             figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / found

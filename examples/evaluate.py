@@ -260,8 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     for task in args.tasks or ():
         if task not in benchmark.tasks:
             parser.error(f"--tasks: {benchmark.name} has no {task}, only {', '.join(benchmark.tasks)}.")
-    if find_backend(args.checkpoint) is not None:
-        args.backend = args.backend or find_backend(args.checkpoint)
+    if (backend := find_backend(args.checkpoint)) is not None:
+        args.backend = args.backend or backend
         if args.do_sample or args.dtype != "float32" or args.device is not None:
             parser.error("--checkpoint is a deployed policy, which is greedy. Drop --do_sample, --dtype and --device.")
         args.device = "cpu"

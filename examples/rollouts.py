@@ -242,7 +242,7 @@ def rollout(
     progress: bool = False,
     on_step: OnStep | None = None,
     delay: int = 0,
-    strategy: str = "wait",
+    strategy: str = "switch",
 ) -> RolloutResult:
     """Play each task once for each seed, up to `num_envs` episodes side by side.
 
@@ -260,7 +260,7 @@ def rollout(
         progress: Show a progress bar.
         on_step: Called after each step of each episode. Every step is then drawn.
         delay: Steps from an observation to the arrival of its chunk, in which the world goes on.
-        strategy: What is executed meanwhile, see [`Schedule`]. Without delay, all do the same.
+        strategy: What is executed meanwhile, see [`Schedule`]. Without delay, `switch` and `wait` do the same.
 
     Raises:
         ValueError: an argument out of range, or a chunk of the wrong shape or with a value that is not finite.

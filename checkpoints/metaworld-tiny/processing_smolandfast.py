@@ -1,6 +1,6 @@
 """From camera images, task and robot state to model inputs, and from generated ids to robot actions.
 
-The only place that knows the prompt: SmolVLM's chat template around
+The prompt (`prompt_smolandfast.py`) is SmolVLM's chat template around
 
     <image> Task: {task}, State: {bins}, Action:
 

@@ -33,8 +33,8 @@ def grammar_tables(
     Args:
         num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
         token_lengths: `fast_token_lengths` of the configuration, or None.
-        token_bytes: `fast_token_bytes` of the configuration, where there are no lengths: a token may begin or end
-            inside a character, so the automaton of well-formed UTF-8 runs along.
+        token_bytes: `fast_token_bytes` of the configuration, read where there are no lengths: a token may begin or
+            end inside a character, so the automaton of well-formed UTF-8 runs along.
 
     Returns:
         `started` `(num_action_tokens,)`, the coefficients that begin inside each token; `next_state`
