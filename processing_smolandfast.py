@@ -4,7 +4,8 @@ The prompt (`prompt_smolandfast.py`) is SmolVLM's chat template around
 
     <image> Task: {task}, State: {bins}, Action:
 
-with one bin number for each dimension of the state. The statistics of the data set travel in `processor_config.json`.
+with one bin number for each dimension of the state; before `, Action:` there may be `, Next: {bins}`, the actions that
+the robot executes while the policy thinks. The statistics of the data set travel in `processor_config.json`.
 Knows no model: [`SmolAndFastProcessor.model_kwargs`] says what one must know of the processor.
 """
 
@@ -22,7 +23,13 @@ from .configuration_smolandfast import SmolAndFastConfig, action_token_map
 from .files_smolandfast import read_json
 from .hub_smolandfast import HUB_KWARGS, find_file
 from .normalization_smolandfast import Normalizer
-from .prompt_smolandfast import BINS_IN_PROMPT, read_observations, warning_of_new_tasks, write_prompt
+from .prompt_smolandfast import (
+    BINS_IN_PROMPT,
+    read_action_prefixes,
+    read_observations,
+    warning_of_new_tasks,
+    write_prompt,
+)
 from .tokenization_fast_action import FastActionTokenizer
 
 logger = logging.get_logger(__name__)
@@ -49,6 +56,10 @@ class SmolAndFastProcessor(ProcessorMixin):
         fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that stay text.
         scale_factor (`int`, defaults to 1): Side of the model's pixel shuffle.
         patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
+        max_delay (`int`, defaults to 0):
+            Control steps that a prediction may take, at most `chunk_size - 1`: as many actions, which the robot
+            executes meanwhile, may stand in the prompt (`action_prefix`). A policy has to be trained with them, see
+            [`ActionDataCollator`].
         default_task (`str`, defaults to `""`): Stands in for an empty task.
         training_tasks (`list[str]`, *optional*):
             The sentences the policy is trained on. Given another one, the processor warns once: a policy may do
@@ -73,6 +84,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         fast_skip_tokens: int = 280,
         scale_factor: int = 1,
         patch_size: int = 16,
+        max_delay: int = 0,
         default_task: str = "",
         training_tasks: list[str] | None = None,
         chat_template: str | None = None,
@@ -98,6 +110,9 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
         if self.chunk_size is None:
             raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
+        check_whole(self.chunk_size, "chunk_size")
+        check_whole(max_delay, "max_delay", 0, self.chunk_size - 1)
+        self.max_delay = max_delay
         shape = self.chunk_size, self.normalizer.action_dim
         fitted = action_tokenizer.horizon, action_tokenizer.action_dim
         if fitted not in (shape, (None, None)):
@@ -224,7 +239,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         """
         images, actions, normalizer = self.image_processor, self.action_tokenizer, self.normalizer
         state_bins, unsplit = range(normalizer.state_dim), [(0, 0)]
-        prompt = self._write_prompt(self._prompt_around_images(1), "A task, 0123456789.", state_bins, unsplit)
+        template = self._prompt_around_images(1)
+        prompt = self._write_prompt(template, "A task, 0123456789.", state_bins, unsplit)
         image_options = ("do_image_splitting", "do_resize", "resample", "do_rescale", "rescale_factor")
         image_options += ("do_normalize", "image_mean", "image_std")
         meaning = {
@@ -236,6 +252,9 @@ class SmolAndFastProcessor(ProcessorMixin):
             "tokens": [self.chunk_size, actions.scale, actions.min_coefficient, self.action_token_base_id],
             "vocabulary": actions.convert_ids_to_tokens(list(range(len(actions)))),
         }
+        if self.max_delay > 0:
+            prompt = self._write_prompt(template, "", state_bins, unsplit, np.arange(10))
+            meaning["prefix"] = [self.max_delay, self.tokenizer(prompt)["input_ids"]]
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     def check_model(self, model) -> None:
@@ -272,6 +291,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         state: "np.ndarray | torch.Tensor | None" = None,
         actions: "np.ndarray | torch.Tensor | None" = None,
+        action_prefix: "np.ndarray | torch.Tensor | list | None" = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Prepare one sample or a batch.
@@ -283,6 +303,10 @@ class SmolAndFastProcessor(ProcessorMixin):
             text: The task, one sentence or one a sample. `None` or empty: the default task.
             state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
             actions: `(chunk_size, action_dim)` or `(batch, chunk_size, action_dim)`, to train: adds `labels`.
+            action_prefix: `(n, action_dim)`, or for a batch one such array a sample, n at most `max_delay`: the
+                actions from this observation on that are executed whatever the policy answers, since its answer
+                comes n control steps later. The chunk still begins at the observation. `None` or empty: no such
+                actions.
             return_tensors: Only `"pt"`.
 
         Returns:
@@ -295,21 +319,23 @@ class SmolAndFastProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
+        observations = read_observations(images, text, state, self.default_task)
         is_one = np.ndim(state) == 1
-        images, tasks, state = read_observations(images, text, state, self.default_task)
+        images, tasks, state = observations
         bins = self.normalizer.state_bins(state)
         with naming_errors("The image processor", "Load it from the checkpoint again."):
             pixels = self.image_processor(
                 images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
             )
         self._check_pixels(**pixels)
+        prefixes = read_action_prefixes(action_prefix, len(state), self.normalizer.action_dim, self.max_delay)
         grids = [
             list(zip(*sample, strict=True)) for sample in zip(pixels.pop("rows"), pixels.pop("cols"), strict=True)
         ]
         templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
         prompts = [
-            self._write_prompt(templates[len(grid)], task, state_bins, grid)
-            for task, state_bins, grid in zip(tasks, bins, grids, strict=True)
+            self._write_prompt(templates[len(grid)], task, x, grid, self.normalizer.action_bins(prefix, x))
+            for task, x, grid, prefix in zip(tasks, bins, grids, prefixes, strict=True)
         ]
         rows, side, labels = self.tokenizer(prompts)["input_ids"], "left", {}
         if actions is None:
@@ -451,12 +477,14 @@ class SmolAndFastProcessor(ProcessorMixin):
             self._has_warned = True
             logger.warning(warning)
 
-    def _write_prompt(self, template: tuple[str, str], task: str, bins, grid: list[tuple[int, int]]) -> str:
+    def _write_prompt(
+        self, template: tuple[str, str], task: str, bins, grid: list[tuple[int, int]], prefix_bins=None
+    ) -> str:
         """The prompt of one sample; `grid` holds the rows and columns that each image is split into, 0 for none."""
         before, *pieces = template[0].split(self.tokenizer.image_token)
         for (rows, cols), piece in zip(grid, pieces, strict=True):
             before += self._write_image(rows, cols) + piece
-        return write_prompt(before, task, bins, template[1], self.tokenizer.get_added_vocab())
+        return write_prompt(before, task, bins, template[1], self.tokenizer.get_added_vocab(), prefix_bins)
 
     def _write_image(self, rows: int, cols: int) -> str:
         """What SmolVLM reads for one image: its sub-images, row by row, then the whole of it; 0 rows: not split."""

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from .checks_smolandfast import check_whole, naming_errors
 from .files_smolandfast import SUMS, check_checksums, read_checksums, read_json
 from .normalization_smolandfast import Normalizer
-from .prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
+from .prompt_smolandfast import read_action_prefixes, read_observations, warning_of_new_tasks, write_prompt
 from .strings_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
 
 logger = logging.getLogger("smolandfast")
@@ -47,6 +47,7 @@ class DeployedPolicy:
 
     Attributes:
         chunk_size, n_action_steps, action_dim, state_dim: As in the configuration of the policy.
+        max_delay: Actions that `action_prefix` may hold; 0 for a policy that is not trained with them.
         training_tasks: The sentences that it was trained on. Told another one, it warns once.
 
     Raises:
@@ -91,6 +92,7 @@ class DeployedPolicy:
     def _read(self, about: dict[str, Any]) -> None:
         names = ("n_action_steps", "default_task", "training_tasks")
         self.n_action_steps, self.default_task, self.training_tasks = (about[name] for name in names)
+        self.max_delay = about.get("max_delay", 0)
         self.normalizer = Normalizer(**about["normalizer"])
         self.state_dim, self.action_dim = self.normalizer.state_dim, self.normalizer.action_dim
         self._prompt, self._cache_shape = about["prompt"], about["cache"]
@@ -108,7 +110,9 @@ class DeployedPolicy:
             self._num_coefficients, tokens["token_lengths"], tokens["token_bytes"]
         )
 
-    def predict(self, images, text: str | list[str] | None = None, state=None, **limits) -> np.ndarray:
+    def predict(
+        self, images, text: str | list[str] | None = None, state=None, action_prefix=None, **limits
+    ) -> np.ndarray:
         """Predict a chunk for one observation or a batch, one after the other.
 
         Args:
@@ -117,6 +121,9 @@ class DeployedPolicy:
                 `(batch, ...)` for one camera.
             text: The task, one sentence or one a sample. `None` or empty: the policy's default task.
             state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
+            action_prefix: `(n, action_dim)`, or for a batch one such array a sample, n at most `max_delay`: the
+                actions from this observation on that the robot executes while the policy thinks. The chunk still
+                begins at the observation. `None` or empty: no such actions.
             limits: `max_tokens` or `deadline`, see [`report`].
 
         Returns:
@@ -126,13 +133,14 @@ class DeployedPolicy:
         Raises:
             ValueError: Input that is missing, of the wrong shape or kind, or not finite; scores that are not finite.
         """
-        return self.report(images, text, state, **limits)["actions"]
+        return self.report(images, text, state, action_prefix, **limits)["actions"]
 
     def report(
         self,
         images,
         text: str | list[str] | None = None,
         state=None,
+        action_prefix=None,
         max_tokens: int | None = None,
         deadline: float | None = None,
     ) -> dict[str, np.ndarray]:
@@ -158,11 +166,12 @@ class DeployedPolicy:
         limits = max_tokens or math.inf, math.inf if deadline is None else start + deadline
         images, tasks, state = read_observations(images, text, state, self.default_task)
         bins = self.normalizer.state_bins(state)
+        prefixes = read_action_prefixes(action_prefix, len(state), self.action_dim, self.max_delay)
         warning = warning_of_new_tasks(tasks, self.training_tasks)
         if warning and not self._has_warned:
             self._has_warned = True
             logger.warning(warning)
-        prompts = [self._write_prompt(*sample) for sample in zip(images, tasks, bins, strict=True)]
+        prompts = [self._write_prompt(*sample) for sample in zip(images, tasks, bins, prefixes, strict=True)]
         written = [self._write(ids, sample, *limits) for ids, sample in zip(prompts, images, strict=True)]
         coefficients, log_probability, is_whole = zip(*written, strict=True)
         chunks = inverse_dct(np.stack(coefficients) / self._scale)
@@ -175,11 +184,12 @@ class DeployedPolicy:
             "is_whole": np.array(is_whole),
         }
 
-    def _write_prompt(self, images: list[np.ndarray], task: str, bins: np.ndarray) -> np.ndarray:
+    def _write_prompt(self, images: list[np.ndarray], task: str, bins: np.ndarray, prefix: np.ndarray) -> np.ndarray:
         around = self._prompt["around"].get(str(len(images)))
         if around is None:
             raise ValueError(f"Got {len(images)} images a sample, expected at most {len(self._prompt['around'])}.")
-        text = write_prompt(around[0], task, bins.tolist(), around[1], self._prompt["special_tokens"])
+        prefix_bins = self.normalizer.action_bins(prefix, bins)
+        text = write_prompt(around[0], task, bins.tolist(), around[1], self._prompt["special_tokens"], prefix_bins)
         return np.array(self._tokenizer.encode(text).ids)
 
     def _write(

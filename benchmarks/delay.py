@@ -2,11 +2,13 @@
 
     python examples/export_policy.py --checkpoint checkpoints/pusht-tiny --output_dir deployed
     python benchmarks/delay.py --checkpoint deployed --episodes 50 --num_processes 2
+    python benchmarks/delay.py --checkpoint deployed-told --episodes 50 --strategies switch
     python benchmarks/delay.py --checkpoint deployed --max_tokens 1 2 3 4 6 8 --delays 0 --strategies switch
 
-Each delay, in control steps of 0.1 s, with each strategy (`loop_smolandfast.STRATEGIES`), on the same seeds;
-and the same for chunks that are cut short after some tokens. What is measured is kept: started again, it goes on.
-Writes `benchmarks/results/delay.json` and `assets/delay.png`, or `anytime.json`.
+Each delay, in control steps of 0.1 s, with each strategy (`loop_smolandfast.STRATEGIES`), on the same seeds; a policy
+that is trained with `max_delay` is told what is executed meanwhile. And the same for chunks that are cut short after
+some tokens. What is measured is kept: started again, it goes on. Writes `benchmarks/results/delay.json` and
+`assets/delay.png`, or `anytime.json`.
 """
 
 import argparse
@@ -42,12 +44,14 @@ def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | N
     """Play one strategy, delay and limit of tokens."""
     strategy, delay, max_tokens = case
     torch.set_num_threads(1)
-    predict, _, n_action_steps, _ = load_predict(checkpoint, backend, max_tokens=max_tokens)
-    options = {"seeds": seeds, "n_action_steps": n_action_steps, "num_envs": 1}
-    result = rollout(BENCHMARK, predict, delay=delay, strategy=strategy, **options)
+    policy = load_predict(checkpoint, backend, max_tokens=max_tokens)
+    options = {"n_action_steps": policy.n_action_steps, "max_delay": policy.max_delay, "num_envs": 1}
+    result = rollout(BENCHMARK, policy.predict, seeds, delay=delay, strategy=strategy, **options)
     metrics = result.metrics()
     names = ("pc_success", "pc_success_low", "pc_success_high", "n_episodes", "avg_max_reward", "ms_per_chunk")
     return {
+        "checkpoint": checkpoint,
+        "max_delay": policy.max_delay,
         "strategy": strategy,
         "delay": delay,
         "max_tokens": max_tokens,
@@ -62,14 +66,17 @@ def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | N
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Success, and the jumps between commanded actions, against the delay."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for strategy in dict.fromkeys(case["strategy"] for case in cases):
-        points = sorted((case for case in cases if case["strategy"] == strategy), key=lambda case: case["delay"])
+    lines = {}
+    for case in sorted(cases, key=lambda case: case["delay"]):
+        told = ", and the policy is told so" if case["max_delay"] > 0 else ""
+        lines.setdefault(NAMES[case["strategy"]] + told, []).append(case)
+    for label, points in lines.items():
         seconds = [case["delay"] / CONTROL_HZ for case in points]
         success = np.array([case["pc_success"] for case in points])
         margins = [success - [case["pc_success_low"] for case in points]]
         margins += [np.array([case["pc_success_high"] for case in points]) - success]
-        left.errorbar(seconds, success, yerr=margins, marker="o", capsize=3, label=NAMES[strategy])
-        right.plot(seconds, [case["jump_95"] for case in points], marker="o", label=NAMES[strategy])
+        left.errorbar(seconds, success, yerr=margins, marker="o", capsize=3, label=label)
+        right.plot(seconds, [case["jump_95"] for case in points], marker="o", label=label)
     left.set(xlabel="seconds that a chunk takes", ylabel="success, %", ylim=(0, 100))
     right.set(xlabel="seconds that a chunk takes", ylabel="95 % of the jumps are below, pixels of 512", ylim=(0, None))
     left.legend()
@@ -89,12 +96,16 @@ def main() -> None:
     args = parser.parse_args()
     path = RESULTS / ("delay.json" if args.max_tokens == [None] else "anytime.json")
     backend = find_backend(args.checkpoint)
-    setting = {"checkpoint": args.checkpoint, "seed": args.seed, "episodes": args.episodes, "backend": backend}
+    setting = {"seed": args.seed, "episodes": args.episodes, "backend": backend}
     setting["versions"] = installed_versions(BENCHMARK)
     found = json.loads(path.read_text()) if path.is_file() else setting | {"cases": []}
     if {name: found[name] for name in setting} != setting:
-        parser.error(f"{path} was measured with {found['checkpoint']} and other options. Move it away.")
-    done = {(case["strategy"], case["delay"], case["max_tokens"]) for case in found["cases"]}
+        parser.error(f"{path} was measured with other options. Move it away.")
+    done = {
+        (case["strategy"], case["delay"], case["max_tokens"])
+        for case in found["cases"]
+        if case["checkpoint"] == args.checkpoint
+    }
     cases = [c for c in itertools.product(args.strategies, args.delays, args.max_tokens) if c not in done]
     seeds = range(args.seed, args.seed + args.episodes)
     one = partial(measure, checkpoint=args.checkpoint, backend=backend, seeds=seeds)

@@ -142,7 +142,9 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
     for threads in (1, 2):
         torch.set_num_threads(threads)
         predicts = {name: make_predict(one, processor) for name, one in models.items()}
-        predicts |= {f"{backend}, {weights}": load_predict(folders[weights], backend)[0] for backend, weights in kinds}
+        predicts |= {
+            f"{backend}, {weights}": load_predict(folders[weights], backend).predict for backend, weights in kinds
+        }
         times = seconds(*[lambda p=p: p([image], state[None], [task]) for p in predicts.values()], repeats=rounds)
         for name, found in zip(predicts, times, strict=True):
             figures[f"{name}, threads {threads}: ms a chunk"] = found * 1e3

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/metaworld-report"))
     args = parser.parse_args()
     load_options = {"backend": find_backend(args.checkpoint)}
-    _, _, n_action_steps, _ = load_predict(args.checkpoint, **load_options)
+    n_action_steps = load_predict(args.checkpoint, **load_options).n_action_steps
     options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.num_envs, "record": 1}
     result = rollout_in_processes(args.num_processes, args.checkpoint, BENCHMARK, args.tasks, load_options, **options)
     kinds = [kind_of_ending(episode) for episode in result.episodes]

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,9 +61,9 @@ def make_predict(model: Any, processor: Any, task: str | None = None, **generate
     The processor's ValueError for tokens that do not decode to one whole chunk is passed on.
     """
 
-    def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
+    def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str], prefixes=None) -> np.ndarray:
         texts = texts if task is None else [task] * len(texts)
-        inputs = processor(images=[[image] for image in images], text=texts, state=states, return_tensors="pt")
+        inputs = processor([[image] for image in images], texts, states, action_prefix=prefixes)
         ids = model.generate(**inputs.to(model.device), **generate_kwargs)
         return np.asarray(processor.post_process_actions(ids))  # (B, H, D), the robot's units
 
@@ -75,6 +75,16 @@ def find_backend(checkpoint: str | Path) -> str | None:
     return "onnxruntime" if os.path.isfile(os.path.join(checkpoint, POLICY)) else None
 
 
+class LoadedPolicy(NamedTuple):
+    """What a [`rollouts.rollout`] needs of a policy."""
+
+    predict: Predict
+    chunk_size: int
+    n_action_steps: int
+    action_dim: int
+    max_delay: int
+
+
 def load_predict(
     checkpoint: str | Path,
     backend: str | None = None,
@@ -82,27 +92,25 @@ def load_predict(
     dtype: torch.dtype = torch.float32,
     max_tokens: int | None = None,
     **options: Any,
-) -> tuple[Predict, int, int, int]:
-    """A checkpoint's or a deployed policy's `predict`.
+) -> LoadedPolicy:
+    """A checkpoint's or a deployed policy's `predict`, and its sizes.
 
     Args:
         backend, max_tokens: Of a deployed policy, see [`DeployedPolicy`]; None for a checkpoint.
         options: For `model.generate`.
-
-    Returns:
-        It, and the policy's `chunk_size`, `n_action_steps` and `action_dim`.
     """
     if backend is not None:
         policy = DeployedPolicy(checkpoint, backend, torch.get_num_threads())
 
-        def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
-            return policy.predict(images, texts, states, max_tokens=max_tokens)
+        def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str], prefixes=None) -> np.ndarray:
+            return policy.predict(images, texts, states, prefixes, max_tokens=max_tokens)
 
-        return predict, policy.chunk_size, policy.n_action_steps, policy.action_dim
+        sizes = (getattr(policy, name) for name in LoadedPolicy._fields[1:])
+        return LoadedPolicy(predict, *sizes)
     model, processor = load_policy(checkpoint, dtype=dtype)
     model.to(device)
-    config = model.config
-    return make_predict(model, processor, **options), config.chunk_size, config.n_action_steps, config.action_dim
+    sizes = (getattr(model.config, name) for name in ("chunk_size", "n_action_steps", "action_dim"))
+    return LoadedPolicy(make_predict(model, processor, **options), *sizes, processor.max_delay)
 
 
 def rollout_in_processes(
@@ -131,9 +139,10 @@ def rollout_in_processes(
 def _rollout_task(
     checkpoint: str | Path, benchmark: Benchmark, load_options: dict, options: dict, task: str
 ) -> RolloutResult:
-    predict, _, n_action_steps, _ = load_predict(checkpoint, **load_options)
+    policy = load_predict(checkpoint, **load_options)
     torch.manual_seed(options["seeds"][0])
-    return rollout(benchmark, predict, tasks=[task], **{"n_action_steps": n_action_steps} | options)
+    sizes = {name: getattr(policy, name) for name in ("n_action_steps", "max_delay")}
+    return rollout(benchmark, policy.predict, tasks=[task], **sizes | options)
 
 
 def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **minimums: int) -> None:
@@ -284,12 +293,16 @@ def main(argv: list[str] | None = None) -> None:
     sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
     load_options = {name: getattr(args, name) for name in ("backend", "device", "max_tokens")} | sampling
     load_options["dtype"] = getattr(torch, args.dtype)
-    predict, chunk_size, n_action_steps, action_dim = load_checkpoint(parser, args, load_predict, **load_options)
-    if action_dim != benchmark.action_dim:
-        parser.error(f"--checkpoint has {action_dim} action dimensions, {benchmark.name} {benchmark.action_dim}.")
-    n_action_steps = args.n_action_steps or n_action_steps
-    if n_action_steps > chunk_size:
-        parser.error(f"--n_action_steps is {n_action_steps}, the checkpoint predicts {chunk_size}. Give at most that.")
+    policy = load_checkpoint(parser, args, load_predict, **load_options)
+    if policy.action_dim != benchmark.action_dim:
+        parser.error(
+            f"--checkpoint has {policy.action_dim} action dimensions, {benchmark.name} {benchmark.action_dim}."
+        )
+    n_action_steps = args.n_action_steps or policy.n_action_steps
+    if n_action_steps > policy.chunk_size:
+        parser.error(
+            f"--n_action_steps is {n_action_steps}, the checkpoint predicts {policy.chunk_size}. Give at most that."
+        )
     options = {
         "seeds": range(args.seed, args.seed + args.episodes),
         "n_action_steps": n_action_steps,
@@ -297,11 +310,12 @@ def main(argv: list[str] | None = None) -> None:
         "record": args.record,
         "delay": args.delay,
         "strategy": args.strategy,
+        "max_delay": policy.max_delay,
     }
     tasks = args.tasks or list(benchmark.tasks)
     if args.num_processes == 1:
         torch.manual_seed(args.seed)
-        result = rollout(benchmark, predict, tasks=tasks, progress=True, **options)
+        result = rollout(benchmark, policy.predict, tasks=tasks, progress=True, **options)
     else:
         result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, load_options, **options)
     metrics = {

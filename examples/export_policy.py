@@ -182,6 +182,7 @@ def describe(model: Any, processor: Any) -> dict[str, Any]:
         "n_action_steps": config.n_action_steps,
         "default_task": processor.default_task,
         "training_tasks": processor.training_tasks,
+        "max_delay": processor.max_delay,
         "prompt": {
             "around": {count: processor.prompt_around(count) for count in range(1, MAX_IMAGES + 1)},
             "special_tokens": sorted(processor.tokenizer.get_added_vocab()),
@@ -234,12 +235,13 @@ def compare(policy: DeployedPolicy, model: Any, processor: Any) -> tuple[int, fl
     rng, side = np.random.default_rng(0), processor.image_processor.max_image_size["longest_edge"]
     low, high = processor.normalizer.state_bounds
     task = (processor.training_tasks or [processor.default_task or "Do it."])[0]
-    num_equal, difference = 0, 0.0
-    for _ in range(NUM_OBSERVATIONS):
+    num_equal, difference, limits = 0, 0.0, processor.normalizer.action_limits
+    for i in range(NUM_OBSERVATIONS):
         image, state = rng.integers(0, 256, (side, side, 3), dtype=np.uint8), rng.uniform(low, high)
-        inputs = processor(images=image, text=task, state=state)
+        prefix = rng.uniform(*limits, size=(i % (processor.max_delay + 1), len(limits[0])))
+        inputs = processor(images=image, text=task, state=state, action_prefix=prefix)
         output = model.generate(**inputs, return_dict_in_generate=True, output_scores=True)
-        expected, found = processor.report(output, state), policy.report(image, task, state)
+        expected, found = processor.report(output, state), policy.report(image, task, state, prefix)
         if np.array_equal(processor.post_process_actions(output), found["actions"]):
             num_equal += 1
             difference = max(difference, float(abs(expected["log_probability"] - found["log_probability"])[0]))

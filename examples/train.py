@@ -36,6 +36,7 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
+from smolandfast.files_smolandfast import read_json
 from smolandfast.training import (
     ActionDataCollator,
     WholeCheckpointTrainer,
@@ -112,14 +113,21 @@ class PolicyArguments:
     n_action_steps: int = 5
     scale_factor: int = field(default=1, metadata={"help": "side of the pixel shuffle"})
     use_relative_actions: bool = False
+    max_delay: int = field(
+        default=0, metadata={"help": "control steps that a prediction may take: their actions may be in the prompt"}
+    )
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
-    vision_weights: list[str] | None = field(
+    init_from: str | None = field(
         default=None,
         metadata={
-            "help": "weights that the tiny preset starts from: vision.safetensors of pretrain_vision.py, or all of an "
-            "earlier policy's, model.safetensors; of several files, the last that has a weight counts"
+            "help": "folder of an earlier tiny policy to learn on from, with its FAST tokenizer and its statistics, "
+            "which the weights were learnt with"
         },
+    )
+    vision_weights: str | None = field(
+        default=None,
+        metadata={"help": "vision.safetensors of pretrain_vision.py or pretrain_metaworld.py, for the tiny preset"},
     )
     vision_learning_rate: float = 2e-5
     connector_learning_rate: float = 2e-4
@@ -163,6 +171,8 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         frames_to_come = np.repeat(lasts, np.diff(lasts, prepend=-1)) - np.arange(len(dataset))
         if args.sample_every < 1:
             raise ValueError(f"sample_every is {args.sample_every}, expected 1 or more. 1 starts at every frame.")
+        # Actions to come that are not padding, less those that are executed of a chunk, if it arrives in time.
+        self.max_delays = np.clip(frames_to_come + 1 - args.n_action_steps, 0, args.max_delay)
         is_start = dataset.frame_index % args.sample_every == 0
         self.indices = np.flatnonzero(is_start & (frames_to_come >= args.drop_n_last_frames))
         if len(self.indices) == 0:
@@ -187,12 +197,17 @@ class VariedDemonstrations(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> dict:
+    def text(self, i: int) -> tuple[str, np.random.Generator]:
+        """The sentence that a sample is told in this epoch, and its random numbers for what else is varied."""
         i = int(self.indices[i])
-        sample = self.dataset[i]
-        rng = np.random.default_rng((self.seed, self.epoch, i))
-        if rng.random() < self.reword_probability:
-            sample["text"] = str(rng.choice(self.wordings[sample["text"]]))
+        text, rng = self.dataset.text(i), np.random.default_rng((self.seed, self.epoch, i))
+        is_reworded = rng.random() < self.reword_probability
+        return str(rng.choice(self.wordings[text])) if is_reworded else text, rng
+
+    def __getitem__(self, i: int) -> dict:
+        text, rng = self.text(i)
+        i = int(self.indices[i])
+        sample = {**self.dataset[i], "text": text, "max_delay": int(self.max_delays[i])}
         if not any(self.variation.values()):
             return sample
         if self.shift is not None:
@@ -209,23 +224,24 @@ class GroupedByLength(Sampler):
     """Batches of samples of similar length, in another random order in every epoch, so that little is padded."""
 
     def __init__(self, dataset: VariedDemonstrations, processor: SmolAndFastProcessor, batch_size: int):
-        self.dataset, self.batch_size = dataset, batch_size
+        self.dataset, self.tokenizer, self.batch_size = dataset, processor.tokenizer, batch_size
         frames, indices = dataset.dataset, dataset.indices
         bins = processor.normalizer.state_bins(frames.states[indices])
         actions = processor.normalizer.normalize_actions(frames.action_chunks()[indices], bins)
-        words = {task: len(processor.tokenizer(task)["input_ids"]) for task in frames.tasks}
-        ids = processor.action_tokenizer.encode_actions(actions)
-        self.lengths = np.array([words[frames.text(i)] + len(x) for i, x in zip(indices.tolist(), ids, strict=True)])
+        self.num_tokens = np.array([len(ids) for ids in processor.action_tokenizer.encode_actions(actions)])
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.num_tokens)
 
     def __iter__(self):
         rng = np.random.default_rng((self.dataset.seed, self.dataset.epoch))
         order, batches = rng.permutation(len(self)), []
+        texts = [self.dataset.text(i)[0] for i in range(len(self))]
+        words = {text: len(self.tokenizer(text)["input_ids"]) for text in set(texts)}
+        lengths = self.num_tokens + [words[text] for text in texts]
         for start in range(0, len(order), 50 * self.batch_size):
             near = order[start : start + 50 * self.batch_size]
-            near = near[np.argsort(self.lengths[near], kind="stable")]
+            near = near[np.argsort(lengths[near], kind="stable")]
             batches += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
         # The one batch that may be shorter stays last, where it is left out.
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
@@ -334,8 +350,13 @@ def fit_statistics_and_tokenizer(
 ) -> tuple[dict, FastActionTokenizer]:
     """Measure the demonstrations, and their turned copies where training turns them; fit FAST to the result.
 
-    Rotated copies stay out of the statistics, whose limits are those of the actions that the robot is sent.
+    Rotated copies stay out of the statistics, whose limits are those of the actions that the robot is sent. With
+    `init_from`, both are the earlier policy's.
     """
+    if args.init_from is not None:
+        folder = Path(args.init_from)
+        statistics = read_json(folder / "processor_config.json")["statistics"]
+        return statistics, FastActionTokenizer.from_pretrained(folder / "action_tokenizer")
     states, chunks = dataset.states, dataset.action_chunks()
     if args.turn_probability > 0 or args.mirror_probability > 0:
         symmetries = range(1, 8) if args.turn_probability > 0 else [TARGET_SYMMETRY]
@@ -365,6 +386,7 @@ def make_policy(
     options = {
         "chunk_size": args.chunk_size,
         "use_relative_actions": args.use_relative_actions,
+        "max_delay": args.max_delay,
         "training_tasks": list(dict.fromkeys([*dataset.tasks, *wordings])),
     }
     frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}
@@ -396,15 +418,29 @@ def make_policy(
     model = make_tiny_model(
         processor, args.n_action_steps, benchmark.image_size, attn_implementation="eager", **frozen, **kwargs
     )
-    for path in args.vision_weights or ():
-        weights = load_file(path)
-        if EMBEDDINGS[0] in weights:
-            earlier = PreTrainedTokenizerFast.from_pretrained(Path(path).parent)
-            weights |= fit_embeddings(weights, earlier, processor.tokenizer)
-        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(f"{path} has weights that the tiny policy has not, such as {unexpected[0]}.")
+    if args.init_from is not None:
+        weights = load_file(Path(args.init_from, "model.safetensors"))
+        earlier = PreTrainedTokenizerFast.from_pretrained(args.init_from)
+        load_weights(model, weights | fit_embeddings(weights, earlier, processor.tokenizer), args.init_from)
+    if args.vision_weights is not None:
+        load_weights(model, load_file(args.vision_weights), args.vision_weights)
     return model, processor
+
+
+def load_weights(model: SmolAndFastForActionPrediction, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Replace some of the model's weights.
+
+    Raises:
+        ValueError: weights of another architecture.
+    """
+    expected = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in expected or tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{source} has a weight {name} of shape {tuple(tensor.shape)}, which the tiny policy has not. Start "
+                "from weights of the tiny preset, for the same image_size and scale_factor."
+            )
+    model.load_state_dict(weights, strict=False)
 
 
 def fit_embeddings(

@@ -137,6 +137,72 @@ def test_several_cameras_give_several_images(processor, batch):
     assert torch.equal(single["pixel_values"][0], inputs["pixel_values"][0])
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["absolute", "relative"])
+def told(request, demonstrations):
+    """A processor of a policy that is told up to three actions which are executed meanwhile."""
+    return make_processor(demonstrations, use_relative_actions=request.param, max_delay=3)
+
+
+def test_actions_to_come_stand_in_the_prompt_and_change_nothing_else(told, batch):
+    prefixes = [chunk[:n] for chunk, n in zip(batch["actions"], (0, 1, 3, 0), strict=True)]
+    inputs = [told(**without_actions(batch), action_prefix=x) for x in (prefixes, None, [])]
+    assert torch.equal(inputs[1]["input_ids"], inputs[2]["input_ids"])
+    told_texts, plain_texts = (
+        [told.tokenizer.decode(ids[mask == 1]) for ids, mask in zip(x["input_ids"], x["attention_mask"], strict=True)]
+        for x in inputs[:2]
+    )
+    states = told.normalizer.state_bins(batch["state"])
+    for text, plain, prefix, state in zip(told_texts, plain_texts, prefixes, states, strict=True):
+        bins = told.normalizer.action_bins(prefix, state)
+        written = f", Next: {' '.join(map(str, bins.ravel()))}" if len(prefix) else ""
+        assert text == plain.replace(", Action: ", f"{written}, Action: ")
+    trained = told(**batch, action_prefix=prefixes)
+    ids = torch.where(trained["labels"] == -100, trained["input_ids"], trained["labels"])
+    plain = told(**batch)["input_ids"]
+    np.testing.assert_array_equal(told.post_process_actions(ids), told.post_process_actions(plain))
+
+
+def test_one_samples_actions_to_come_are_those_of_a_batch_of_one(told, batch):
+    one = {"images": batch["images"][0], "text": "x", "state": batch["state"][0]}
+    many = {"images": batch["images"][:1], "text": "x", "state": batch["state"][:1]}
+    prefix = batch["actions"][0][:2]
+    expected = told(**one, action_prefix=prefix)["input_ids"]
+    assert expected.shape[1] > told(**one)["input_ids"].shape[1]
+    for same in (prefix.tolist(), [prefix], torch.from_numpy(prefix), prefix[None]):
+        assert torch.equal(told(**many, action_prefix=same)["input_ids"], expected)
+
+
+def test_what_is_told_is_part_of_the_meaning(told, demonstrations, tmp_path):
+    without = make_processor(demonstrations, use_relative_actions=told.use_relative_actions)
+    assert without.max_delay == 0 and told.fingerprint != without.fingerprint
+    told.save_pretrained(tmp_path)
+    loaded = SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.max_delay == 3 and loaded.fingerprint == told.fingerprint
+    with pytest.raises(ValueError, match="max_delay is 8, expected a whole number from 0 to 7"):
+        make_processor(demonstrations, max_delay=8)
+
+
+BAD_PREFIXES = {
+    "too many": ([np.zeros((4, 2))] * 4, r"action_prefix\[0\] has 4 actions, expected at most max_delay, 3"),
+    "another robot's": ([np.zeros((1, 7))] * 4, r"action_prefix\[0\] has shape \(1, 7\), expected \(n, 2\)"),
+    "not one a sample": ([np.zeros((1, 2))] * 3, "action_prefix has 3 samples for 4 states"),
+    "NaN": ([np.zeros((1, 2))] * 3 + [[[0, np.nan]]], r"action_prefix\[3\]\[0, 1\] is nan"),
+    "a number": (3, "action_prefix has 1 samples for 4 states"),
+    "words": ("left", "action_prefix is not an array of numbers"),
+}
+
+
+@pytest.mark.parametrize("prefix, message", BAD_PREFIXES.values(), ids=BAD_PREFIXES)
+def test_bad_actions_to_come_are_an_error_that_names_them(told, batch, prefix, message):
+    with pytest.raises(ValueError, match=message):
+        told(**batch, action_prefix=prefix)
+
+
+def test_a_policy_that_is_not_trained_for_it_is_told_nothing(processor, batch):
+    with pytest.raises(ValueError, match="has 1 actions, expected at most max_delay, 0"):
+        processor(**batch, action_prefix=[chunk[:1] for chunk in batch["actions"]])
+
+
 BAD_INPUTS = {
     "no images": ({"images": None}, "images and state"),
     "no state": ({"state": None}, "images and state"),

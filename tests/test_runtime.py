@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path, processor: SmolAndFastProcessor) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(demonstrations, tmp_path_factory) -> Path:
-    processor = make_processor(demonstrations, use_relative_actions=True)
+    processor = make_processor(demonstrations, use_relative_actions=True, max_delay=3)
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "policy", processor)
 
 
@@ -61,7 +61,7 @@ def stock(checkpoint):
 
 
 def observations():
-    """One camera and two, images of several sizes and kinds, one sample and many."""
+    """One camera and two, images of several sizes and kinds, one sample and many, told what is executed or not."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((96, 96, 3), (50, 120, 3), (3, 200, 130))]
     states = rng.uniform(50, 450, (3, 2))
@@ -70,6 +70,8 @@ def observations():
     yield {"images": pictures, "text": [TASK, "Do something else.", ""], "state": states}
     yield {"images": [[pictures[0], pictures[1]]], "text": None, "state": states[:1]}
     yield {"images": Image.fromarray(pictures[1]), "state": states[0].astype(np.float32)}
+    yield {"images": pictures[0], "state": states[0], "action_prefix": states[1:] / 2}
+    yield {"images": pictures[:2], "state": states[:2], "action_prefix": [states, []]}
     yield {"images": (pictures[0] / 255).astype(np.float32), "state": states[0].tolist()}
 
 
@@ -90,6 +92,8 @@ def test_chunks_of_fast_plus_are_too(fast_plus, demonstrations, tmp_path):
 
 def check_equal(policy, model, processor):
     for observation in observations():
+        if policy.max_delay == 0:
+            observation.pop("action_prefix", None)
         output = model.generate(**processor(**observation), return_dict_in_generate=True, output_scores=True)
         found, expected = policy.report(**observation), processor.report(output, observation["state"])
         np.testing.assert_array_equal(found["actions"], processor.post_process_actions(output))
@@ -102,7 +106,7 @@ def check_equal(policy, model, processor):
 def test_what_the_model_config_says_is_there(deployed, stock):
     policy, config = DeployedPolicy(deployed), stock[0].config
     assert (policy.chunk_size, policy.n_action_steps, policy.action_dim) == (config.chunk_size, 4, config.action_dim)
-    assert policy.state_dim == 2 and policy.training_tasks == stock[1].training_tasks
+    assert policy.max_delay == 3 and policy.state_dim == 2 and policy.training_tasks == stock[1].training_tasks
 
 
 def outcome(call, *args, **kwargs):
@@ -118,8 +122,10 @@ def outcome(call, *args, **kwargs):
 def test_any_observation_is_refused_with_the_words_of_the_processor_or_taken(deployed, stock, data):
     model, processor = stock
     observation = {"images": np.zeros((96, 96, 3), np.uint8), "text": TASK, "state": np.array([200.0, 300.0])}
+    observation |= {"action_prefix": np.full((2, 2), 200.0)}
     name = data.draw(st.sampled_from(sorted(observation)))
-    value = data.draw({"images": odd_images, "text": junk | st.text()}.get(name, odd_arrays | junk))
+    odd = {"images": odd_images, "text": junk | st.text(), "action_prefix": odd_arrays | junk | st.lists(odd_arrays)}
+    value = data.draw(odd.get(name, odd_arrays | junk))
     observation |= {name: value}
     inputs = outcome(processor, **observation)
     found = outcome(DeployedPolicy.predict, POLICIES.setdefault(deployed, DeployedPolicy(deployed)), **observation)
@@ -333,10 +339,8 @@ def test_a_chunk_that_is_cut_short_keeps_its_low_frequencies(deployed):
 def test_what_is_not_written_of_a_chunk_is_zero(deployed, max_tokens, seed):
     """The frequencies of a chunk cut short are those of the whole one, then zeros."""
     policy, rng = POLICIES.setdefault(deployed, DeployedPolicy(deployed)), np.random.default_rng(seed)
-    image, ids = (
-        rng.integers(0, 256, (96, 96, 3), dtype=np.uint8),
-        policy._write_prompt([None], TASK, np.array([1, 2])),
-    )
+    image = rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    ids = policy._write_prompt([None], TASK, np.array([1, 2]), np.zeros((0, 2)))
     whole, *_ = policy._write(ids, [image], np.inf, np.inf)
     part, log_probability, is_whole = policy._write(ids, [image], max_tokens, np.inf)
     same = whole.ravel() == part.ravel()

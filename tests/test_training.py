@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TASK
+from conftest import TASK, make_processor
+from evaluate import load_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lerobot_dataset import LeRobotChunkDataset
@@ -163,17 +165,10 @@ def test_muon_is_pytorchs_and_in_fp32_much_the_same():
 
 def test_batches_hold_samples_of_similar_length_another_way_in_every_epoch():
     dataset = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", 16)
-    args, _ = parse_args(["--output_dir", "unused"])
+    args, _ = parse_args(["--output_dir", "unused", "--reword_probability", "0.5"])
     _, processor = make_policy(dataset, args, PUSHT)
     samples = VariedDemonstrations(dataset, args, 0, PUSHT)
     sampler, order = GroupedByLength(samples, processor, 4), list(range(len(samples)))
-    chunks = [samples.dataset[i]["actions"] for i in samples.indices]
-    inputs = processor(
-        images=[[dataset.image(0)]] * len(chunks), text=[TASK] * len(chunks), state=dataset.states[samples.indices],
-        actions=np.array(chunks),
-    )  # fmt: skip
-    written = (inputs["labels"] != -100).sum(dim=1).numpy()
-    np.testing.assert_array_equal(written - written.min(), sampler.lengths - sampler.lengths.min())
     epochs = []
     for epoch in range(2):
         samples.set_epoch(epoch)
@@ -182,10 +177,65 @@ def test_batches_hold_samples_of_similar_length_another_way_in_every_epoch():
     assert epochs[0] != epochs[1]
 
     def padding(order):
-        whole = sampler.lengths[order][: len(order) // 4 * 4].reshape(-1, 4)
-        return (whole.max(axis=1, keepdims=True) - whole).mean()
+        """Of batches of four, as the model sees them, in the epoch that the samples are in."""
+        columns = {name: [samples.dataset[i][name] for i in samples.indices[order]] for name in ("state", "actions")}
+        texts = [samples.text(i)[0] for i in order]
+        assert len(set(texts)) > 1
+        inputs = processor(images=[[dataset.image(0)]] * len(order), text=texts, **columns)
+        lengths = inputs["attention_mask"].sum(dim=1)[: len(order) // 4 * 4].reshape(-1, 4)
+        return (lengths.amax(dim=1, keepdim=True) - lengths).float().mean()
 
-    assert padding(epochs[0]) < padding(order) / 2
+    assert padding(epochs[1]) < padding(order) / 2
+
+
+def test_every_second_batch_is_told_its_first_actions(demonstrations):
+    processor = make_processor(demonstrations, max_delay=3)
+    states, chunks = demonstrations
+    image = np.zeros((96, 96, 3), dtype=np.uint8)
+    samples = [{"images": [image], "text": "x", "state": states[i], "actions": chunks[i]} for i in range(3)]
+    samples[2]["max_delay"] = 1
+
+    def count_told():
+        texts = processor.tokenizer.batch_decode(ActionDataCollator(processor)(samples)["input_ids"])
+        found = [re.search(r", Next: ([\d ]+), Action", text) for text in texts]
+        return [0 if match is None else len(match[1].split()) // 2 for match in found]
+
+    torch.manual_seed(0)
+    told = np.array([count_told() for _ in range(200)])
+    assert (told[:, 0] == told[:, 1]).all() and (told[:, 2] == np.minimum(told[:, 0], 1)).all()
+    shares = np.bincount(told[:, 0], minlength=4) / 200
+    assert 0.4 < shares[0] < 0.6 and len(shares) == 4 and (np.abs(shares[1:] - 1 / 6) < 0.08).all()
+    processor.max_delay = 0
+    assert np.array([count_told() for _ in range(20)]).max() == 0
+
+
+def test_near_the_end_no_action_that_is_executed_after_a_delay_is_padding():
+    dataset = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", 16)
+    args = PolicyArguments(n_action_steps=8, max_delay=8, drop_n_last_frames=8)
+    samples = VariedDemonstrations(dataset, args, 0, PUSHT)
+    for i, frame in enumerate(samples.indices):
+        same = dataset.episode_index[frame : frame + 16] == dataset.episode_index[frame]
+        assert samples[i]["max_delay"] == min(8, same.sum() - 8)
+
+
+def test_an_earlier_policy_is_learnt_on_from_with_its_statistics_and_tokens(tmp_path):
+    dataset = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", 16)
+    args, _ = parse_args(["--output_dir", "unused", "--init_from", str(ROOT / "checkpoints/pusht-tiny")])
+    earlier_model, earlier = load_policy(ROOT / "checkpoints/pusht-tiny", dtype=torch.float32)
+    args.max_delay = 4
+    model, processor = make_policy(dataset, args, PUSHT)
+    assert processor.statistics == earlier.statistics and processor.max_delay == 4
+    assert processor.action_tokenizer.get_vocab() == earlier.action_tokenizer.get_vocab()
+    state, images = [dataset.states[0]], [[dataset.image(0)]]
+    with torch.no_grad():
+        scores = [
+            one.eval()(**part(images, [TASK], state)).logits[0, -1, one.action_grammar.band]
+            for one, part in ((earlier_model, earlier), (model, processor))
+        ]
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
+    args.scale_factor = 2
+    with pytest.raises(ValueError, match="has a weight .* of shape .* which the tiny policy has not"):
+        make_policy(dataset, args, PUSHT)
 
 
 def test_samples_start_at_every_nth_frame_and_oversampled_groups_come_twice():
@@ -219,7 +269,7 @@ def test_embeddings_move_to_another_vocabulary_token_by_token():
 @settings(deadline=None)
 @given(st.text(), st.lists(st.integers(0, 255), min_size=1, max_size=8))
 def test_a_vocabulary_of_words_reads_any_sentence_and_each_bin_is_a_token(sentence, bins):
-    prompt = PROMPT.format(task=sentence, bins=" ".join(map(str, bins)))
+    prompt = PROMPT.format(task=sentence, bins=" ".join(map(str, bins)), prefix="")
     ids = WORDS_TOKENIZER(prompt)["input_ids"]
     assert WORDS_TOKENIZER.decode(ids) == prompt
     tail = len(bins) + 2  # the bins with what stands before and behind them

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.training import make_tiny_model, parameter_groups
+from smolandfast.training import draw_action_prefixes, make_tiny_model, parameter_groups
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig, model_options
 from .processor_smolandfast import load_processor, make_processor, processor_options
@@ -134,16 +134,43 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         Args:
             batch: For each camera `(B, 3, H, W)` floats in [0, 1], `observation.state` `(B, state_dim)`, `action`
                 `(B, chunk_size, action_dim)` and `task`, B sentences; the default task stands in for an empty or
-                missing one.
+                missing one. With `max_delay`, `action_is_pad` `(B, chunk_size)`, if there, limits the delays: what
+                would be executed after one is not padding.
         """
-        inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.model.device)
+        actions, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
+        num_real = [self.config.chunk_size] * len(actions) if is_pad is None else (~is_pad).sum(dim=1).tolist()
+        limits = [max(0, real - self.config.n_action_steps) for real in num_real]
+        prefixes = draw_action_prefixes(actions, self.config.max_delay, limits)
+        inputs = self.processor(**self._read_observation(batch), actions=actions, action_prefix=prefixes)
+        inputs = inputs.to(self.model.device)
         with self._autocast():
             return self.model(**inputs, use_cache=False).loss, None
 
-    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """Predict chunks: observations as in `forward` -> `(B, chunk_size, action_dim)`; kwargs go to `generate()`."""
+    def supports_rtc(self) -> bool:
+        """Whether the policy is trained with what the robot executes while it thinks: `max_delay` is above 0."""
+        return self.config.max_delay > 0
+
+    def predict_action_chunk(
+        self,
+        batch: dict[str, Any],
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Predict chunks: observations as in `forward` -> `(B, chunk_size, action_dim)`.
+
+        Args:
+            inference_delay: Control steps that this prediction is expected to take.
+            prev_chunk_left_over: `(n, action_dim)` or `(B, n, action_dim)`, what is left of the chunk before: the
+                first `inference_delay` of them, at most `max_delay`, stand in the prompt.
+            kwargs: For `generate()`.
+        """
         self.eval()
-        inputs = self.processor(**self._read_observation(batch)).to(self.model.device)
+        prefixes = None
+        if prev_chunk_left_over is not None:
+            left_over = prev_chunk_left_over if prev_chunk_left_over.ndim == 3 else prev_chunk_left_over[None]
+            prefixes = list(left_over[:, : min(inference_delay or 0, self.config.max_delay)])
+        inputs = self.processor(**self._read_observation(batch), action_prefix=prefixes).to(self.model.device)
         relaxed = self.config.relaxed_decoding
         with self._autocast():
             ids = self.model.generate(**inputs, relaxed=relaxed, **kwargs)
