@@ -48,6 +48,7 @@ class DeployedPolicy:
     Attributes:
         chunk_size, n_action_steps, action_dim, state_dim: As in the configuration of the policy.
         max_delay: Actions that `action_prefix` may hold; 0 for a policy that is not trained with them.
+        token_lengths: Coefficients in each FAST token; `None` with FAST+.
         training_tasks: The sentences that it was trained on. Told another one, it warns once.
 
     Raises:
@@ -105,6 +106,7 @@ class DeployedPolicy:
         self.chunk_size, self._scale, self._base_id = (tokens[name] for name in ("chunk_size", "scale", "base_id"))
         self._symbols = tokens["first_symbol"], tokens["min_coefficient"]
         self._token_bytes = [None if token is None else bytes.fromhex(token) for token in tokens["token_bytes"]]
+        self.token_lengths = tokens["token_lengths"]
         self._num_coefficients = self.chunk_size * self.action_dim
         self._started, self._next_state, _ = grammar_tables(
             self._num_coefficients, tokens["token_lengths"], tokens["token_bytes"]
@@ -143,7 +145,7 @@ class DeployedPolicy:
         action_prefix=None,
         max_tokens: int | None = None,
         deadline: float | None = None,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, Any]:
         """[`predict`], and how far each chunk can be trusted, so that a controller can stop the arm.
 
         Args:
@@ -156,7 +158,8 @@ class DeployedPolicy:
             `actions`, as `predict` returns them, and what [`SmolAndFastProcessor.report`] says, each `(batch,)`:
             `log_probability`, the mean over the chunk's tokens, each among those that could follow; `clipped_actions`,
             how many of its values were outside the demonstrations' range; `clamped_states`, how many of the state's
-            were. And `is_whole`, whether neither limit has cut it short.
+            were. And `is_whole`, whether neither limit has cut it short, and `tokens`, a list with each chunk's FAST
+            tokens `(length,)`.
         """
         start = time.monotonic()
         if max_tokens is not None:
@@ -173,7 +176,7 @@ class DeployedPolicy:
             logger.warning(warning)
         prompts = [self._write_prompt(*sample) for sample in zip(images, tasks, bins, prefixes, strict=True)]
         written = [self._write(ids, sample, *limits) for ids, sample in zip(prompts, images, strict=True)]
-        coefficients, log_probability, is_whole = zip(*written, strict=True)
+        coefficients, log_probability, is_whole, written_tokens = zip(*written, strict=True)
         chunks = inverse_dct(np.stack(coefficients) / self._scale)
         reference = bins if self.normalizer.use_relative_actions else None
         return {
@@ -182,6 +185,7 @@ class DeployedPolicy:
             "clipped_actions": self.normalizer.count_clipped_actions(chunks, reference),
             "clamped_states": self.normalizer.count_clamped_states(state),
             "is_whole": np.array(is_whole),
+            "tokens": [np.array(tokens) for tokens in written_tokens],
         }
 
     def _write_prompt(self, images: list[np.ndarray], task: str, bins: np.ndarray, prefix: np.ndarray) -> np.ndarray:
@@ -194,15 +198,16 @@ class DeployedPolicy:
 
     def _write(
         self, ids: np.ndarray, images: list[np.ndarray], max_tokens: float, end: float
-    ) -> tuple[np.ndarray, float, bool]:
-        """A chunk's coefficients `(chunk_size, action_dim)`, its tokens' mean log-probability, whether it is whole."""
+    ) -> tuple[np.ndarray, float, bool, list[int]]:
+        """A chunk's coefficients `(chunk_size, action_dim)`, its tokens' mean log-probability, whether it is whole;
+        its tokens."""
         embeds = self._embeddings[ids]
         is_visual = ids == self._prompt["image_token_id"]
         embeds[is_visual] = np.concatenate([self._vision({"pixel_values": self._pixels(x)})[0][0] for x in images])
         layers, heads, head_dim = self._cache_shape
         cache = [np.zeros((1, heads, 0, head_dim), dtype=np.float32)] * (2 * layers)
-        left, state, string, total, length, count = self._num_coefficients, 0, b"", 0.0, 0, 0
-        while (left > 0 or state != 0) and (count == 0 or (count < max_tokens and time.monotonic() < end)):
+        left, state, tokens, total, length = self._num_coefficients, 0, [], 0.0, 0
+        while (left > 0 or state != 0) and (not tokens or (len(tokens) < max_tokens and time.monotonic() < end)):
             scores, *cache = self._decoder(self._decoder_inputs(embeds, length, cache))
             length += len(embeds)
             # The scores are in the vocabulary's order, the last token first.
@@ -216,13 +221,14 @@ class DeployedPolicy:
             total -= math.log(np.exp((scores - scores[best]).astype(np.float64)).sum())
             token = len(scores) - 1 - best
             left, state = left - int(self._started[token]), int(self._next_state[state, token])
-            string, count = string + self._token_bytes[token], count + 1
+            tokens.append(token)
             embeds = self._embeddings[[self._base_id - token]]
         is_whole = left == 0 and state == 0
+        string = b"".join(self._token_bytes[token] for token in tokens)
         found = read_coefficients(string, *self._symbols, errors="strict" if is_whole else "ignore")
         coefficients = np.zeros(self._num_coefficients, dtype=np.int64)
         coefficients[: len(found)] = found  # a character that was cut in two is left out
-        return coefficients.reshape(self.chunk_size, self.action_dim), total / count, is_whole
+        return coefficients.reshape(self.chunk_size, self.action_dim), total / len(tokens), is_whole, tokens
 
     def _pixels(self, image: np.ndarray) -> np.ndarray:
         image = np.asarray(Image.fromarray(image).resize(self._image_size, self._resample))

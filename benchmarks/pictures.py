@@ -2,7 +2,8 @@
 
     python benchmarks/pictures.py
 
-Writes `assets/architecture.png` and `assets/pusht.gif`, three episodes side by side at twice the simulator's speed.
+Writes `assets/architecture.png`; `assets/pusht.gif`, three episodes side by side at twice the simulator's speed; and
+`assets/delay.gif`, one episode at its own speed where a chunk takes 0.4 seconds: the pusher waits for it, or goes on.
 """
 
 import io
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -19,9 +20,10 @@ sys.path.insert(0, str(ROOT / "examples"))
 from evaluate import load_policy, make_predict  # noqa: E402
 from pusht import BENCHMARK as PUSHT  # noqa: E402
 from pusht import CONTROL_HZ  # noqa: E402
-from rollouts import rollout  # noqa: E402
+from rollouts import Episode, rollout  # noqa: E402
 
 SEEDS = range(1000, 1003)
+DELAY, DELAY_SEED = 4, 8000  # control steps
 TILE, GAP = 224, 8  # pixels
 # Left, centre y, width, text, colour; all are of one height.
 HEIGHT, INPUT, LEARNT, FIXED = 0.95, "#e8e8e8", "#cfe3ff", "#ffe3c2"
@@ -61,19 +63,39 @@ def draw_architecture(path: Path) -> None:
 def film(path: Path) -> None:
     model, processor = load_policy(str(ROOT / "checkpoints/pusht-tiny"))
     result = rollout(PUSHT, make_predict(model, processor), SEEDS, model.config.n_action_steps, record=len(SEEDS))
-    episodes = [episode.frames for episode in result.recordings]
+    write_gif(path, result.recordings, every=2)
+
+
+def film_delay(path: Path) -> None:
+    model, processor = load_policy(str(ROOT / "checkpoints/pusht-tiny"))
+    options = {"n_action_steps": model.config.n_action_steps, "record": 1, "delay": DELAY}
+    options["max_delay"] = processor.max_delay
+    titles = {"wait": "stands still while it thinks", "switch": "goes on while it thinks"}
+    predict = make_predict(model, processor)
+    results = [rollout(PUSHT, predict, [DELAY_SEED], strategy=strategy, **options) for strategy in titles]
+    write_gif(path, [result.recordings[0] for result in results], titles=list(titles.values()))
+
+
+def write_gif(path: Path, episodes: list[Episode], every: int = 1, titles: list[str] | None = None) -> None:
+    """Episodes side by side, every so many control steps a picture, ten a second; the end is held for a second."""
+    top = 24 if titles else 0
     pictures = []
-    for step in range(0, max(map(len, episodes)) + 10, 2):  # the end is held for a second
-        picture = Image.new("RGB", (len(episodes) * (TILE + GAP) - GAP, TILE), "white")
-        for i, frames in enumerate(episodes):
-            scene = Image.open(io.BytesIO(frames[min(step, len(frames) - 1)]))
-            picture.paste(scene.resize((TILE, TILE), Image.Resampling.LANCZOS), (i * (TILE + GAP), 0))
+    for step in range(0, max(len(episode.frames) for episode in episodes) + 10 * every, every):
+        picture = Image.new("RGB", (len(episodes) * (TILE + GAP) - GAP, TILE + top), "white")
+        for i, episode in enumerate(episodes):
+            scene = Image.open(io.BytesIO(episode.frames[min(step, len(episode.frames) - 1)]))
+            picture.paste(scene.resize((TILE, TILE), Image.Resampling.LANCZOS), (i * (TILE + GAP), top))
+            if titles:
+                done = ": solved" if episode.success and step >= len(episode.frames) else ""
+                place = (i * (TILE + GAP), 4)
+                ImageDraw.Draw(picture).text(place, titles[i] + done, "black", ImageFont.load_default(14))
         pictures.append(picture.quantize(48, dither=Image.Dither.NONE))
-    duration = 1000 // CONTROL_HZ  # of two steps
+    duration = 1000 // CONTROL_HZ
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=True)
-    print(path, [f"seed {e.seed}: {'solved' if e.success else 'not solved'}" for e in result.recordings])
+    print(path, [f"seed {e.seed}: {'solved' if e.success else 'not solved'}" for e in episodes])
 
 
 if __name__ == "__main__":
     draw_architecture(ROOT / "assets/architecture.png")
     film(ROOT / "assets/pusht.gif")
+    film_delay(ROOT / "assets/delay.gif")

@@ -16,7 +16,7 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
 import gradio as gr
-from app_session import SEED, Policy, Session
+from app_session import SEED, DeployedPagePolicy, Policy, Session, load_page_policy
 from app_views import DRAG_JS, SCENE_CSS
 from pusht import CONTROL_HZ
 
@@ -35,7 +35,7 @@ def read_poses(event: gr.EventData) -> tuple[Any, Any]:
         raise ValueError("The page sent no agent or no block, expected the poses of both. Drag them again.") from error
 
 
-def make_page(policy: Policy) -> gr.Blocks:
+def make_page(policy: Policy | DeployedPagePolicy) -> gr.Blocks:
     """The page; every visitor's [`Session`] lives in its `gr.State`."""
 
     def begin(session: Session | None) -> Session:
@@ -118,12 +118,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint",
         default=os.environ.get("CHECKPOINT", "checkpoints/pusht-tiny"),
-        help="folder or Hub id (the variable CHECKPOINT, or checkpoints/pusht-tiny)",
+        help="folder, also a deployed policy's, or Hub id (the variable CHECKPOINT, or checkpoints/pusht-tiny)",
     )
     args = parser.parse_args(argv)
     # System fonts: the theme's own are loaded from another site.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    make_page(Policy(args.checkpoint)).launch(theme=theme, footer_links=[])
+    make_page(load_page_policy(args.checkpoint)).launch(theme=theme, footer_links=[])
 
 
 if __name__ == "__main__":

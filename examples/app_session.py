@@ -1,6 +1,7 @@
 """Behind `app.py`: the policy that all visitors share, and each visitor's own simulator."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -11,8 +12,33 @@ from pusht import ACTION_DIM, CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, WORLD_SIZE
 from rollouts import check_chunks
 from transformers import AutoModel, AutoProcessor
 
+from smolandfast.loop_smolandfast import Schedule
+from smolandfast.runtime_smolandfast import POLICY, DeployedPolicy
+
 SEED = 1000
 AGENT_MARGIN, BLOCK_MARGIN = 25, 60  # least distance from the walls at which the pusher and the T may be placed
+
+
+def load_page_policy(checkpoint: str) -> "Policy | DeployedPagePolicy":
+    """The policy that all visitors share: a checkpoint, or what `export_policy.py` wrote."""
+    return (DeployedPagePolicy if Path(checkpoint, POLICY).is_file() else Policy)(checkpoint)
+
+
+class DeployedPagePolicy:
+    """A deployed policy, shared by all visitors."""
+
+    def __init__(self, folder: str):
+        self.policy = DeployedPolicy(folder)
+        self.n_action_steps = self.policy.n_action_steps
+        self._one_at_a_time = threading.Lock()
+
+    def predict(self, image: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """See [`Policy.predict`]."""
+        with self._one_at_a_time:
+            report = self.policy.report(image, None, state)
+        chunk = check_chunks(report["actions"], 1, self.n_action_steps, ACTION_DIM)[0]
+        lengths = self.policy.token_lengths
+        return chunk, [(token, lengths[token] if lengths else 0) for token in report["tokens"][0].tolist()]
 
 
 class Policy:
@@ -89,6 +115,7 @@ class Session:
             self._start()
 
     def _start(self) -> None:
+        self.schedule = Schedule(self.policy.n_action_steps)
         self.chunk, self.num_executed, self.tokens = np.zeros((0, 2)), 0, []
         self.path, self.coverages, self.success = [self.observation["agent_pos"]], [], False
 
@@ -101,11 +128,12 @@ class Session:
         with self.lock:
             if self.done:
                 return
-            if self.num_executed % self.policy.n_action_steps == 0:
+            if self.schedule.is_due():
                 observation = self.observation
                 self.chunk, self.tokens = self.policy.predict(observation["pixels"], observation["agent_pos"])
+                self.schedule.arrive(self.chunk, self.schedule.step)
                 self.num_executed = 0
-            self.observation, _, self.success, _, info = self.env.step(self.chunk[self.num_executed])
+            self.observation, _, self.success, _, info = self.env.step(self.schedule.next_action())
             self.num_executed += 1
             self.path.append(self.observation["agent_pos"])
             self.coverages.append(float(info["coverage"]))

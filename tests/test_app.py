@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_session import Policy, Session
+from app_session import Policy, Session, load_page_policy
 from app_views import draw_coverage
 from evaluate import make_predict
 from PIL import Image
@@ -119,12 +119,48 @@ def test_the_page_has_its_events_and_no_analytics(policy):
     assert events >= {"load", "click", "release", "select", "submit"}
 
 
+def copy_space(folder):
+    """The files of a Space, as `docs/publishing.md` names them."""
+    for name in ("app.py", "app_session.py", "app_views.py", "pusht.py", "rollouts.py"):
+        shutil.copy(ROOT / "examples" / name, folder)
+    (folder / "smolandfast").mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder / "smolandfast")
+
+
+WITHOUT_INSTALLED = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+import app_session, smolandfast
+session = app_session.Session(app_session.load_page_policy(sys.argv[1]))
+session.step()
+print(smolandfast.__file__, len(session.tokens))
+"""
+
+
+def test_a_space_has_all_files_that_it_needs(tmp_path):
+    copy_space(tmp_path)
+    command = [sys.executable, "-c", WITHOUT_INSTALLED, str(CHECKPOINT)]
+    printed = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    assert Path(printed[-2]) == tmp_path / "smolandfast/__init__.py" and int(printed[-1]) > 0
+
+
+def test_the_page_plays_a_deployed_policy(policy, tmp_path):
+    export_policy = pytest.importorskip("export_policy", reason='the exporter needs pip install -e ".[deployment]"')
+    export_policy.export_policy(str(CHECKPOINT), tmp_path / "deployed")
+    sessions = [Session(load_page_policy(str(path))) for path in (CHECKPOINT, tmp_path / "deployed")]
+    for _ in range(10):
+        for session in sessions:
+            session.step()
+    assert sessions[0].tokens == sessions[1].tokens
+    np.testing.assert_array_equal(sessions[0].path, sessions[1].path)
+
+
 @pytest.fixture
 def space(tmp_path):
-    """The page as a Space runs it: the files that the README names, in a folder of their own."""
+    """The page as a Space runs it, in a folder of its own."""
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[app]'")
-    for name in ("app.py", "app_session.py", "app_views.py", "pusht.py", "rollouts.py"):
-        shutil.copy(ROOT / "examples" / name, tmp_path)
+    copy_space(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -99,6 +99,10 @@ def check_equal(policy, model, processor):
         np.testing.assert_array_equal(found["actions"], processor.post_process_actions(output))
         np.testing.assert_array_equal(policy.predict(**observation), found["actions"])
         np.testing.assert_allclose(found["log_probability"], expected["log_probability"], atol=1e-4)
+        assert found["is_whole"].all()
+        chunks = processor.action_tokenizer.decode_actions(found["tokens"], policy.chunk_size, policy.action_dim)
+        bins = processor.normalizer.state_bins(np.atleast_2d(observation["state"]))
+        np.testing.assert_array_equal(processor.normalizer.unnormalize_actions(chunks, bins), found["actions"])
         for name in ("clipped_actions", "clamped_states"):
             np.testing.assert_array_equal(found[name], expected[name])
 
@@ -342,7 +346,8 @@ def test_what_is_not_written_of_a_chunk_is_zero(deployed, max_tokens, seed):
     image = rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
     ids = policy._write_prompt([None], TASK, np.array([1, 2]), np.zeros((0, 2)))
     whole, *_ = policy._write(ids, [image], np.inf, np.inf)
-    part, log_probability, is_whole = policy._write(ids, [image], max_tokens, np.inf)
+    part, log_probability, is_whole, tokens = policy._write(ids, [image], max_tokens, np.inf)
     same = whole.ravel() == part.ravel()
     length = len(same) if same.all() else int(same.argmin())
     assert (part.ravel()[length:] == 0).all() and is_whole == (is_whole and same.all()) and log_probability <= 0
+    assert 0 < len(tokens) <= max_tokens
