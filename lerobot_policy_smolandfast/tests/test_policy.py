@@ -76,6 +76,9 @@ def test_real_time_chunking_tells_the_policy_what_is_executed_meanwhile(make_pol
     for delay, expected in ((0, 0), (1, 1), (2, 2), (5, 2), (None, 0)):
         policy.predict_action_chunk(one, inference_delay=delay, prev_chunk_left_over=batch["action"][0])
         assert told[-1] == [expected]
+    padded = torch.cat([batch["action"][0][:1], torch.zeros(4, ACTION_DIM)])  # as LeRobot does to `execution_horizon`
+    policy.predict_action_chunk(one, inference_delay=2, prev_chunk_left_over=padded)
+    assert told[-1] == [1]
     policy.predict_action_chunk(one, inference_delay=2, prev_chunk_left_over=None)
     assert told[-1] == []
     is_pad = torch.zeros((3, CHUNK_SIZE), dtype=torch.bool)

@@ -162,14 +162,16 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         Args:
             inference_delay: Control steps that this prediction is expected to take.
             prev_chunk_left_over: `(n, action_dim)` or `(B, n, action_dim)`, what is left of the chunk before: the
-                first `inference_delay` of them, at most `max_delay`, stand in the prompt.
+                first `inference_delay` of them, at most `max_delay`, stand in the prompt. Rows of zeros at the end are
+                LeRobot's padding to `execution_horizon`, and left out.
             kwargs: For `generate()`.
         """
         self.eval()
         prefixes = None
         if prev_chunk_left_over is not None:
             left_over = prev_chunk_left_over if prev_chunk_left_over.ndim == 3 else prev_chunk_left_over[None]
-            prefixes = list(left_over[:, : min(inference_delay or 0, self.config.max_delay)])
+            num_told = min(inference_delay or 0, self.config.max_delay)
+            prefixes = [_without_padding(actions)[:num_told] for actions in left_over]
         inputs = self.processor(**self._read_observation(batch), action_prefix=prefixes).to(self.model.device)
         relaxed = self.config.relaxed_decoding
         with self._autocast():
@@ -197,6 +199,12 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         if self.config.dtype == "bfloat16":
             return torch.autocast(self.model.device.type, torch.bfloat16)
         return nullcontext()  # leaves in force what `accelerate launch --mixed_precision` set up
+
+
+def _without_padding(actions: Tensor) -> Tensor:
+    """`(n, action_dim)` without rows of zeros at the end."""
+    is_zero = (actions == 0).all(dim=1)
+    return actions[: len(actions) - int(is_zero.flip(0).int().cumprod(0).sum())]
 
 
 def _make_model(config: SMOLANDFASTConfig, processor: SmolAndFastProcessor) -> SmolAndFastForActionPrediction:
