@@ -19,6 +19,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from evaluate import find_backend, installed_versions, load_predict, rollout_in_processes, summary, write_json
 from metaworld_tasks import BENCHMARK, TASKS
+from PIL import Image
 from rollouts import Episode, write_contact_sheet, write_end_sheet
 
 NEAR, NEAR_GOAL = 0.05, 0.1  # metres; most tasks are solved at some five centimetres
@@ -79,6 +80,8 @@ def main() -> None:
         titles = [f"{episode.task}: {kind}" for kind, episode in chosen]
         sheet = args.output_dir / "metaworld_failures.png"
         write_contact_sheet(sheet, [episode for _, episode in chosen], BENCHMARK, titles=titles)
+    for path in args.output_dir.glob("*.png"):  # a quarter of the size, for the docs
+        Image.open(path).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
