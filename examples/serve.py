@@ -6,8 +6,9 @@
 
 The client is openpi's `WebsocketClientPolicy("127.0.0.1", 8000)` (`pip install openpi-client`). It sends a dictionary
 with `observation/image` (and further cameras, `observation/..._image`, in the order of their names),
-`observation/state`, and `prompt`, the task; back come `actions` `(chunk_size, action_dim)` and what the policy's
-`report` says of them. A wrong observation is answered by a text that says what is wrong, at which the client raises.
+`observation/state`, `prompt`, the task, and, for a policy with a `max_delay`, `action_prefix`, what the robot executes
+meanwhile. Back come `actions` `(chunk_size, action_dim)` and what the policy's `report` says of them. A wrong
+observation is answered by a text that says what is wrong, at which the client raises.
 
 Messages are msgpack: nothing that is received can run. Still anybody who reaches the port can use the policy, so it is
 bound to this machine; `--host 0.0.0.0` opens it to the network, without encryption or password.
@@ -27,7 +28,7 @@ from websockets.sync.server import Server, ServerConnection, serve
 
 from smolandfast.runtime_smolandfast import BACKENDS, DeployedPolicy
 
-STATE, PROMPT, IMAGE = "observation/state", "prompt", "observation/image"
+STATE, PROMPT, IMAGE, PREFIX = "observation/state", "prompt", "observation/image", "action_prefix"
 MAX_MESSAGE = 2**26  # bytes: a few cameras' raw pictures
 
 
@@ -68,9 +69,8 @@ def answer(policy: DeployedPolicy, observation: dict[str, Any]) -> dict[str, Any
             raise ValueError(f"The observation has no {name!r}, only {sorted(map(str, observation))}.")
     others = sorted(name for name in observation if str(name).startswith("observation/") and name.endswith("_image"))
     start = time.perf_counter()
-    report = policy.report(
-        [observation[name] for name in (IMAGE, *others)], observation.get(PROMPT), observation[STATE]
-    )
+    images = [observation[name] for name in (IMAGE, *others)]
+    report = policy.report(images, observation.get(PROMPT), observation[STATE], observation.get(PREFIX))
     milliseconds = (time.perf_counter() - start) * 1e3
     return {name: value[0] for name, value in report.items()} | {"server_timing": {"infer_ms": milliseconds}}
 
@@ -78,11 +78,12 @@ def answer(policy: DeployedPolicy, observation: dict[str, Any]) -> dict[str, Any
 def make_server(policy: DeployedPolicy, host: str, port: int) -> Server:
     """A server that is bound, and serves with `serve_forever()` until `shutdown()`."""
     busy = threading.Lock()
-    about = {name: getattr(policy, name) for name in ("chunk_size", "n_action_steps", "action_dim", "state_dim")}
+    names = ("chunk_size", "n_action_steps", "action_dim", "state_dim", "max_delay", "training_tasks")
+    about = {name: getattr(policy, name) for name in names}
 
     def handle(connection: ServerConnection) -> None:
         try:
-            connection.send(pack(about | {"training_tasks": policy.training_tasks}))
+            connection.send(pack(about))
             for message in connection:
                 try:
                     with busy:
