@@ -83,7 +83,8 @@ class DeployedPolicy:
         with naming_errors(folder, AGAIN, passing=(ImportError,)):
             self._read(about)
             self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-            self._embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+            embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
+            self._embeddings = embeddings.view(np.ndarray)  # as a memmap, each look-up costs more
             load = BACKENDS[backend]
             self._vision, self._decoder = (load(folder / name, num_threads, device) for name in (VISION, DECODER))
             # A first chunk: what does not fit together shows here, and a backend that compiles has done so.
@@ -108,9 +109,10 @@ class DeployedPolicy:
         self._token_bytes = [None if token is None else bytes.fromhex(token) for token in tokens["token_bytes"]]
         self.token_lengths = tokens["token_lengths"]
         self._num_coefficients = self.chunk_size * self.action_dim
-        self._started, self._next_state, _ = grammar_tables(
-            self._num_coefficients, tokens["token_lengths"], tokens["token_bytes"]
-        )
+        started, next_state, _ = grammar_tables(self._num_coefficients, tokens["token_lengths"], tokens["token_bytes"])
+        # In the order of the scores, which is the vocabulary's: the last token first.
+        self._started, self._next_state = started[::-1].copy(), next_state[:, ::-1].copy()
+        self._may_follow = self._next_state != INVALID
 
     def predict(
         self, images, text: str | list[str] | None = None, state=None, action_prefix=None, **limits
@@ -210,19 +212,17 @@ class DeployedPolicy:
         while (left > 0 or state != 0) and (not tokens or (len(tokens) < max_tokens and time.monotonic() < end)):
             scores, *cache = self._decoder(self._decoder_inputs(embeds, length, cache))
             length += len(embeds)
-            # The scores are in the vocabulary's order, the last token first.
-            allowed = (self._next_state[state] != INVALID) & (self._started <= left)
-            scores = np.where(allowed[::-1], scores[0], -np.inf)
+            scores = np.where(self._may_follow[state] & (self._started <= left), scores[0], -np.inf)
             best = int(scores.argmax())
-            if not np.isfinite(scores[best]):
+            highest = float(scores[best])
+            if not math.isfinite(highest):
                 raise ValueError(
-                    f"The model's scores for the action tokens are {scores[best]}: no action can be chosen. {AGAIN}"
+                    f"The model's scores for the action tokens are {highest}: no action can be chosen. {AGAIN}"
                 )
-            total -= math.log(np.exp((scores - scores[best]).astype(np.float64)).sum())
-            token = len(scores) - 1 - best
-            left, state = left - int(self._started[token]), int(self._next_state[state, token])
-            tokens.append(token)
-            embeds = self._embeddings[[self._base_id - token]]
+            total -= math.log(np.exp(scores - highest, dtype=np.float64).sum())
+            left, state = left - int(self._started[best]), int(self._next_state[state, best])
+            tokens.append(len(scores) - 1 - best)
+            embeds = self._embeddings[[self._base_id - tokens[-1]]]
         is_whole = left == 0 and state == 0
         string = b"".join(self._token_bytes[token] for token in tokens)
         found = read_coefficients(string, *self._symbols, errors="strict" if is_whole else "ignore")
