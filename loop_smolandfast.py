@@ -176,7 +176,7 @@ class ControlLoop:
     def _look_and_predict(self, begin: float, first: int, step: int, planned: np.ndarray) -> tuple[np.ndarray, int]:
         observation = self.observe()
         observed_at = int((self._now() - begin) * self.fps + 1e-6)  # a clock is not exact
-        to_come = planned[observed_at - step :][: min(self.max_delay, max(self._delays, default=0))]
+        to_come = planned[max(0, observed_at - step) :][: min(self.max_delay, max(self._delays, default=0))]
         chunk = np.asarray(self.predict(observation, *([to_come] if self.max_delay > 0 else [])))
         chunk = as_numbers(chunk[0] if chunk.ndim == 3 and len(chunk) == 1 else chunk, "chunk", ("H", "action_dim"))
         if len(chunk) < (needed := self.schedule.n_action_steps):
