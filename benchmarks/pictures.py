@@ -69,7 +69,6 @@ def film(path: Path) -> None:
 def film_delay(path: Path) -> None:
     model, processor = load_policy(str(ROOT / "checkpoints/pusht-tiny"))
     options = {"n_action_steps": model.config.n_action_steps, "record": 1, "delay": DELAY}
-    options["max_delay"] = processor.max_delay
     titles = {"wait": "stands still while it thinks", "switch": "goes on while it thinks"}
     predict = make_predict(model, processor)
     results = [rollout(PUSHT, predict, [DELAY_SEED], strategy=strategy, **options) for strategy in titles]

@@ -63,7 +63,8 @@ def make_predict(model: Any, processor: Any, task: str | None = None, **generate
 
     def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str], prefixes=None) -> np.ndarray:
         texts = texts if task is None else [task] * len(texts)
-        inputs = processor([[image] for image in images], texts, states, action_prefix=prefixes)
+        told = {} if prefixes is None else {"action_prefix": prefixes}  # which code of an earlier release knows not
+        inputs = processor(images=[[image] for image in images], text=texts, state=states, **told)
         ids = model.generate(**inputs.to(model.device), **generate_kwargs)
         return np.asarray(processor.post_process_actions(ids))  # (B, H, D), the robot's units
 
@@ -110,7 +111,7 @@ def load_predict(
     model, processor = load_policy(checkpoint, dtype=dtype)
     model.to(device)
     sizes = (getattr(model.config, name) for name in ("chunk_size", "n_action_steps", "action_dim"))
-    return LoadedPolicy(make_predict(model, processor, **options), *sizes, processor.max_delay)
+    return LoadedPolicy(make_predict(model, processor, **options), *sizes, getattr(processor, "max_delay", 0))
 
 
 def rollout_in_processes(

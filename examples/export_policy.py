@@ -182,7 +182,7 @@ def describe(model: Any, processor: Any) -> dict[str, Any]:
         "n_action_steps": config.n_action_steps,
         "default_task": processor.default_task,
         "training_tasks": processor.training_tasks,
-        "max_delay": processor.max_delay,
+        "max_delay": getattr(processor, "max_delay", 0),  # code of an earlier release knows none
         "prompt": {
             "around": {count: processor.prompt_around(count) for count in range(1, MAX_IMAGES + 1)},
             "special_tokens": sorted(processor.tokenizer.get_added_vocab()),
@@ -238,10 +238,11 @@ def compare(policy: DeployedPolicy, model: Any, processor: Any) -> tuple[int, fl
     num_equal, difference, limits = 0, 0.0, processor.normalizer.action_limits
     for i in range(NUM_OBSERVATIONS):
         image, state = rng.integers(0, 256, (side, side, 3), dtype=np.uint8), rng.uniform(low, high)
-        prefix = rng.uniform(*limits, size=(i % (processor.max_delay + 1), len(limits[0])))
-        inputs = processor(images=image, text=task, state=state, action_prefix=prefix)
+        prefix = rng.uniform(*limits, size=(i % (policy.max_delay + 1), len(limits[0])))
+        told = {"action_prefix": prefix} if policy.max_delay > 0 else {}
+        inputs = processor(images=image, text=task, state=state, **told)
         output = model.generate(**inputs, return_dict_in_generate=True, output_scores=True)
-        expected, found = processor.report(output, state), policy.report(image, task, state, prefix)
+        expected, found = processor.report(output, state), policy.report(image, task, state, **told)
         if np.array_equal(processor.post_process_actions(output), found["actions"]):
             num_equal += 1
             difference = max(difference, float(abs(expected["log_probability"] - found["log_probability"])[0]))
