@@ -115,6 +115,7 @@ class Episode:
     actions: list[np.ndarray] = field(default_factory=list)  # as commanded
     schedule: Schedule | None = None
     coming: tuple[np.ndarray, int] | None = None  # a chunk that is still to arrive, and the step it was asked for at
+    switches: list[int] = field(default_factory=list)  # steps that the first action of a further chunk is executed at
 
     def film(self, scene: Scene, every: int) -> None:
         if self.is_filmed and (self.done or len(self.rewards) % every == 0):
@@ -157,6 +158,12 @@ class RolloutResult:
     def jumps(self) -> np.ndarray:
         """Distances of consecutive commanded actions, of all episodes together."""
         return np.concatenate([np.linalg.norm(np.diff(e.actions, axis=0), axis=1) for e in self.episodes])
+
+    @property
+    def switch_jumps(self) -> np.ndarray:
+        """Those of [`jumps`] that lie where one chunk takes the place of another."""
+        switches = [(e.actions, step) for e in self.episodes for step in e.switches]
+        return np.array([np.linalg.norm(actions[step] - actions[step - 1]) for actions, step in switches])
 
     @property
     def recordings(self) -> list[Episode]:
@@ -318,6 +325,8 @@ def rollout(
                 scene, episode = slot.scene, slot.episode
                 if episode.coming is not None and episode.schedule.step - episode.coming[1] >= delay:
                     episode.schedule.arrive(*episode.coming)
+                    if episode.actions:
+                        episode.switches.append(len(episode.actions))
                     episode.coming = None
                 action = episode.schedule.next_action()
                 if action is None:

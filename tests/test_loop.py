@@ -276,8 +276,11 @@ def test_a_simulator_that_does_not_wait_executes_what_the_loop_would(strategy):
         actions = np.array(episode.actions)
         assert len(actions) == 20
         np.testing.assert_array_equal(actions[0], actions[1])  # nothing to execute yet: it stands where it is
+        assert episode.switches == ([2, 8, 14] if strategy == "wait" else [2, 6, 10, 14, 18])
         pause = actions[6:8] if strategy == "wait" else actions[:2]
         np.testing.assert_array_equal(pause[0], pause[1])
+    steps = [np.linalg.norm(e.actions[i] - e.actions[i - 1]) for e in result.episodes for i in e.switches]
+    np.testing.assert_allclose(result.switch_jumps, steps)
     undelayed = [np.array(e.actions) for e in rollout(benchmark, predict, **options).episodes]
     expected = [np.array(e.actions) for e in rollout(benchmark, predict, **options | {"strategy": "wait"}).episodes]
     if strategy != "blend":
