@@ -63,7 +63,7 @@ def draw_architecture(path: Path) -> None:
 def film(path: Path) -> None:
     model, processor = load_policy(str(ROOT / "checkpoints/pusht-tiny"))
     result = rollout(PUSHT, make_predict(model, processor), SEEDS, model.config.n_action_steps, record=len(SEEDS))
-    write_gif(path, result.recordings, every=2)
+    write_gif(path, result.recordings, speed=2)
 
 
 def film_delay(path: Path) -> None:
@@ -75,11 +75,11 @@ def film_delay(path: Path) -> None:
     write_gif(path, [result.recordings[0] for result in results], titles=list(titles.values()))
 
 
-def write_gif(path: Path, episodes: list[Episode], every: int = 1, titles: list[str] | None = None) -> None:
-    """Episodes side by side, every so many control steps a picture, ten a second; the end is held for a second."""
+def write_gif(path: Path, episodes: list[Episode], speed: int = 1, titles: list[str] | None = None) -> None:
+    """Episodes side by side, every second control step, so many times as fast as they were; the end is held."""
     top = 24 if titles else 0
     pictures = []
-    for step in range(0, max(len(episode.frames) for episode in episodes) + 10 * every, every):
+    for step in range(0, max(len(episode.frames) for episode in episodes) + 10, 2):
         picture = Image.new("RGB", (len(episodes) * (TILE + GAP) - GAP, TILE + top), "white")
         for i, episode in enumerate(episodes):
             scene = Image.open(io.BytesIO(episode.frames[min(step, len(episode.frames) - 1)]))
@@ -89,7 +89,7 @@ def write_gif(path: Path, episodes: list[Episode], every: int = 1, titles: list[
                 place = (i * (TILE + GAP), 4)
                 ImageDraw.Draw(picture).text(place, titles[i] + done, "black", ImageFont.load_default(14))
         pictures.append(picture.quantize(48, dither=Image.Dither.NONE))
-    duration = 1000 // CONTROL_HZ
+    duration = 2 * 1000 // CONTROL_HZ // speed
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=True)
     print(path, [f"seed {e.seed}: {'solved' if e.success else 'not solved'}" for e in episodes])
 

@@ -35,10 +35,12 @@ def test_it_is_small_and_in_bf16():
         assert sum(np.prod(tensor.get_shape()) for tensor in tensors) <= 10e6
 
 
-def test_its_code_is_a_copy_of_the_top_level():
+@pytest.mark.parametrize("name", ["pusht-tiny", "metaworld-tiny"])
+def test_the_code_of_each_is_a_copy_of_the_top_level(name):
     """Plain files, which a zip, Windows and an upload keep. After a change at the top: `make copies`."""
-    files = list(CHECKPOINT.rglob("*.py"))
-    names = {path.relative_to(CHECKPOINT).as_posix() for path in files}
+    checkpoint = ROOT / "checkpoints" / name
+    files = list(checkpoint.rglob("*.py"))
+    names = {path.relative_to(checkpoint).as_posix() for path in files}
     assert names == PYTHON_FILES | {f"action_tokenizer/{name}" for name in TOKENIZER_FILES}
     assert not any(path.is_symlink() for path in files)
     stale = [str(path) for path in files if path.read_bytes() != (ROOT / path.name).read_bytes()]

@@ -82,4 +82,4 @@ def test_the_robot_goes_on_and_the_policy_is_told_what_it_executes(policy, monke
     assert len(told[0]) == 0 and max(map(len, told)) >= 1
     for actions, chunk in zip(told[1:], chunks, strict=False):  # what is coming is what is left of the chunk before
         places = [i for i in range(len(chunk)) if np.array_equal(chunk[i : i + len(actions)], actions)]
-        assert places and len(actions) <= THRESHOLD
+        assert places and len(actions) <= policy.config.max_delay
