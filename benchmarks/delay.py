@@ -35,7 +35,7 @@ from smolandfast.loop_smolandfast import STRATEGIES
 
 NAMES = {
     "wait": "stands still while it thinks",
-    "switch": "goes on, switches to the new chunk",
+    "switch": "goes on, then switches",
     "blend": "goes on, averages the overlap (LeRobot)",
 }
 
@@ -68,8 +68,8 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Success, and the jumps between commanded actions, against the delay."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lines = {}
-    for case in sorted(cases, key=lambda case: case["delay"]):
-        told = ", and the policy is told so" if case["max_delay"] > 0 else ""
+    for case in sorted(cases, key=lambda case: (case["max_delay"], case["delay"])):
+        told = " (told so)" if case["max_delay"] > 0 else ""
         lines.setdefault(NAMES[case["strategy"]] + told, []).append(case)
     for label, points in lines.items():
         seconds = [case["delay"] / CONTROL_HZ for case in points]
