@@ -410,7 +410,9 @@ def _tile(
     tile.paste(Image.open(io.BytesIO(episode.frames[frame])).resize((size, size), Image.Resampling.LANCZOS))
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(size // 24 + 8)
     draw.rectangle((0, 0, size - 1, size - 1), outline=GREEN if solved else PALE, width=2)
-    draw.text((2, size + height // 2), title or f"{steps / benchmark.fps:.1f} s", BLACK, font, anchor="lm")
+    title = title or f"{steps / benchmark.fps:.1f} s"
+    fitting = next(f for f in map(ImageFont.load_default, range(size // 24 + 8, 0, -1)) if f.getlength(title) < size)
+    draw.text((2, size + height // 2), title, BLACK, fitting, anchor="lm")
     draw.text((size - 2, size + height // 2), score, GREEN if solved else GREY, font, anchor="rm")
     return tile
 
