@@ -64,7 +64,8 @@ def make_predict(model: Any, processor: Any, task: str | None = None, **generate
     def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str], prefixes=None) -> np.ndarray:
         texts = texts if task is None else [task] * len(texts)
         told = {} if prefixes is None else {"action_prefix": prefixes}  # which code of an earlier release knows not
-        inputs = processor(images=[[image] for image in images], text=texts, state=states, **told)
+        images = [[image] for image in images]
+        inputs = processor(images=images, text=texts, state=states, return_tensors="pt", **told)
         ids = model.generate(**inputs.to(model.device), **generate_kwargs)
         return np.asarray(processor.post_process_actions(ids))  # (B, H, D), the robot's units
 
