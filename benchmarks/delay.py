@@ -57,9 +57,7 @@ def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | N
         "max_tokens": max_tokens,
         **{name: metrics[name] for name in names},
         "mean_steps": float(np.mean(result.lengths)),
-        "mean_jump": float(result.jumps.mean()),
-        "jump_95": float(np.quantile(result.jumps, 0.95)),
-        "mean_switch_jump": float(result.switch_jumps.mean()),
+        **result.smoothness(),
         "successes": result.successes,
     }
 

@@ -330,9 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         **sampling,
         "delay": args.delay,
         "strategy": args.strategy,
-        "mean_jump": float(result.jumps.mean()),
-        "jump_95": float(np.quantile(result.jumps, 0.95)),
-        "mean_switch_jump": float(result.switch_jumps.mean()) if len(result.switch_jumps) else None,
+        **result.smoothness(),
         "versions": installed_versions(benchmark),
         **result.metrics(),
     }

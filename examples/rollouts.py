@@ -165,6 +165,14 @@ class RolloutResult:
         switches = [(e.actions, step) for e in self.episodes for step in e.switches]
         return np.array([np.linalg.norm(actions[step] - actions[step - 1]) for actions, step in switches])
 
+    def smoothness(self) -> dict[str, float | None]:
+        """The jumps in figures, in the simulator's units; of switches None where one chunk was enough."""
+        return {
+            "mean_jump": float(self.jumps.mean()),
+            "jump_95": float(np.quantile(self.jumps, 0.95)),
+            "mean_switch_jump": float(self.switch_jumps.mean()) if len(self.switch_jumps) else None,
+        }
+
     @property
     def recordings(self) -> list[Episode]:
         """The filmed episodes."""
