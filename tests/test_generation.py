@@ -235,6 +235,35 @@ def test_relaxed_generation_writes_any_action_tokens_until_eos(model, processor,
     assert actions.shape == (4, processor.chunk_size, 2) and np.isfinite(actions).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}])
+def test_a_limit_cuts_the_string_that_would_have_been_written(policy, options):
+    model = policy.make_model()
+    written = []
+    for limits in ({"max_new_tokens": 2}, {"max_time": 1e-9}, {"max_new_tokens": 10**6, "max_time": 3600.0}, {}):
+        torch.manual_seed(0)
+        written.append(model.generate(input_ids=PROMPTS, attention_mask=MASK, **limits, **options)[:, 7:])
+    two, one, *whole = written
+    assert two.shape[1] <= 2 and one.shape[1] == 1 and torch.equal(*whole)
+    policy.assert_one_chunk_each(whole[0])
+    if "num_beams" not in options:  # the best beam of a few tokens need not be the best of all
+        assert torch.equal(two, whole[0][:, :2]) and torch.equal(one, whole[0][:, :1])
+
+
+@pytest.mark.parametrize("limits", [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"max_time": 0}])
+def test_a_limit_that_is_none_is_refused(policy, limits):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))} is"):
+        policy.make_model().generate(input_ids=PROMPTS, attention_mask=MASK, **limits)
+
+
+def test_a_chunk_that_is_cut_short_is_decoded_only_when_relaxed(model, processor, batch):
+    inputs = processor(images=batch["images"], text=batch["text"], state=batch["state"])
+    ids = model.generate(**inputs, max_new_tokens=1)
+    with pytest.raises(ValueError, match="expected horizon"):
+        processor.post_process_actions(ids)
+    actions = processor.post_process_actions(ids, relaxed=True)
+    assert actions.shape == (4, processor.chunk_size, 2) and np.isfinite(actions).all()
+
+
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_the_model_runs_once_for_each_token_of_the_longest_string(policy, do_sample):
     model, runs = policy.make_model(), []
@@ -277,7 +306,7 @@ def test_each_written_id_is_read_once_unless_beams_change_places(policy, options
         assert lengths == [0] and len(steps) == new
 
 
-@pytest.mark.parametrize("name", ["max_new_tokens", "max_length", "min_new_tokens", "min_length", "stop_strings"])
+@pytest.mark.parametrize("name", ["max_length", "min_new_tokens", "min_length", "stop_strings"])
 def test_options_that_would_cut_or_stretch_a_chunk_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}=4.*Drop {name}"):
         Policy(10, 2, 300).make_model().generate(input_ids=PROMPTS, **{name: 4})

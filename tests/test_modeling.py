@@ -186,7 +186,7 @@ def test_generate_encodes_the_image_once(processor, model, batch):
 
 def test_options_that_cut_a_chunk_short_are_refused(processor, model, batch):
     inputs = prompts(processor, batch)
-    for name, value in {"max_new_tokens": 3, "max_length": 50, "max_time": 1e-6, "stop_strings": ["x"]}.items():
+    for name, value in {"max_length": 50, "min_new_tokens": 4, "stop_strings": ["x"]}.items():
         with pytest.raises(ValueError, match=f"Drop {name}"):
             model.generate(**inputs, **{name: value})
     with pytest.raises(ValueError, match="needs input_ids"):

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .checks_smolandfast import naming_errors
+from .checks_smolandfast import check_whole, naming_errors
 from .configuration_smolandfast import SmolAndFastConfig
 from .files_smolandfast import AGAIN, read_json, write_checksums
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
@@ -266,7 +266,14 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         return ActionGrammar(self.config)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.LongTensor | None = None, relaxed: bool = False, **kwargs):
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        relaxed: bool = False,
+        max_new_tokens: int | None = None,
+        max_time: float | None = None,
+        **kwargs,
+    ):
         """Write one action chunk for each prompt: `GenerationMixin.generate`, greedy, sampled or beam search.
 
         Whatever the weights, every string decodes to exactly `(chunk_size, action_dim)`; it ends at the last
@@ -276,6 +283,10 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             inputs: `(batch, length)` prompt ids, left-padded; usually passed as `input_ids` by the processor's output.
             relaxed: Let the model end a string where it likes, as published FAST policies do. It may then hold more
                 or fewer coefficients than a chunk: decode it with `post_process_actions(ids, relaxed=True)`.
+            max_new_tokens: Most tokens to write of a chunk. Low frequencies come first, so a string that is cut short
+                is a smoother chunk: decode it with `relaxed=True` too, which fills what is missing with zeros.
+            max_time: The same after so many seconds, measured by Transformers after each token. The first is always
+                written: vision and prompt are not cut short.
             kwargs: The processor's other tensors, and options of generation such as `do_sample`, `temperature`,
                 `num_beams`.
 
@@ -283,15 +294,20 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             `(batch, length + new)` ids, the prompt included, for [`SmolAndFastProcessor.post_process_actions`].
 
         Raises:
-            ValueError: No action tokenizer in the configuration, a length option that would cut a chunk short, or
-                scores that are not finite.
+            ValueError: No action tokenizer in the configuration, a limit that is none, another option that would cut
+                or stretch a chunk, or scores that are not finite.
         """
         grammar = self.action_grammar
-        for name in ("max_new_tokens", "max_length", "max_time", "min_new_tokens", "min_length", "stop_strings"):
+        for name in ("max_length", "min_new_tokens", "min_length", "stop_strings"):
             if (value := kwargs.pop(name, None)) is not None:
                 raise ValueError(
-                    f"{name}={value!r}: an action string ends by itself at its last coefficient. Drop {name}."
+                    f"{name}={value!r}: an action string ends by itself at its last coefficient. Drop {name}, or "
+                    "bound it with max_new_tokens or max_time."
                 )
+        if max_new_tokens is not None:
+            check_whole(max_new_tokens, "max_new_tokens")
+        if max_time is not None and not max_time > 0:
+            raise ValueError(f"max_time is {max_time!r}, expected seconds, above 0.")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
@@ -323,11 +339,13 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             inputs,
             logits_processor=LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), constraint]),
             stopping_criteria=StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), *ends]),
-            max_new_tokens=grammar.max_new_tokens,
+            max_new_tokens=min(max_new_tokens or grammar.max_new_tokens, grammar.max_new_tokens),
+            max_time=max_time,
             **kwargs,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if not relaxed and not end(sequences, None).all():
+        may_be_cut = relaxed or max_new_tokens is not None or max_time is not None
+        if not may_be_cut and not end(sequences, None).all():
             raise ValueError(
                 "The options given to generate() cut a chunk short or asked for more different chunks than exist. "
                 "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
