@@ -7,8 +7,8 @@
 
 Each delay, in control steps of 0.1 s, with each strategy (`loop_smolandfast.STRATEGIES`), on the same seeds; a policy
 that is trained with `max_delay` is told what is executed meanwhile. And the same for chunks that are cut short after
-some tokens. What is measured is kept: started again, it goes on. Writes `benchmarks/results/delay.json` and
-`assets/delay.png`, or `anytime.json`.
+some tokens, and how long these take; for that, nothing else should run on the machine. What is played is kept: started
+again, it goes on. Writes `benchmarks/results/delay.json` and `assets/delay.png`, or `anytime.json`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from bench import RESULTS
+from bench import RESULTS, seconds
 from evaluate import find_backend, installed_versions, load_predict, write_json
 from pusht import BENCHMARK, CONTROL_HZ
 from rollouts import rollout
@@ -60,6 +60,21 @@ def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | N
         **result.smoothness(),
         "successes": result.successes,
     }
+
+
+def time_chunks(checkpoint: str, backend: str | None, limits: list[int | None], seed: int) -> dict[str, float]:
+    """Milliseconds of a chunk for each limit of tokens, on one thread: medians, averaged over an episode's chunks."""
+    torch.set_num_threads(1)
+    policy, observations = load_predict(checkpoint, backend), []
+
+    def predict(*observation: Any) -> np.ndarray:
+        observations.append(observation)
+        return policy.predict(*observation)
+
+    rollout(BENCHMARK, predict, [seed], policy.n_action_steps)
+    predicts = [load_predict(checkpoint, backend, max_tokens=limit).predict for limit in limits]
+    times = [seconds(*[partial(predict, *observation) for predict in predicts]) for observation in observations]
+    return {str(limit): 1e3 * found for limit, found in zip(limits, np.mean(times, axis=0), strict=True)}
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
@@ -116,6 +131,10 @@ def main() -> None:
             print({name: value for name, value in case.items() if name != "successes"}, flush=True)
     if args.max_tokens == [None]:
         draw(found["cases"], RESULTS.parents[1] / "assets/delay.png")
+    else:
+        found["ms_of_a_chunk"] = time_chunks(args.checkpoint, backend, [*args.max_tokens, None], args.seed)
+        write_json(path, found)
+        print(found["ms_of_a_chunk"])
 
 
 if __name__ == "__main__":
