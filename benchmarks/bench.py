@@ -82,7 +82,8 @@ def write_table(path: Path, machine: dict, figures: dict[str, float]) -> None:
     """Write `path`.json and a Markdown table, `path`.md."""
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
-    rows = [f"| {name} | {value:,.0f} |" if value >= 100 else f"| {name} | {value:.3g} |" for name, value in figures.items()]
+    texts = {name: f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for name, value in figures.items()}
+    rows = [f"| {name} | {text} |" for name, text in texts.items()]
     notes = ", ".join(f"{name} {value}" for name, value in machine.items())
     table = "\n".join(["| what | median |", "|---|---|", *rows, "", notes, ""])
     path.with_suffix(".md").write_text(table)
