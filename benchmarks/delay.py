@@ -74,7 +74,7 @@ def time_chunks(checkpoint: str, backend: str | None, limits: list[int | None], 
     rollout(BENCHMARK, predict, [seed], policy.n_action_steps)
     predicts = [load_predict(checkpoint, backend, max_tokens=limit).predict for limit in limits]
     times = [seconds(*[partial(predict, *observation) for predict in predicts]) for observation in observations]
-    return {str(limit): 1e3 * found for limit, found in zip(limits, np.mean(times, axis=0), strict=True)}
+    return {str(limit): 1e3 * float(found) for limit, found in zip(limits, np.mean(times, axis=0), strict=True)}
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
