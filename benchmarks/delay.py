@@ -48,7 +48,7 @@ def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | N
     options = {"n_action_steps": policy.n_action_steps, "max_delay": policy.max_delay, "num_envs": 1}
     result = rollout(BENCHMARK, policy.predict, seeds, delay=delay, strategy=strategy, **options)
     metrics = result.metrics()
-    names = ("pc_success", "pc_success_low", "pc_success_high", "n_episodes", "avg_max_reward", "ms_per_chunk")
+    names = ("pc_success", "pc_success_low", "pc_success_high", "n_episodes", "avg_max_reward")
     return {
         "checkpoint": checkpoint,
         "max_delay": policy.max_delay,
