@@ -42,12 +42,12 @@ def lerobot(command: str, *options: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def train(args: argparse.Namespace, name: str, steps: int, output_dir: Path) -> float:
+def train(args: argparse.Namespace, name: str, options: list[str], steps: int, output_dir: Path) -> float:
     return lerobot(
         "lerobot-train",
         *(f"--policy.{key}" for key in (f"type={name}", "device=cpu", f"use_amp={args.bf16}", "push_to_hub=false")),
         "--policy.pretrained_backbone_weights=null",
-        "--dataset.repo_id=lerobot/pusht",
+        "--dataset.repo_id=local/demonstrations",
         f"--dataset.root={args.dataset_root}",
         f"--batch_size={args.batch_size}",
         f"--steps={steps}",
@@ -55,8 +55,23 @@ def train(args: argparse.Namespace, name: str, steps: int, output_dir: Path) -> 
         f"--log_freq={max(steps // 20, 1)}",
         "--num_workers=0",
         f"--output_dir={output_dir}",
-        *OPTIONS[name],
+        *options,
     )
+
+
+def train_for_hours(args: argparse.Namespace, name: str, options: list[str], folder: Path) -> dict:
+    """Train for about `args.cpu_hours` in `folder / "train"`; returns what it took."""
+    few, more = 2, 6
+    seconds = [train(args, name, options, steps, folder / f"timing-{steps}") for steps in (few, more)]
+    seconds_a_step = (seconds[1] - seconds[0]) / (more - few)
+    steps = max(int(args.cpu_hours * 3600 / seconds_a_step), 1)
+    spent = train(args, name, options, steps, folder / "train")
+    return {
+        "cpu_hours": round(spent / 3600, 2),
+        "samples": steps * args.batch_size,
+        "samples_per_cpu_second": round(args.batch_size / seconds_a_step, 2),
+        "bf16_training": args.bf16 == "true",
+    }
 
 
 def chunk_seconds(name: str, folder: Path, repeats: int = 10) -> tuple[float, int]:
@@ -75,11 +90,7 @@ def chunk_seconds(name: str, folder: Path, repeats: int = 10) -> tuple[float, in
 
 
 def run(args: argparse.Namespace, name: str, folder: Path) -> dict:
-    few, more = 2, 6
-    seconds = [train(args, name, steps, folder / f"timing-{steps}") for steps in (few, more)]
-    seconds_a_step = (seconds[1] - seconds[0]) / (more - few)
-    steps = max(int(args.cpu_hours * 3600 / seconds_a_step), 1)
-    spent = train(args, name, steps, folder / "train")
+    training = train_for_hours(args, name, OPTIONS[name], folder)
     checkpoint = folder / "train/checkpoints/last/pretrained_model"
     lerobot(
         "lerobot-eval",
@@ -97,15 +108,12 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict:
     chunk, parameters = chunk_seconds(name, checkpoint)
     return {
         "parameters_millions": round(parameters / 1e6, 1),
-        "cpu_hours": round(spent / 3600, 2),
-        "samples": steps * args.batch_size,
-        "samples_per_cpu_second": round(args.batch_size / seconds_a_step, 2),
+        **training,
         "avg_max_reward": round(scores["avg_max_reward"], 3),
         "pc_success": round(scores["pc_success"], 1),
         "episodes": args.episodes,
         "seed": args.seed,
         "ms_per_chunk": round(chunk * 1e3, 1),
-        "bf16_training": args.bf16 == "true",
         "versions": {package: version(package) for package in ("lerobot", "torch", "gym_pusht")},
     }
 

@@ -59,10 +59,11 @@ def main() -> None:
     result = rollout_in_processes(args.num_processes, args.checkpoint, BENCHMARK, args.tasks, load_options, **options)
     kinds = [kind_of_ending(episode) for episode in result.episodes]
     metrics = {
+        "benchmark": BENCHMARK.name,
         "checkpoint": args.checkpoint,
         "n_action_steps": n_action_steps,
         **load_options,
-        **{"dtype": "float32", "device": "cpu", "num_threads": 1, "num_envs": args.num_envs},
+        **{"dtype": "float32", "device": "cpu", "num_threads": 1, "num_envs": args.num_envs, "do_sample": False},
         "versions": installed_versions(BENCHMARK),
         **result.metrics(),
         "kinds": kinds,

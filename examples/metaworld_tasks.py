@@ -111,6 +111,13 @@ MT10 = (
     "window-open",
     "window-close",
 )
+CITATION = """@inproceedings{yu2019metaworld,
+  title     = {Meta-World: A Benchmark and Evaluation for Multi-Task and Meta Reinforcement Learning},
+  author    = {Yu, Tianhe and Quillen, Deirdre and He, Zhanpeng and Julian, Ryan and Hausman, Karol and Finn, Chelsea
+               and Levine, Sergey},
+  booktitle = {Conference on Robot Learning (CoRL)},
+  year      = {2019}
+}"""
 
 
 def shift_picture(image: np.ndarray, right: int, down: int) -> np.ndarray:
@@ -277,6 +284,12 @@ BENCHMARK = Benchmark(
         "eval_episodes": 1,
     },
     packages=("metaworld", "mujoco"),
+    card={
+        "title": "Meta-World",
+        "env_id": "Meta-World/MT50",
+        "success": "as Meta-World judges, at any step",
+        "citation": CITATION,
+    },
     shift=shift_observation,
     wordings={TASKS[task]: wordings for task, wordings in OTHER_WORDINGS.items()},
     film_every=4,

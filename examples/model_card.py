@@ -1,4 +1,4 @@
-"""The model card of a PushT policy, written from what was measured.
+"""The model card of a benchmark's policy, written from what was measured.
 
 The numbers come from the evaluation's `metrics.json`, the trainer's state, the configuration and the processor; the
 text around them is in `model_card_template.md`. Pictures are saved beside the card.
@@ -9,54 +9,61 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 from evaluate import write_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from PIL import Image
-from pusht import ENV_ID
+from rollouts import Benchmark
 
-from smolandfast.checks_smolandfast import as_numbers
 from smolandfast.files_smolandfast import read_json
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-TAGS = ["robotics", "vision-language-action", "imitation-learning", "fast", "smolvlm", "pusht"]
+TAGS = ["robotics", "vision-language-action", "imitation-learning", "fast", "smolvlm"]
 METRICS = {
     "pc_success": "Success rate, %",
+    "mean_over_groups": "Success rate, mean over groups of tasks, %",
+    "mean_over_tasks": "Success rate, mean over tasks, %",
     "avg_max_reward": "Average of the highest reward",
     "avg_sum_reward": "Average of the summed reward",
 }
-NUMBERS = ("pc_success_low", "pc_success_high", "avg_max_reward_low", "avg_max_reward_high", "ms_per_chunk")
+NUMBERS = ("pc_success", "pc_success_low", "pc_success_high", "avg_sum_reward", "ms_per_chunk")
+REWARD = ("avg_max_reward", "avg_max_reward_low", "avg_max_reward_high")
 COUNTS = ("n_episodes", "seed", "n_action_steps", "num_threads", "num_envs", "malformed_chunks")
 KINDS = (
-    dict.fromkeys((*METRICS, *NUMBERS), (int, float))
+    dict.fromkeys(NUMBERS, (int, float))
     | dict.fromkeys(COUNTS, (int,))
-    | {"max_rewards": (list,), "versions": (dict,), "do_sample": (bool,), "dtype": (str,), "device": (str,)}
+    | {"successes": (list,), "versions": (dict,), "do_sample": (bool,), "dtype": (str,), "device": (str,)}
 )
+OF_TASKS = {"by_task": (dict,), "by_group": (dict,), "mean_over_tasks": (float,), "mean_over_groups": (float,)}
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
+def read_metrics(path: Path, benchmark: Benchmark) -> dict[str, Any]:
     """Read the `metrics.json` of an evaluation.
 
     Raises:
         OSError: the file is missing.
-        ValueError: it is not what `evaluate.py` writes, or its numbers contradict each other.
+        ValueError: it is not what `evaluate.py` writes for this benchmark, or its numbers contradict each other.
     """
     fix = "Give the metrics.json that examples/evaluate.py wrote."
     metrics = read_json(path, fix)
-    for name, kinds in KINDS.items():
+    if metrics.get("benchmark", benchmark.name) != benchmark.name:
+        raise ValueError(f"{path} is of {metrics['benchmark']!r}, expected {benchmark.name!r}. Give its --benchmark.")
+    kinds_of = KINDS | dict.fromkeys(REWARD if benchmark.max_reward is not None else (), (int, float))
+    kinds_of |= {name: kinds for name, kinds in OF_TASKS.items() if metrics.get(name) is not None}
+    for name, kinds in kinds_of.items():
         value = metrics.get(name)
         if type(value) not in kinds:  # not isinstance, for which True is a number
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name} in {path} is {value!r}, expected {expected}. {fix}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} in {path} is {value}, expected a finite number. {fix}")
-    rewards = as_numbers(metrics["max_rewards"], f"max_rewards in {path}", (metrics["n_episodes"],))
-    if not np.isclose(rewards.mean(), metrics["avg_max_reward"]):
+    successes, rate, num_episodes = (metrics[name] for name in ("successes", "pc_success", "n_episodes"))
+    if not successes or len(successes) != num_episodes or not all(type(success) is bool for success in successes):
+        raise ValueError(f"successes in {path} are not {num_episodes} values true or false. {fix}")
+    if not np.isclose(100 * sum(successes) / num_episodes, rate):
         raise ValueError(
-            f"avg_max_reward in {path} is {metrics['avg_max_reward']}, expected {rewards.mean()}, the mean of its "
-            f"max_rewards. {fix}"
+            f"pc_success in {path} is {rate}, but {sum(successes)} of its {num_episodes} successes are true. {fix}"
         )
     return metrics
 
@@ -83,6 +90,7 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
 def write_card(
     folder: Path,
     repo_id: str,
+    benchmark: Benchmark,
     model: Any,
     processor: Any,
     metrics: dict[str, Any] | None = None,
@@ -90,7 +98,7 @@ def write_card(
     kept_step: int | None = None,
     contact_sheet: Path | None = None,
     license: str = "apache-2.0",
-    datasets: Sequence[str] = ("lerobot/pusht",),
+    datasets: Sequence[str] = (),
     base_model: str | None = None,
 ) -> ModelCard:
     """Write `README.md` and what it refers to, pictures and `evaluation.json`, into a folder.
@@ -98,13 +106,14 @@ def write_card(
     Args:
         folder: A model repository, or a folder that is to become one.
         repo_id: The repository's `user/name`.
+        benchmark: What the policy plays.
         model, processor: The policy.
         metrics: See [`read_metrics`]. Without them the card says that the policy has not been evaluated.
         trainer_state: See [`read_trainer_state`].
         kept_step: The training step that the weights are from, by default the last.
         contact_sheet: `rollouts.png` of the evaluation.
         license: The Hub's identifier of the license.
-        datasets: Hub ids of the demonstrations.
+        datasets: Hub ids of the demonstrations, as far as they are there.
         base_model: Hub id of the model that training started from; `None` for random weights.
 
     Raises:
@@ -116,15 +125,18 @@ def write_card(
         library_name="transformers",
         pipeline_tag="robotics",
         license=license,
-        datasets=list(datasets),
+        datasets=list(datasets) or None,
         base_model=base_model,
-        tags=TAGS,
-        eval_results=None if metrics is None else _eval_results(metrics),
+        tags=[*TAGS, benchmark.name],
+        eval_results=None if metrics is None else _eval_results(metrics, benchmark),
     )
-    env = gymnasium.make(ENV_ID, obs_type="pixels_agent_pos")
-    observation, _ = env.reset(seed=0 if metrics is None else metrics["seed"])
-    env.close()
-    Image.fromarray(observation["pixels"]).save(folder / "observation.png")
+    told = [task for task, sentence in benchmark.tasks.items() if sentence in processor.training_tasks]
+    task = (told or list(benchmark.tasks))[0]
+    scene = benchmark.make_scene(task)
+    scene.reset(0 if metrics is None else metrics["seed"])
+    Image.fromarray(scene.image()).save(folder / "observation.png")
+    state = scene.state.astype(float).round(3).tolist()
+    scene.close()
     if metrics is not None:
         shown = {key: value for key, value in metrics.items() if key != "checkpoint"}  # a path on somebody's machine
         write_json(folder / "evaluation.json", shown)
@@ -136,7 +148,7 @@ def write_card(
             fix = "Give the rollouts.png that examples/evaluate.py wrote."
             raise OSError(f"The contact sheet {contact_sheet} is not a picture ({error}). {fix}") from error
     if trainer_state is not None:
-        plot_training(folder / "training_curve.png", trainer_state["log_history"])
+        plot_training(folder / "training_curve.png", trainer_state["log_history"], benchmark)
     low, high = processor.normalizer.action_limits
     card = ModelCard.from_template(
         data,
@@ -150,12 +162,14 @@ def write_card(
         chunk_size=config.chunk_size,
         n_action_steps=config.n_action_steps if metrics is None else metrics["n_action_steps"],
         actions_shape=(1, config.chunk_size, config.action_dim),
-        task=processor.default_task,
-        state=observation["agent_pos"].round(2).tolist(),
+        benchmark=benchmark,
+        num_tasks=max(len(told), 1),
+        task=processor.default_task or benchmark.tasks[task],
+        state=state,
         action_low=low.tolist(),
         action_high=high.tolist(),
         metrics=metrics,
-        seeds=None if metrics is None else f"{metrics['seed']} to {metrics['seed'] + metrics['n_episodes'] - 1}",
+        seeds=None if metrics is None else "{} to {}".format(*_seeds(metrics)),
         training=None if trainer_state is None else _training(trainer_state, kept_step),
         contact_sheet=None if contact_sheet is None else "rollouts.png",
     )
@@ -163,7 +177,7 @@ def write_card(
     return card
 
 
-def plot_training(path: Path, log_history: list[dict]) -> None:
+def plot_training(path: Path, log_history: list[dict], benchmark: Benchmark) -> None:
     """Plot the losses, and the scores in the simulator, over the training steps as a PNG."""
 
     def curve(name: str) -> np.ndarray:  # (2, N): steps and values
@@ -174,10 +188,12 @@ def plot_training(path: Path, log_history: list[dict]) -> None:
     losses.plot(*curve("loss"), color="tab:blue", linewidth=1, label="training")
     losses.plot(*curve("eval_loss"), "o-", color="tab:orange", label="held-out demonstrations")
     losses.set(xlabel="step", ylabel="loss", title="Loss of the action tokens")
-    scores.plot(*curve("eval_avg_max_reward"), "o-", color="tab:green", label="average of the highest reward")
+    if benchmark.max_reward is not None:
+        scores.plot(*curve("eval_avg_max_reward"), "o-", color="tab:green", label="average of the highest reward")
     steps, successes = curve("eval_pc_success")
     scores.plot(steps, successes / 100, "s--", color="tab:red", label="share of successes")
-    scores.set(xlabel="step", title="PushT, episodes played while training", ylim=(0, 1))
+    title = f"{benchmark.card['title']}, episodes played while training"
+    scores.set(xlabel="step", title=title, ylim=(0, 1))
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -185,20 +201,32 @@ def plot_training(path: Path, log_history: list[dict]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
-    benchmark = {"task_type": "robotics", "dataset_type": "PushT-v0", "dataset_name": f"PushT ({ENV_ID})"}
-    results = []
+def _seeds(metrics: dict[str, Any]) -> tuple[int, int]:
+    """The first and the last seed: the same for each task."""
+    return metrics["seed"], metrics["seed"] + metrics["n_episodes"] // len(metrics.get("by_task", [1])) - 1
+
+
+def _eval_results(metrics: dict[str, Any], benchmark: Benchmark) -> list[EvalResult]:
+    env_id, results = benchmark.card["env_id"], []
+    played = {
+        "task_type": "robotics",
+        "dataset_type": env_id.split("/")[-1],
+        "dataset_name": f"{benchmark.card['title']} ({env_id})",
+    }
+    first, last = _seeds(metrics)
     for name, title in METRICS.items():
+        if metrics.get(name) is None:
+            continue
         args = {
             "n_episodes": metrics["n_episodes"],
-            "first_seed": metrics["seed"],
-            "last_seed": metrics["seed"] + metrics["n_episodes"] - 1,
+            "first_seed": first,
+            "last_seed": last,
             "n_action_steps": metrics["n_action_steps"],
         }
         if f"{name}_low" in metrics:
             args["interval_95"] = [round(metrics[f"{name}_{end}"], 4) for end in ("low", "high")]
         value = {"metric_type": name, "metric_name": title, "metric_value": round(metrics[name], 4)}
-        results.append(EvalResult(task_name="Robotics", **benchmark, **value, metric_args=args))
+        results.append(EvalResult(task_name="Robotics", **played, **value, metric_args=args))
     return results
 
 

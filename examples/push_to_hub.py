@@ -1,4 +1,4 @@
-"""Publish a PushT policy on the Hub as a complete model repository, with a card written from what was measured.
+"""Publish a policy on the Hub as a complete model repository, with a card written from what was measured.
 
     python examples/push_to_hub.py --checkpoint checkpoints/pusht-tiny --repo_id user/name \\
         --metrics benchmarks/results/pusht_tiny_200_episodes.json --contact_sheet assets/rollouts.png
@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import read_metrics, read_trainer_state, write_card
-from pusht import BENCHMARK as PUSHT
+from rollouts import MODULES, Benchmark, get_benchmark
 from transformers.dynamic_module_utils import get_relative_imports
 
 from smolandfast.training import find_checkpoints
@@ -103,17 +103,18 @@ def find_training(checkpoint: Path, given: Path | None) -> tuple[dict | None, in
     return state, state.get("best_global_step") or state["global_step"]
 
 
-def write_repository(args: argparse.Namespace, folder: Path) -> None:
+def write_repository(args: argparse.Namespace, benchmark: Benchmark, folder: Path) -> None:
     """Write the complete repository into a new folder, and print what its card lacks."""
     checkpoint = Path(args.checkpoint)
-    metrics = read_metrics(args.metrics)
+    metrics = read_metrics(args.metrics, benchmark)
     trainer_state, kept_step = find_training(checkpoint, args.trainer_state)
     beside = args.metrics.with_name("rollouts.png")
     contact_sheet = args.contact_sheet or (beside if beside.is_file() else None)
     collect_repository(checkpoint, folder)
     model, processor = load_policy(folder)  # the copy, so that what is published is known to load
     options = {name: getattr(args, name) for name in ("license", "datasets", "base_model")}
-    write_card(folder, args.repo_id, model, processor, metrics, trainer_state, kept_step, contact_sheet, **options)
+    measured = (metrics, trainer_state, kept_step, contact_sheet)
+    write_card(folder, args.repo_id, benchmark, model, processor, *measured, **options)
     if trainer_state is None:
         print("The card has no training curve: give --trainer_state.")
     if contact_sheet is None:
@@ -121,19 +122,24 @@ def write_repository(args: argparse.Namespace, folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Publish a PushT policy on the Hub, with a measured model card.")
+    parser = argparse.ArgumentParser(description="Publish a policy on the Hub, with a measured model card.")
     parser.add_argument("--checkpoint", required=True, help="folder that train.py or export_checkpoint.py wrote")
+    parser.add_argument("--benchmark", choices=sorted(MODULES), default="pusht", help="what it plays (pusht)")
     parser.add_argument("--repo_id", required=True, help="user/name on the Hub; created if it does not exist")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json that evaluate.py wrote")
     parser.add_argument("--contact_sheet", type=Path, help="picture of the rollouts (rollouts.png beside the metrics)")
     parser.add_argument("--trainer_state", type=Path, help="trainer_state.json for the curve (the checkpoint's)")
     parser.add_argument("--license", default="apache-2.0")
-    parser.add_argument("--datasets", nargs="+", default=["lerobot/pusht"], help="Hub ids of the demonstrations")
+    parser.add_argument("--datasets", nargs="+", default=[], help="Hub ids of the demonstrations, if there")
     parser.add_argument("--base_model", help="Hub id of the model that training started from, if any")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--output_dir", type=Path, help="new folder for the repository, instead of an upload")
     args = parser.parse_args(argv)
-    check_checkpoint(parser, args, PUSHT)
+    try:
+        benchmark = get_benchmark(args.benchmark)
+    except ValueError as error:
+        parser.error(f"--benchmark: {error}")
+    check_checkpoint(parser, args, benchmark)
     if not Path(args.checkpoint).is_dir():
         parser.error(f"--checkpoint {args.checkpoint} is not a folder. Download it first: `hf download`.")
     if args.repo_id.count("/") != 1:
@@ -143,11 +149,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         validate_repo_id(args.repo_id)
         if args.output_dir is not None:
-            write_repository(args, args.output_dir)
+            write_repository(args, benchmark, args.output_dir)
             print(f"The repository is in {args.output_dir}; nothing was uploaded.")
             return
         with tempfile.TemporaryDirectory() as folder:
-            write_repository(args, Path(folder) / "repository")
+            write_repository(args, benchmark, Path(folder) / "repository")
             print(f"Published: {upload(Path(folder) / 'repository', args.repo_id, args.private)}")
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -34,6 +34,13 @@ CONTROL_HZ = 10
 ACTION_DIM = 2
 IMAGE_SIZE = 96
 WORLD_SIZE = 512  # the simulator's pixels a side
+CITATION = """@inproceedings{chi2023diffusionpolicy,
+  title     = {Diffusion Policy: Visuomotor Policy Learning via Action Diffusion},
+  author    = {Chi, Cheng and Feng, Siyuan and Du, Yilun and Xu, Zhenjia and Cousineau, Eric and Burchfiel, Benjamin
+               and Song, Shuran},
+  booktitle = {Proceedings of Robotics: Science and Systems (RSS)},
+  year      = {2023}
+}"""
 
 
 class PushTScene:
@@ -102,6 +109,7 @@ BENCHMARK = Benchmark(
         "save_steps": 1_400,
     },
     packages=("gymnasium", "gym_pusht", "pymunk"),
+    card={"title": "PushT", "env_id": ENV_ID, "success": "95 % of the target covered", "citation": CITATION},
     wordings={TASK: WORDINGS},
     max_reward=1.0,
     hold=hold,

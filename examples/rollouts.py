@@ -77,6 +77,7 @@ class Benchmark:
     image_size: int
     preset: dict[str, Any]  # of `train.py`'s options, on top of its tiny preset
     packages: tuple[str, ...]  # whose releases results depend on
+    card: dict[str, str]  # what a model card says of it: its title, env_id, success and citation
     # (image, state, random generator, max_shift) -> image and state of a world that is moved, with the same actions
     shift: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
     wordings: dict[str, list[str]] = field(default_factory=dict)  # other wordings of a sentence, for training

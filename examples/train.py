@@ -97,7 +97,8 @@ class PolicyArguments:
         default=None, metadata={"help": "folder of a local data set, or several to learn from together"}
     )
     dataset_repo_id: str | None = field(
-        default=None, metadata={"help": "data set on the hub, without a root; the benchmark's own by default"}
+        default=None,
+        metadata={"help": "data set on the hub, for the card; without a root it is loaded (the benchmark's)"},
     )
     vlm: str = field(
         default="HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
@@ -252,7 +253,7 @@ class GroupedByLength(Sampler):
 class PolicyTrainer(WholeCheckpointTrainer):
     """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that.
 
-    With `push_to_hub`, PushT's model card is ours; `card_options` are arguments of [`model_card.write_card`].
+    With `push_to_hub`, the model card is ours; `card_options` are arguments of [`model_card.write_card`].
     """
 
     def __init__(
@@ -302,14 +303,12 @@ class PolicyTrainer(WholeCheckpointTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         if not self.is_world_process_zero():
             return
-        if self.benchmark.name != "pusht":  # our card speaks of PushT
-            super().create_model_card(*args, **kwargs)
-            return
         folder, best = Path(self.args.output_dir), self.state.best_global_step
         has_trained = any("loss" in entry for entry in self.state.log_history)
         write_card(
             folder,
             self.hub_model_id or folder.name,
+            self.benchmark,
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
             trainer_state=asdict(self.state) if has_trained else None,
@@ -485,6 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = make_policy(train_set, args, benchmark)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {model.dtype}, bf16 autocast: {training.bf16}")
+    on_hub = [repo_id] if args.dataset_repo_id or not args.dataset_root else []
     base_model = args.vlm if args.preset == "256M" and not os.path.isdir(args.vlm) else None
     parts = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
     rates = {name: getattr(args, name) for name in parts} | {"weight_decay": training.weight_decay}
@@ -504,7 +504,7 @@ def main(argv: list[str] | None = None) -> None:
         benchmark=benchmark,
         eval_tasks=args.eval_tasks or [t for t, sentence in benchmark.tasks.items() if sentence in train_set.tasks],
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
-        card_options={"datasets": [repo_id], "base_model": base_model},
+        card_options={"datasets": on_hub, "base_model": base_model},
         batch_by_length=args.batch_by_length,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -50,7 +50,7 @@ METRICS = {
     "seed": 70,
     "ms_per_chunk": 12.5,
     "malformed_chunks": 0,
-    "max_rewards": [1.0, 0.5, 0.25, 0.25],
+    "successes": [True, False, False, False],
 }
 STATE = {
     "global_step": 40,
@@ -253,26 +253,50 @@ def test_the_repository_can_be_looked_at_before(hub, arguments, tmp_path, capsys
     assert "Name another folder" in capsys.readouterr().err
 
 
+def test_the_card_of_many_tasks_says_what_each_group_of_them_reached(tmp_path):
+    pytest.importorskip("metaworld_tasks", exc_type=ImportError)  # also without OSMesa
+    metrics = ROOT / "benchmarks/results/metaworld_tiny_500_episodes.json"
+    written, checkpoint = tmp_path / "repository", ROOT / "checkpoints/metaworld-tiny"
+    arguments = ["--benchmark", "metaworld", "--checkpoint", checkpoint, "--repo_id", "user/many"]
+    push([str(part) for part in [*arguments, "--metrics", metrics, "--output_dir", written]])
+    card = ModelCard.load(written / "README.md")
+    assert "metaworld" in card.data.tags and card.data.get("datasets") is None
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results.keys() == {"pc_success", "mean_over_tasks", "mean_over_groups", "avg_sum_reward"}
+    assert results["mean_over_groups"].metric_args["last_seed"] == 1049
+    measured = json.loads(metrics.read_text())
+    for group, rate in measured["by_group"].items():
+        assert f"| success, {group.replace('_', ' ')} | {rate['pc_success']:.1f} % |" in card.text
+    assert f"| **mean over these groups** | {measured['mean_over_groups']:.1f} % |" in card.text
+    assert "500 episodes of 50 tasks, each with the seeds 1040 to 1049" in card.text and "yu2019" in card.text
+    assert "highest reward" not in card.text and "PushT" not in card.text
+    assert Image.open(written / "observation.png").size == (128, 128)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"pc_success": None}, "pc_success in .* is None, expected int or float"),
         ({"n_episodes": True}, "n_episodes in .* is True"),
         ({"avg_sum_reward": float("nan")}, "finite"),
-        ({"avg_max_reward": 0.9}, "avg_max_reward in .* is 0.9, expected 0.5, the mean of its max_rewards"),
-        ({"max_rewards": [0.5]}, r"max_rewards in .* has shape \(1,\), expected \(4\)"),
-        ({"max_rewards": [0.5, "a", None, 0.5]}, "max_rewards"),
+        ({"pc_success": 75.0}, "pc_success in .* is 75.0, but 1 of its 4 successes are true"),
+        ({"successes": [True]}, "not 4 values true or false"),
+        ({"successes": [True, "a", None, 1]}, "not 4 values true or false"),
+        ({"successes": [], "n_episodes": 0}, "not 0 values"),
+        ({"avg_max_reward": "high"}, "avg_max_reward in .* is 'high'"),
+        ({"by_task": []}, "by_task in .* is \\[\\], expected dict"),
+        ({"benchmark": "metaworld"}, "is of 'metaworld', expected 'pusht'. Give its --benchmark"),
     ],
 )
 def test_metrics_that_cannot_be_right_are_refused(tmp_path, change, message):
     (tmp_path / "metrics.json").write_text(json.dumps(METRICS | change))
     with pytest.raises(ValueError, match=message):
-        read_metrics(tmp_path / "metrics.json")
+        read_metrics(tmp_path / "metrics.json", PUSHT)
 
 
 def test_the_shipped_metrics_are_readable():
     for path in (ROOT / "benchmarks/results").glob("pusht_*.json"):
-        assert read_metrics(path)["n_episodes"] > 0
+        assert read_metrics(path, PUSHT)["n_episodes"] > 0
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"log_history": []}', '{"log_history": 3}', '{"log_history": [1]}'])
