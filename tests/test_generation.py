@@ -249,7 +249,9 @@ def test_a_limit_cuts_the_string_that_would_have_been_written(policy, options):
         assert torch.equal(two, whole[0][:, :2]) and torch.equal(one, whole[0][:, :1])
 
 
-@pytest.mark.parametrize("limits", [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"max_time": 0}])
+@pytest.mark.parametrize(
+    "limits", [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"max_time": 0}, {"max_time": "1"}]
+)
 def test_a_limit_that_is_none_is_refused(policy, limits):
     with pytest.raises(ValueError, match=f"{next(iter(limits))} is"):
         policy.make_model().generate(input_ids=PROMPTS, attention_mask=MASK, **limits)

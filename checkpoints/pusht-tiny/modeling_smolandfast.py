@@ -306,7 +306,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 )
         if max_new_tokens is not None:
             check_whole(max_new_tokens, "max_new_tokens")
-        if max_time is not None and not max_time > 0:
+        if max_time is not None and not (isinstance(max_time, int | float) and max_time > 0):
             raise ValueError(f"max_time is {max_time!r}, expected seconds, above 0.")
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is None:
