@@ -1,7 +1,7 @@
 """Diffusion Policy and ACT, as LeRobot has them, on our demonstrations and with our CPU time.
 
-    make .venv-lerobot-0.6.1/installed && .venv-lerobot-0.6.1/bin/pip install diffusers
-    .venv-lerobot-0.6.1/bin/python benchmarks/lerobot_baselines.py --dataset_root path/to/pusht --cpu_hours 1.0
+    make .venv-lerobot/installed && .venv-lerobot/bin/pip install diffusers
+    .venv-lerobot/bin/python benchmarks/lerobot_baselines.py --dataset_root path/to/pusht --cpu_hours 1.0
 
 `lerobot-train` with image observations, LeRobot's own settings for each policy, backbones from random weights, bf16
 where the CPU has it. A few steps are timed first; then as many are trained as fit into the CPU hours, so that a

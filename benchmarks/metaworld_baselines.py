@@ -1,8 +1,8 @@
 """ACT, as LeRobot has it, on the demonstrations of single Meta-World tasks and with our CPU time.
 
     python examples/collect_metaworld.py --output_dir outputs/hammer --tasks hammer --episodes 50
-    make .venv-lerobot-0.6.1/installed && .venv-lerobot-0.6.1/bin/pip install metaworld==3.0.0 mujoco==3.3.0
-    .venv-lerobot-0.6.1/bin/python benchmarks/metaworld_baselines.py --task hammer --dataset_root outputs/hammer
+    make .venv-lerobot/installed && .venv-lerobot/bin/pip install metaworld==3.0.0 mujoco==3.3.0
+    .venv-lerobot/bin/python benchmarks/metaworld_baselines.py --task hammer --dataset_root outputs/hammer
 
 `lerobot-train` with picture and state, not the places of things that the data set also has; chunks as ours, the
 ResNet from random weights, and a learning rate for hours instead of days. Played as `examples/evaluate.py` plays ours:
@@ -74,6 +74,7 @@ def main() -> None:
         predict, parameters = load_predict(folder / "train/checkpoints/last/pretrained_model")
     seeds = range(args.seed, args.seed + args.episodes)
     result = rollout(BENCHMARK, predict, seeds, N_ACTION_STEPS, [args.task], num_envs=5, progress=True)
+    metrics = result.metrics()
     row = {
         "policy": "act",
         "task": args.task,
@@ -82,8 +83,7 @@ def main() -> None:
         "learning_rate": args.learning_rate,
         **training,
         **{name: getattr(args, name) for name in ("episodes", "seed")},
-        **{name: result.metrics()[name] for name in ("pc_success", "pc_success_low", "pc_success_high")},
-        "successes": result.successes,
+        **{name: metrics[name] for name in ("pc_success", "pc_success_low", "pc_success_high", "successes")},
         "versions": {package: version(package) for package in ("lerobot", "torch", "metaworld", "mujoco")},
     }
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []

@@ -155,6 +155,14 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **mi
             parser.error(f"--{name} is {value}. Give at least {low}.")
 
 
+def load_benchmark(parser: argparse.ArgumentParser, name: str) -> Benchmark:
+    """[`rollouts.get_benchmark`]; its exception becomes an error line."""
+    try:
+        return get_benchmark(name)
+    except ValueError as error:
+        parser.error(f"--benchmark: {error}")
+
+
 def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, benchmark: Benchmark) -> None:
     """Stop with an error line if `--checkpoint` is missing or of another kind; reads only its configuration."""
     fix = "Give the folder that examples/train.py wrote (its --output_dir), or a Hub id."
@@ -260,10 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     check_counts(parser, args, seed=0, record=0, delay=0)
     if args.temperature is not None and not (args.do_sample and 0 < args.temperature < float("inf")):
         parser.error(f"--temperature is {args.temperature}. Give a positive number, and --do_sample with it.")
-    try:
-        benchmark = get_benchmark(args.benchmark)
-    except ValueError as error:
-        parser.error(f"--benchmark: {error}")
+    benchmark = load_benchmark(parser, args.benchmark)
     if args.full_pictures:
         if args.benchmark != "metaworld":
             parser.error(f"--full_pictures: {args.benchmark} has one kind of pictures. Drop it.")

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rollouts import Benchmark
 
+from smolandfast.checks_smolandfast import as_numbers
 from smolandfast.files_smolandfast import read_json
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -49,7 +50,9 @@ def read_metrics(path: Path, benchmark: Benchmark) -> dict[str, Any]:
     metrics = read_json(path, fix)
     if metrics.get("benchmark", benchmark.name) != benchmark.name:
         raise ValueError(f"{path} is of {metrics['benchmark']!r}, expected {benchmark.name!r}. Give its --benchmark.")
-    kinds_of = KINDS | dict.fromkeys(REWARD if benchmark.max_reward is not None else (), (int, float))
+    kinds_of = dict(KINDS)
+    if benchmark.max_reward is not None:
+        kinds_of |= dict.fromkeys(REWARD, (int, float)) | {"max_rewards": (list,)}
     kinds_of |= {name: kinds for name, kinds in OF_TASKS.items() if metrics.get(name) is not None}
     for name, kinds in kinds_of.items():
         value = metrics.get(name)
@@ -65,6 +68,13 @@ def read_metrics(path: Path, benchmark: Benchmark) -> dict[str, Any]:
         raise ValueError(
             f"pc_success in {path} is {rate}, but {sum(successes)} of its {num_episodes} successes are true. {fix}"
         )
+    if benchmark.max_reward is not None:
+        rewards = as_numbers(metrics["max_rewards"], f"max_rewards in {path}", (num_episodes,))
+        if not np.isclose(rewards.mean(), metrics["avg_max_reward"]):
+            raise ValueError(
+                f"avg_max_reward in {path} is {metrics['avg_max_reward']}, expected {rewards.mean()}, the mean of its "
+                f"max_rewards. {fix}"
+            )
     return metrics
 
 

@@ -13,12 +13,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from evaluate import check_checkpoint, first_line, load_policy
+from evaluate import check_checkpoint, first_line, load_benchmark, load_policy
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import read_metrics, read_trainer_state, write_card
-from rollouts import MODULES, Benchmark, get_benchmark
+from rollouts import MODULES, Benchmark
 from transformers.dynamic_module_utils import get_relative_imports
 
 from smolandfast.training import find_checkpoints
@@ -135,10 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--output_dir", type=Path, help="new folder for the repository, instead of an upload")
     args = parser.parse_args(argv)
-    try:
-        benchmark = get_benchmark(args.benchmark)
-    except ValueError as error:
-        parser.error(f"--benchmark: {error}")
+    benchmark = load_benchmark(parser, args.benchmark)
     check_checkpoint(parser, args, benchmark)
     if not Path(args.checkpoint).is_dir():
         parser.error(f"--checkpoint {args.checkpoint} is not a folder. Download it first: `hf download`.")

@@ -50,6 +50,7 @@ METRICS = {
     "seed": 70,
     "ms_per_chunk": 12.5,
     "malformed_chunks": 0,
+    "max_rewards": [1.0, 0.5, 0.25, 0.25],
     "successes": [True, False, False, False],
 }
 STATE = {
@@ -279,6 +280,9 @@ def test_the_card_of_many_tasks_says_what_each_group_of_them_reached(tmp_path):
         ({"pc_success": None}, "pc_success in .* is None, expected int or float"),
         ({"n_episodes": True}, "n_episodes in .* is True"),
         ({"avg_sum_reward": float("nan")}, "finite"),
+        ({"avg_max_reward": 0.9}, "avg_max_reward in .* is 0.9, expected 0.5, the mean of its max_rewards"),
+        ({"max_rewards": [0.5]}, r"max_rewards in .* has shape \(1,\), expected \(4\)"),
+        ({"max_rewards": [0.5, "a", None, 0.5]}, "max_rewards"),
         ({"pc_success": 75.0}, "pc_success in .* is 75.0, but 1 of its 4 successes are true"),
         ({"successes": [True]}, "not 4 values true or false"),
         ({"successes": [True, "a", None, 1]}, "not 4 values true or false"),
