@@ -15,6 +15,9 @@ OLDEST := requirements/oldest.txt
 COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --no-header \
 	--no-annotate
 
+# A file's tests stay in one process, which takes up to 2 GB. Serial: PARALLEL=
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+
 # What `make test-oldest` and `make test-newest` run: all tests, or those of the core, TESTS="$(CORE)".
 TESTS ?=
 CORE := $(addprefix tests/test_,auto_classes.py checkpoint.py configuration.py generation.py modeling.py \
@@ -39,7 +42,7 @@ demo-metaworld: $(FOR_METAWORLD)
 		--episodes 1 --record 1 --output_dir outputs/demo-metaworld
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "slow or not slow"
@@ -50,7 +53,7 @@ fuzz: $(INSTALLED)
 
 # The lowest release of everything that pyproject.toml allows.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(TESTS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(TESTS)
 	$(if $(DISCARD),rm -rf .venv-oldest)
 
 # The newest release of everything, whatever pyproject.toml allows; of Transformers a pre-release too. Python 3.11 or newer.
@@ -61,7 +64,7 @@ test-newest:
 	.venv-newest/bin/pip install --upgrade --upgrade-strategy eager -r .venv-newest/newest.txt
 	.venv-newest/bin/pip install --no-deps --no-build-isolation --editable .
 	.venv-newest/bin/python requirements/newer.py || true
-	.venv-newest/bin/python -m pytest $(TESTS)
+	.venv-newest/bin/python -m pytest $(PARALLEL) $(TESTS)
 	$(if $(DISCARD),rm -rf .venv-newest)
 
 test-lerobot: .venv-lerobot/installed

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from smolandfast import FastActionTokenizer, Normalizer, compute_statistics
+from smolandfast import FastActionTokenizer, Normalizer, SmolAndFastForActionPrediction, compute_statistics
 from smolandfast.training import make_tiny_model, make_tiny_processor
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -41,7 +42,10 @@ TOKENIZER_FILES = {
 }
 CHUNK_SIZE = 8
 
-torch.set_num_threads(2)
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+torch.set_num_threads(1 if PARALLEL else 2)
+if PARALLEL:  # for the programs that the tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @contextlib.contextmanager
@@ -85,10 +89,14 @@ def fast_plus() -> FastActionTokenizer:
 
 
 @pytest.fixture(scope="session")
-def pusht_root() -> Path:
+def pusht_root(tmp_path_factory) -> Iterator[Path]:
+    """The PushT demonstrations; their pictures are decoded once for all tests, into 700 MB."""
     if not (SHARED / "data/pusht").is_dir():
         pytest.skip("the PushT demonstrations are not at hand: they are not part of the repository")
-    return SHARED / "data/pusht"
+    base = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str((base.parent if PARALLEL else base) / "cache"))
+        yield SHARED / "data/pusht"
 
 
 @pytest.fixture(scope="session")
@@ -116,10 +124,17 @@ def processor(request, demonstrations):
     return make_processor(demonstrations, use_relative_actions=request.param)
 
 
+def make_small_model(processor, num_layers=2):
+    """The tiny model with fewer layers in both towers, and random weights."""
+    config = make_tiny_model(processor, n_action_steps=4).config
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = num_layers
+    torch.manual_seed(0)
+    return SmolAndFastForActionPrediction(config).eval()
+
+
 @pytest.fixture
 def model(processor):
-    torch.manual_seed(0)
-    return make_tiny_model(processor, n_action_steps=4).eval()
+    return make_small_model(processor)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from lerobot_dataset import JoinedChunkDatasets, LeRobotChunkDataset, download_d
 from PIL import Image
 
 ROLLOUTS = Path(__file__).parent / "data/pusht_rollouts"
-PUSHT = Path(__file__).parents[1].parent / "shared/data/pusht"
 FPS, LENGTHS = 10, [5, 7, 4]
 EPISODE = np.repeat(np.arange(3), LENGTHS)  # (16,)
 FRAME = np.concatenate([np.arange(n) for n in LENGTHS])
@@ -360,20 +359,16 @@ def test_a_data_set_that_cannot_be_downloaded_is_a_clear_error(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pusht(tmp_path_factory):
-    if not PUSHT.is_dir():
-        pytest.skip(f"the PushT data set is not at {PUSHT}")
-    cache = tmp_path_factory.mktemp("pusht")
-    yield LeRobotChunkDataset(PUSHT, chunk_size=16, cache_dir=cache)
-    shutil.rmtree(cache)  # 700 MB
+def pusht(pusht_root):
+    return LeRobotChunkDataset(pusht_root, chunk_size=16)
 
 
-def test_pusht_is_read_whole(pusht):
+def test_pusht_is_read_whole(pusht, pusht_root):
     assert (len(pusht), len(np.unique(pusht.episode_index)), pusht.fps) == (25650, 206, 10)
     assert pusht.action_chunks().shape == (25650, 16, 2)
     assert pusht[0]["images"][0].shape == (96, 96, 3)
     assert pusht[0]["text"] == "Push the T-shaped block onto the T-shaped target."
-    stats = json.loads((PUSHT / "meta/stats.json").read_text())
+    stats = json.loads((pusht_root / "meta/stats.json").read_text())
     for values, key in ((pusht.states, "observation.state"), (pusht.actions, "action")):
         np.testing.assert_allclose(values.min(0), stats[key]["min"])
         np.testing.assert_allclose(values.max(0), stats[key]["max"])

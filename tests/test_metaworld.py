@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ from rollouts import Episode, rollout
 def demonstrations(tmp_path_factory):
     """Two demonstrations each of two tasks, as `collect_metaworld.py` writes them."""
     root = tmp_path_factory.mktemp("metaworld") / "data"
-    collect_metaworld.main(["--output_dir", str(root), "--tasks", "reach", "drawer-close", "--episodes", "2"])
+    options = "--tasks reach drawer-close --episodes 2 --draw_every 2"
+    collect_metaworld.main([*options.split(), "--output_dir", str(root)])
     return root
 
 
@@ -91,10 +93,11 @@ def test_an_unknown_task_is_refused():
 
 def test_a_demonstration_ends_with_success_and_records_the_experts_own_actions():
     scene = MetaworldScene("window-open")
-    episode = next(e for s in range(1_000_000, 1_000_020) if (e := collect_metaworld.demonstrate(scene, s, 250)))
+    tried = ((seed, collect_metaworld.demonstrate(scene, seed, 250)) for seed in range(1_000_000, 1_000_020))
+    seed, episode = next((seed, episode) for seed, episode in tried if episode)
     assert episode["next.success"].tolist() == [False] * (len(episode["action"]) - 1) + [True]
     assert np.abs(episode["action"]).max() <= 1
-    scene.reset(next(s for s in range(1_000_000, 1_000_020) if collect_metaworld.demonstrate(scene, s, 250)))
+    scene.reset(seed)
     np.testing.assert_array_equal(scene.expert_action(), episode["action"][0])
     np.testing.assert_array_equal(scene.image(), episode["observation.image"][0])
 
@@ -175,9 +178,9 @@ def test_demonstrations_are_a_lerobot_data_set_with_a_sentence_a_task(demonstrat
     np.testing.assert_array_equal(poses[:, :4], data.states)
 
 
-def test_collecting_goes_on_where_it_was_stopped(tmp_path, capsys):
-    arguments = ["--output_dir", str(tmp_path / "data"), "--tasks", "reach", "--episodes", "1", "--num_processes", "1"]
-    collect_metaworld.main(arguments)
+def test_collecting_goes_on_where_it_was_stopped(demonstrations, tmp_path, capsys):
+    shutil.copytree(demonstrations.parent, tmp_path, dirs_exist_ok=True)
+    arguments = ["--output_dir", str(tmp_path / "data"), "--tasks", "reach", "--episodes", "2", "--draw_every", "2"]
     part = collect_metaworld.part_path(tmp_path / "data.parts", "reach", 0)
     written = part.stat().st_mtime_ns
     with pytest.raises(SystemExit):
@@ -188,7 +191,7 @@ def test_collecting_goes_on_where_it_was_stopped(tmp_path, capsys):
     assert part.stat().st_mtime_ns == written
     with pytest.raises(SystemExit):
         collect_metaworld.main([*arguments, "--draw_every", "4"])
-    assert "was begun with {'max_steps': 250, 'draw_every': 1, 'policy': None}" in capsys.readouterr().err
+    assert "was begun with {'max_steps': 250, 'draw_every': 2, 'policy': None}" in capsys.readouterr().err
 
 
 def expert_policy(scenes):
@@ -257,8 +260,8 @@ def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cach
     assert list(metrics["by_task"]) == ["reach", "push"] and metrics["malformed_chunks"] == 0
     assert {"rollouts.png", "rollouts.mp4"} <= {path.name for path in (tmp_path / "eval").iterdir()}
     assert "mean over groups" in capsys.readouterr().out
-    again = [*arguments.split(), "--checkpoint", str(output), "--num_processes", "2", "--output_dir"]
-    evaluate.main([*again, str(tmp_path / "processes")])
+    again = [*arguments.split(), "--checkpoint", str(output), "--output_dir"]
+    evaluate.main([*again, str(tmp_path / "processes"), "--num_processes", "2"])
     both = json.loads((tmp_path / "processes/metrics.json").read_text())
     for name in ("tasks", "seeds", "max_rewards", "episode_lengths"):
         assert both[name] == metrics[name]

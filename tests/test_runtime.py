@@ -11,7 +11,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from conftest import CHUNK_SIZE, TASK, make_processor
+from conftest import CHUNK_SIZE, TASK, make_processor, make_small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +20,7 @@ from test_fuzz import fuzz, junk, odd_arrays, odd_images
 from smolandfast import SmolAndFastProcessor, compute_statistics, runtime_smolandfast
 from smolandfast.files_smolandfast import SUMS, write_checksums
 from smolandfast.runtime_smolandfast import DECODER, FILES, POLICY, VISION, DeployedPolicy
-from smolandfast.training import make_tiny_model, make_tiny_processor
+from smolandfast.training import make_tiny_processor
 
 export_policy = pytest.importorskip("export_policy", reason='the exporter needs pip install -e ".[deployment]"')
 BACKENDS = ["onnxruntime", "openvino"]
@@ -29,12 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 def make_checkpoint(folder: Path, processor: SmolAndFastProcessor) -> Path:
     """A policy of one layer in each tower, which has preferences."""
-    torch.manual_seed(0)
-    model = make_tiny_model(processor, n_action_steps=4)
-    for tower in (model.model.text_model, model.model.vision_model.encoder):
-        del tower.layers[1:]
-    for part in (model.config.text_config, model.config.vision_config):
-        part.num_hidden_layers = 1
+    model = make_small_model(processor, num_layers=1)
     model.lm_head.weight.data *= 20
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -29,7 +29,7 @@ from transformers import Trainer, TrainingArguments
 
 from smolandfast import SmolAndFastProcessor
 from smolandfast.prompt_smolandfast import PROMPT
-from smolandfast.training import ActionDataCollator, make_optimizer, parameter_groups
+from smolandfast.training import ActionDataCollator, make_optimizer, make_tiny_model, parameter_groups
 from smolandfast.training.tiny import make_text_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -401,8 +401,9 @@ def run_pretraining(monkeypatch, **options):
     pretrain_vision()
 
 
-def test_vision_pretraining_writes_weights_that_the_policy_takes(model, tmp_path, monkeypatch):
+def test_vision_pretraining_writes_weights_that_the_policy_takes(demonstrations, tmp_path, monkeypatch):
     run_pretraining(monkeypatch, output_dir=tmp_path)
+    model = make_tiny_model(make_processor(demonstrations), n_action_steps=4)
     result = model.load_state_dict(load_file(tmp_path / "vision.safetensors"), strict=False)
     assert not result.unexpected_keys
     assert all("text_model" in name or "lm_head" in name for name in result.missing_keys)
