@@ -2,11 +2,14 @@
 
     python benchmarks/metaworld_language.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 3000
 
-Each task is played with its own sentence, with one from `UNSEEN`, which no training sample was told, and, where
-another task has the same things on the table, with that task's. Writes `metaworld_language.json`.
+Each task is played with its own sentence, with one from `UNSEEN`, which no training sample was told, with one from
+`OUTSIDE`, most of whose words none had, and, where another task has the same things on the table, with that task's.
+With `--nearest`, also with the training sentence that a language model finds nearest to that of `OUTSIDE`, as
+`metaworld_sentences.py` wrote it. Writes `metaworld_language.json`.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +97,65 @@ UNSEEN = {
     "stick-pull": "Drag the box with the stick",
     "stick-push": "Shove the box with the stick",
 }
-TOLD = {"own": TASKS, "unseen": UNSEEN, "another": {task: TASKS[twin] for task, twin in TWINS.items()}}
+# Three in five of these words are in no training sentence, and no sentence is without one.
+OUTSIDE = {
+    "button-press": "Tap the round switch",
+    "button-press-topdown": "Squash the switch from overhead",
+    "button-press-topdown-wall": "Squash the switch from overhead, avoiding the barrier",
+    "button-press-wall": "Tap the switch hidden by a barrier",
+    "coffee-button": "Activate the espresso brewer",
+    "dial-turn": "Spin the gauge to the opposite side",
+    "door-close": "Make sure nobody can enter: the hatch must be shut",
+    "door-lock": "Bolt the hatch with a right-hand twist",
+    "door-open": "Let me look inside the strongbox",
+    "door-unlock": "Unbolt the hatch with a left-hand twist",
+    "drawer-close": "The desk compartment has to go back in",
+    "drawer-open": "I want to see inside the desk compartment",
+    "faucet-close": "Stop the spigot dripping",
+    "faucet-open": "I'd like running water from the spigot",
+    "handle-press": "Force the grip towards the floor",
+    "handle-press-side": "Force the lateral grip towards the floor",
+    "handle-pull": "Hoist the grip towards the ceiling",
+    "handle-pull-side": "Hoist the lateral grip towards the ceiling",
+    "lever-pull": "Yank the crank",
+    "peg-unplug-side": "Disconnect the dowel",
+    "plate-slide": "Shelve the frisbee inside the cupboard",
+    "plate-slide-back": "Fetch the frisbee that is inside the cupboard",
+    "plate-slide-back-side": "Fetch the frisbee laterally from inside the cupboard",
+    "plate-slide-side": "Shelve the frisbee laterally inside the cupboard",
+    "reach": "Hover at the marked spot",
+    "reach-wall": "Hover at the marked spot beyond the barrier",
+    "window-close": "It is cold, the pane should not let air in",
+    "window-open": "Let fresh air in through the pane",
+    "basketball": "Make a slam for two points",
+    "bin-picking": "Transfer the disc between containers",
+    "box-close": "Seal the carton",
+    "coffee-pull": "Fetch my espresso",
+    "coffee-push": "Prepare the tankard for an espresso",
+    "hammer": "Pound the spike using a mallet",
+    "peg-insert-side": "Connect the dowel with its socket",
+    "push-wall": "Shift the disc towards the marked spot, avoiding the barrier",
+    "soccer": "Play football and beat the keeper",
+    "sweep": "Brush the disc onto the floor",
+    "sweep-into": "Brush the disc so it falls through the gap",
+    "assembly": "Thread the washer over the pole",
+    "hand-insert": "Dip your fingers inside the cavity",
+    "pick-out-of-hole": "Rescue the disc stuck inside the cavity",
+    "pick-place": "Carry the disc through the air until it sits at the marked spot",
+    "push": "Shift the disc along the surface towards the marked spot",
+    "push-back": "Shift the disc along the surface towards the marked spot",
+    "disassemble": "Separate the washer and the pole",
+    "pick-place-wall": "Carry the disc above the barrier, then release it",
+    "shelf-place": "Store the disc up on the rack",
+    "stick-pull": "Fetch the flask with a rod",
+    "stick-push": "Poke the flask with a rod",
+}
+TOLD = {
+    "own": TASKS,
+    "unseen": UNSEEN,
+    "outside": OUTSIDE,
+    "another": {task: TASKS[twin] for task, twin in TWINS.items()},
+}
 
 
 def main() -> None:
@@ -102,22 +163,27 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="checkpoints/metaworld-tiny")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--told", nargs="+", default=list(TOLD), choices=list(TOLD))
+    parser.add_argument("--nearest", type=Path, help="metaworld_sentences.json")
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=3000)
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     results = {"checkpoint": args.checkpoint, "versions": installed_versions(BENCHMARK), "told": {}}
-    for told in args.told:
-        tasks = [task for task in args.tasks if task in TOLD[told]]
+    sentences = {told: TOLD[told] for told in args.told}
+    if args.nearest:
+        nearest = json.loads(args.nearest.read_text())["nearest"]["outside"]
+        sentences["nearest"] = {task: TASKS[found] for task, found in nearest.items()}
+    for told, wordings in sentences.items():
+        tasks = [task for task in args.tasks if task in wordings]
         if not tasks:
             continue
-        benchmark = replace(BENCHMARK, tasks=TOLD[told])
+        benchmark = replace(BENCHMARK, tasks=wordings)
         options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.episodes}
         load_options = {"backend": find_backend(args.checkpoint)}
         result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, load_options, **options)
         successes = {task: [e.success for e in result.episodes if e.task == task] for task in tasks}
-        by_task = {task: {"sentence": TOLD[told][task], **success_rate(successes[task])} for task in tasks}
+        by_task = {task: {"sentence": wordings[task], **success_rate(successes[task])} for task in tasks}
         results["told"][told] = {**success_rate(result.successes), "by_task": by_task}
         print(f"{told}: {results['told'][told]['pc_success']:.1f} % of {len(result.successes)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
