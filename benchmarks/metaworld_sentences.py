@@ -78,6 +78,9 @@ def main() -> None:
     folder = Path(package.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
+    num_layers = model.config.num_hidden_layers
+    if not 0 <= args.layer <= num_layers:
+        parser.error(f"--layer is {args.layer}, expected 0 (embeddings) to {num_layers}")
     sets = {"unseen": UNSEEN, "outside": OUTSIDE}
     known = [text for _, text in KNOWN]
     embeddings = embed_sentences(model, tokenizer, [*known, *UNSEEN.values(), *OUTSIDE.values()])
@@ -89,7 +92,7 @@ def main() -> None:
         "right_of_50": [],
         "nearest": {},
     }
-    for layer in (None, *range(model.config.num_hidden_layers + 1)):
+    for layer in (None, *range(num_layers + 1)):
         row = {"by": "shared words" if layer is None else f"layer {layer}"}
         for told, wordings in sets.items():
             if layer is None:

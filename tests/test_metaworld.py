@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +16,7 @@ import mujoco
 import pretrain_metaworld
 import train
 from lerobot_dataset import LeRobotChunkDataset
+from metaworld_language import OUTSIDE, UNSEEN
 from metaworld_report import kind_of_ending
 from metaworld_tasks import (
     ARM_MESHES,
@@ -50,6 +52,15 @@ def test_there_are_fifty_tasks_in_four_groups():
     assert len(TASKS) == 50 and counts == {"easy": 28, "medium": 11, "hard": 6, "very_hard": 5}
     assert set(MT10) <= set(TASKS) and len(MT10) == 10
     assert set(BENCHMARK.wordings) == set(TASKS.values()) and len(set(TASKS.values())) == 49
+
+
+def test_wordings_that_are_evaluated_are_in_no_training_sample():
+    trained = set(TASKS.values()).union(*BENCHMARK.wordings.values())
+    vocabulary = {word for text in trained for word in re.findall(r"[a-z]+", text.lower())}
+    for wordings in (UNSEEN, OUTSIDE):
+        assert set(wordings) == set(TASKS) and not trained & set(wordings.values())
+    for text in OUTSIDE.values():
+        assert not set(re.findall(r"[a-z]+", text.lower())) <= vocabulary
 
 
 def test_a_scene_is_what_lerobots_wrapper_shows():
