@@ -126,7 +126,8 @@ def processor(request, demonstrations):
 
 def make_small_model(processor, num_layers=2):
     """The tiny model with fewer layers in both towers, and random weights."""
-    config = make_tiny_model(processor, n_action_steps=4).config
+    with torch.device("meta"):
+        config = make_tiny_model(processor, n_action_steps=4).config
     config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = num_layers
     torch.manual_seed(0)
     return SmolAndFastForActionPrediction(config).eval()

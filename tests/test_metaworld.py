@@ -271,8 +271,8 @@ def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cach
     assert list(metrics["by_task"]) == ["reach", "push"] and metrics["malformed_chunks"] == 0
     assert {"rollouts.png", "rollouts.mp4"} <= {path.name for path in (tmp_path / "eval").iterdir()}
     assert "mean over groups" in capsys.readouterr().out
-    again = [*arguments.split(), "--checkpoint", str(output), "--output_dir"]
-    evaluate.main([*again, str(tmp_path / "processes"), "--num_processes", "2"])
+    again = [*arguments.split(), "--checkpoint", str(output), "--num_processes", "2", "--output_dir"]
+    evaluate.main([*again, str(tmp_path / "processes")])
     both = json.loads((tmp_path / "processes/metrics.json").read_text())
     for name in ("tasks", "seeds", "max_rewards", "episode_lengths"):
         assert both[name] == metrics[name]
