@@ -18,10 +18,12 @@ COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-
 # A file's tests stay in one process, which takes up to 2 GB. Serial: PARALLEL=
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# What `make test-oldest` and `make test-newest` run: all tests, or those of the core, TESTS="$(CORE)".
+# What `make test`, `make test-oldest` and `make test-newest` run: all tests, or for example TESTS="tests/test_loop.py".
 TESTS ?=
 CORE := $(addprefix tests/test_,auto_classes.py checkpoint.py configuration.py generation.py modeling.py \
 	normalization.py packing.py processing.py requirements.py runtime.py tokenization.py training.py)
+# The tests that draw Meta-World, and are skipped where OSMesa is missing.
+METAWORLD_TESTS := tests/test_metaworld.py tests/test_push_to_hub.py
 # DISCARD=1 removes an environment after its tests: some take 8 GB.
 DISCARD ?=
 
@@ -30,7 +32,7 @@ PYTHON_LEROBOT ?= python3.12
 TORCH_LEROBOT ?= torch==2.10.0
 LEROBOT_VERSION ?= 0.6.1
 
-.PHONY: demo demo-metaworld test test-all test-oldest test-newest test-lerobot core copies lock fuzz lint bench clean
+.PHONY: demo demo-metaworld test test-all test-oldest test-newest test-lerobot core metaworld-tests copies lock fuzz lint bench clean
 
 demo: $(FOR_EXAMPLES)
 	$(VENV)/bin/python examples/evaluate.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
@@ -42,7 +44,7 @@ demo-metaworld: $(FOR_METAWORLD)
 		--episodes 1 --record 1 --output_dir outputs/demo-metaworld
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(PARALLEL)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(TESTS)
 
 test-all: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "slow or not slow"
@@ -71,9 +73,12 @@ test-lerobot: .venv-lerobot/installed
 	.venv-lerobot/bin/python -m pytest --config-file lerobot_policy_smolandfast/pyproject.toml lerobot_policy_smolandfast
 	$(if $(DISCARD),rm -rf .venv-lerobot)
 
-# Names the core's tests, for TESTS.
+# These name tests, for TESTS.
 core:
 	@echo $(CORE)
+
+metaworld-tests:
+	@echo $(METAWORLD_TESTS)
 
 # Writes the code files in checkpoints/ anew: plain copies of those at the top.
 copies:

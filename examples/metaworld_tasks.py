@@ -10,6 +10,7 @@ Needs `metaworld` and, without a screen, Debian's `libosmesa6` with `MUJOCO_GL=o
 import copy
 import functools
 import os
+import sys
 import warnings
 from ctypes.util import find_library
 
@@ -18,9 +19,12 @@ from metaworld_wordings import OTHER_WORDINGS
 from PIL import Image
 from rollouts import FRAME_SIZE, Benchmark
 
-os.environ.setdefault("MUJOCO_GL", "osmesa")
-if os.environ["MUJOCO_GL"] == "osmesa" and find_library("OSMesa") is None:
-    raise ImportError("OSMesa, which draws without a screen, is missing: install libosmesa6, or set MUJOCO_GL.")
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "osmesa")
+if os.environ.get("MUJOCO_GL") == "osmesa" and find_library("OSMesa") is None:
+    raise ImportError(
+        "MuJoCo needs OSMesa to draw without a screen: run `apt install libosmesa6`, or set MUJOCO_GL=egl or glfw."
+    )
 import metaworld  # noqa: E402
 import mujoco  # noqa: E402
 from metaworld.policies import ENV_POLICY_MAP  # noqa: E402

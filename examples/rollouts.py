@@ -23,6 +23,7 @@ from tqdm import tqdm
 from smolandfast.loop_smolandfast import Schedule
 
 MODULES = {"pusht": "pusht", "metaworld": "metaworld_tasks"}
+EXTRAS = {"metaworld": "metaworld"}  # of pyproject.toml, beside `examples`
 FRAME_SIZE = 384  # pixels along each side of a filmed scene
 Z_95 = NormalDist().inv_cdf(0.975)
 BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 130, 50)
@@ -97,8 +98,11 @@ def get_benchmark(name: str) -> Benchmark:
         raise ValueError(f"benchmark is {name!r}, expected one of {', '.join(MODULES)}.")
     try:
         return importlib.import_module(MODULES[name]).BENCHMARK
-    except ImportError as error:
-        raise ValueError(f"The simulator of {name} cannot be loaded: {error}. Install `.[{name}]`.") from error
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(name, "examples")
+        raise ValueError(f"{name} needs {error.name}: run `pip install -e '.[{extra}]'`.") from error
+    except ImportError as error:  # a library of the system's; the message says what to install
+        raise ValueError(str(error)) from error
 
 
 @dataclass

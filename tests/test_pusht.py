@@ -1,6 +1,8 @@
 """The PushT side of the examples, in the real simulator, with stand-ins for the policy."""
 
+import ctypes.util
 import json
+import sys
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from PIL import Image
 from pusht import BENCHMARK as PUSHT
 from pusht import TASK
 from pusht_failures import kind_of_ending
-from rollouts import rollout, wilson_interval, write_contact_sheet, write_video
+from rollouts import get_benchmark, rollout, wilson_interval, write_contact_sheet, write_video
 from scipy.stats import binomtest
 from transformers import BatchFeature
 
@@ -351,3 +353,16 @@ def test_the_blocks_poses_are_the_simulators():
     _, info = env.reset(seed=3)
     assert np.shape(result.episodes[0].poses) == (5, 3)
     np.testing.assert_allclose(result.episodes[0].poses[0], info["block_pose"], atol=0.5)
+
+
+def test_what_a_simulator_lacks_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    monkeypatch.delitem(sys.modules, "metaworld_tasks", raising=False)
+    with pytest.raises(ValueError, match="apt install libosmesa6") as refused:
+        get_benchmark("metaworld")
+    assert "pip install" not in str(refused.value) and "\n" not in str(refused.value)
+    monkeypatch.setitem(sys.modules, "gym_pusht", None)
+    monkeypatch.delitem(sys.modules, "pusht")
+    with pytest.raises(ValueError, match=r"gym_pusht.*pip install -e '\.\[examples\]'"):
+        get_benchmark("pusht")
