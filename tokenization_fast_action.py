@@ -172,7 +172,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             initial_alphabet=[chr(FIRST_SYMBOL + k) for k in range(num_symbols)],
             show_progress=False,
         )
-        texts = _write_symbols(coefficients.astype(np.int64) - low + FIRST_SYMBOL)
+        texts = [_write_symbols(row) for row in coefficients.astype(np.int64) - low + FIRST_SYMBOL]
         backend.train_from_iterator(texts, trainer, length=len(texts))
         tokenizer = cls(
             tokenizer_object=backend,
@@ -200,10 +200,17 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         Raises:
             ValueError: Wrong shape, or a value that is not finite; the message names the first offending index.
         """
-        coefficients = _dct_coefficients(self._check_chunks(actions), self.scale)
-        symbols = np.clip(coefficients, self.min_coefficient, self.max_coefficient).astype(np.int64)
-        texts = _write_symbols(symbols - self.min_coefficient + self.first_symbol)
+        return self.encode_coefficients(_dct_coefficients(self._check_chunks(actions), self.scale))
+
+    def encode_coefficients(self, coefficients: Sequence[np.ndarray]) -> list[list[int]]:
+        """Turn integer coefficients, one array `(n,)` a string, into FAST token ids; those out of range saturate."""
+        symbols = [np.clip(row, self.min_coefficient, self.max_coefficient).astype(np.int64) for row in coefficients]
+        texts = [_write_symbols(row - self.min_coefficient + self.first_symbol) for row in symbols]
         return [encoding.ids for encoding in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def token_coefficients(self, token_id: int) -> np.ndarray:
+        """The integer coefficients `(n,)` that one token of a fitted tokenizer stands for."""
+        return read_coefficients(self.token_bytes[token_id], self.first_symbol, self.min_coefficient)
 
     def decode_actions(
         self,
@@ -368,9 +375,9 @@ def _dct_coefficients(actions: np.ndarray, scale: float) -> np.ndarray:
     return coefficients.reshape(len(actions), actions.shape[1] * actions.shape[2])
 
 
-def _write_symbols(code_points: np.ndarray) -> list[str]:
-    """`(B, N)` code points -> B strings of N characters."""
-    return [row.tobytes().decode("utf-32-le") for row in code_points.astype("<u4")]
+def _write_symbols(code_points: np.ndarray) -> str:
+    """`(N,)` code points -> a string of N characters."""
+    return code_points.astype("<u4").tobytes().decode("utf-32-le")
 
 
 FastActionTokenizer.register_for_auto_class("AutoTokenizer")

@@ -61,6 +61,8 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         chunk_size: Actions in a chunk, at least 1.
         episodes: Indices of the episodes to read, in the order wanted; all by default.
         image_keys: Features to read as images, in the order wanted; all of dtype `video` or `image` by default.
+        frame_stride: Frames from one action of a chunk to the next. With 2, a policy that executes an action every
+            1 / fps seconds moves at twice the demonstrated speed.
         cache_dir: Where decoded frames are kept; `smolandfast` in `$XDG_CACHE_HOME` or `~/.cache` by default. It may
             be deleted at any time. A file whose path, size or modification time changed is decoded again.
 
@@ -83,10 +85,13 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         episodes: Sequence[int] | None = None,
         image_keys: Sequence[str] | None = None,
         cache_dir: str | Path | None = None,
+        frame_stride: int = 1,
     ):
         check_whole(chunk_size, "chunk_size")
+        check_whole(frame_stride, "frame_stride")
         self.root = Path(root).expanduser()
         self.chunk_size = int(chunk_size)
+        self._offsets = np.arange(chunk_size) * int(frame_stride)  # in frames: (chunk_size,)
         self.info = _read_info(self.root)
         self.fps = self.info["fps"]
         features = self.info["features"]
@@ -113,7 +118,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             "images": [self.image(i, key) for key in self.image_keys],
             "text": self.text(i),
             "state": self.states[i].copy(),
-            "actions": self.actions[np.minimum(i + np.arange(self.chunk_size), self._last[i])],
+            "actions": self.actions[np.minimum(i + self._offsets, self._last[i])],
         }
 
     def text(self, i: int) -> str:
@@ -126,7 +131,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
 
     def action_chunks(self) -> np.ndarray:
         """The chunks of all frames, `(N, chunk_size, action_dim)` float32: what a tokenizer is fitted to."""
-        rows = np.arange(len(self))[:, None] + np.arange(self.chunk_size)  # (N, chunk_size)
+        rows = np.arange(len(self))[:, None] + self._offsets  # (N, chunk_size)
         return self.actions[np.minimum(rows, self._last[:, None])]
 
     def vectors(self, name: str) -> np.ndarray:

@@ -13,6 +13,7 @@ import argparse
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,10 @@ class PolicyArguments:
             "which the weights were learnt with"
         },
     )
+    refit: bool = field(
+        default=False,
+        metadata={"help": "with init_from: take statistics and FAST tokenizer from this data"},
+    )
     vision_weights: str | None = field(
         default=None,
         metadata={"help": "vision.safetensors of pretrain_vision.py or pretrain_metaworld.py, for the tiny preset"},
@@ -134,6 +139,9 @@ class PolicyArguments:
     connector_learning_rate: float = 2e-4
     text_learning_rate: float = 2e-4
     min_lr_rate: float = field(default=0.05, metadata={"help": "floor of the cosine, as a share of the peak"})
+    frame_stride: int = field(
+        default=1, metadata={"help": "frames between a chunk's actions: 2 moves at twice the demonstrated speed"}
+    )
     drop_n_last_frames: int = field(
         default=0, metadata={"help": "frames at each episode's end that no sample starts from: they teach to stop"}
     )
@@ -352,7 +360,7 @@ def fit_statistics_and_tokenizer(
     Rotated copies stay out of the statistics, whose limits are those of the actions that the robot is sent. With
     `init_from`, both are the earlier policy's.
     """
-    if args.init_from is not None:
+    if args.init_from is not None and not args.refit:
         folder = Path(args.init_from)
         statistics = read_json(folder / "processor_config.json")["statistics"]
         return statistics, FastActionTokenizer.from_pretrained(folder / "action_tokenizer")
@@ -420,7 +428,9 @@ def make_policy(
     if args.init_from is not None:
         weights = load_file(Path(args.init_from, "model.safetensors"))
         earlier = PreTrainedTokenizerFast.from_pretrained(args.init_from)
-        load_weights(model, weights | fit_embeddings(weights, earlier, processor.tokenizer), args.init_from)
+        earlier_actions = FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
+        embeddings = fit_embeddings(weights, (earlier, earlier_actions), (processor.tokenizer, action_tokenizer))
+        load_weights(model, weights | embeddings, args.init_from)
     if args.vision_weights is not None:
         load_weights(model, load_file(args.vision_weights), args.vision_weights)
     return model, processor
@@ -443,13 +453,25 @@ def load_weights(model: SmolAndFastForActionPrediction, weights: dict[str, torch
 
 
 def fit_embeddings(
-    weights: dict[str, torch.Tensor], earlier: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
+    weights: dict[str, torch.Tensor],
+    earlier: tuple[PreTrainedTokenizerFast, FastActionTokenizer],
+    new: tuple[PreTrainedTokenizerFast, FastActionTokenizer],
 ) -> dict[str, torch.Tensor]:
-    """Embeddings of an earlier policy for another vocabulary; a new token gets the mean of its former pieces."""
-    known, rows = earlier.get_vocab(), []
-    for token in tokenizer.convert_ids_to_tokens(range(tokenizer.vocab_size)):
-        text = tokenizer.convert_tokens_to_string([token])
-        rows.append([known[token]] if token in known else earlier(text, add_special_tokens=False)["input_ids"])
+    """Embeddings of an earlier policy for other vocabularies, of text and of actions.
+
+    A new token gets the mean of what the earlier tokenizers would have written in its place.
+    """
+    (earlier_text, earlier_actions), (text, actions) = earlier, new
+    known, rows = earlier_text.get_vocab(), []
+    pieces = [[k] for k in range(len(actions))]
+    if actions.get_vocab() != earlier_actions.get_vocab():
+        pieces = earlier_actions.encode_coefficients([actions.token_coefficients(k) for k in range(len(actions))])
+    fast = {f"<fast_{k}>": [known[f"<fast_{i}>"] for i in ids] for k, ids in enumerate(pieces)}
+    for token in text.convert_ids_to_tokens(range(text.vocab_size)):
+        if token not in fast and token not in known:
+            string = text.convert_tokens_to_string([token])
+            fast[token] = earlier_text(string, add_special_tokens=False)["input_ids"]
+        rows.append(fast.get(token) or [known[token]])
     return {
         name: torch.stack([weights[name][ids].mean(dim=0) for ids in rows]) for name in EMBEDDINGS if name in weights
     }
@@ -477,10 +499,11 @@ def main(argv: list[str] | None = None) -> None:
     benchmark = get_benchmark(args.benchmark)
     repo_id = args.dataset_repo_id or benchmark.repo_id
     root, *more = args.dataset_root or [download_dataset(repo_id)]
-    held_out = LeRobotChunkDataset(root, args.chunk_size, [0]).info["total_episodes"] - args.held_out_episodes
-    train_set = LeRobotChunkDataset(root, args.chunk_size, range(held_out))
+    read = partial(LeRobotChunkDataset, chunk_size=args.chunk_size, frame_stride=args.frame_stride)
+    held_out = read(root, episodes=[0]).info["total_episodes"] - args.held_out_episodes
+    train_set = read(root, episodes=range(held_out))
     if more:
-        train_set = JoinedChunkDatasets([train_set, *(LeRobotChunkDataset(path, args.chunk_size) for path in more)])
+        train_set = JoinedChunkDatasets([train_set, *map(read, more)])
     model, processor = make_policy(train_set, args, benchmark)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {model.dtype}, bf16 autocast: {training.bf16}")
@@ -497,7 +520,7 @@ def main(argv: list[str] | None = None) -> None:
         training,
         data_collator=ActionDataCollator(processor),
         train_dataset=VariedDemonstrations(train_set, args, training.seed, benchmark),
-        eval_dataset=LeRobotChunkDataset(root, args.chunk_size, range(held_out, held_out + args.held_out_episodes)),
+        eval_dataset=read(root, episodes=range(held_out, held_out + args.held_out_episodes)),
         processing_class=processor,
         optimizers=(optimizer, None),
         callbacks=[EpochSetter(), EvaluateLastStep(), PushCodeFiles()],

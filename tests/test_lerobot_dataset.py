@@ -142,6 +142,15 @@ def test_a_sample_has_the_documented_fields(tiny, cache):
         dataset[16]
 
 
+def test_a_stride_takes_every_nth_action_and_holds_the_last_past_the_episodes_end(tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, 3, cache_dir=cache, frame_stride=2)
+    np.testing.assert_array_equal(dataset[5]["actions"], ACTIONS[[5, 7, 9]])  # an episode of frames 5 to 11
+    np.testing.assert_array_equal(dataset[9]["actions"], ACTIONS[[9, 11, 11]])
+    np.testing.assert_array_equal(dataset.action_chunks()[9], dataset[9]["actions"])
+    with pytest.raises(ValueError, match="frame_stride is 0"):
+        LeRobotChunkDataset(tiny, 3, cache_dir=cache, frame_stride=0)
+
+
 def test_arrays_are_those_of_the_files(tiny, cache):
     dataset = LeRobotChunkDataset(tiny, chunk_size=4, cache_dir=cache)
     for found, expected in (

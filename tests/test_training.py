@@ -27,7 +27,7 @@ from train import GroupedByLength, PolicyArguments, VariedDemonstrations, fit_em
 from train import main as train
 from transformers import Trainer, TrainingArguments
 
-from smolandfast import SmolAndFastProcessor
+from smolandfast import FastActionTokenizer, SmolAndFastProcessor
 from smolandfast.prompt_smolandfast import PROMPT
 from smolandfast.training import ActionDataCollator, make_optimizer, make_tiny_model, parameter_groups
 from smolandfast.training.tiny import make_text_tokenizer
@@ -252,18 +252,28 @@ def test_samples_start_at_every_nth_frame_and_oversampled_groups_come_twice():
 
 
 def test_embeddings_move_to_another_vocabulary_token_by_token():
-    earlier = make_text_tokenizer(["Open a door", "Open a window"], 16, 8)
-    later = make_text_tokenizer(["Open a door", "Close a box"], 16, 8, split_words=True)
+    chunks = np.random.default_rng(0).normal(size=(50, 4, 1)).clip(-1, 1)
+    coarse, fine = (FastActionTokenizer.fit(chunks, scale, 64) for scale in (3.0, 4.0))
+    earlier = make_text_tokenizer(["Open a door", "Open a window"], 16, len(coarse))
+    later = make_text_tokenizer(["Open a door", "Close a box"], 16, len(fine), split_words=True)
     name = "model.text_model.embed_tokens.weight"
     rows = torch.randn(earlier.vocab_size, 3)
-    fitted = fit_embeddings({name: rows, "other": rows}, earlier, later)
+    fitted = fit_embeddings({name: rows, "other": rows}, (earlier, coarse), (later, fine))
     assert set(fitted) == {name} and fitted[name].shape == (later.vocab_size, 3)
-    for token in ("<image>", "<fast_7>", "o"):
-        old, new = (t.convert_tokens_to_ids(token) for t in (earlier, later))
-        torch.testing.assert_close(fitted[name][new], rows[old])
+
+    def ids_of(tokenizer, *tokens):
+        return tokenizer.convert_tokens_to_ids(tokens)
+
+    for token in ("<image>", "o"):
+        torch.testing.assert_close(fitted[name][ids_of(later, token)], rows[ids_of(earlier, token)])
     pieces = earlier(" 12")["input_ids"]
     assert len(pieces) == 2 and len(new := later(" 12")["input_ids"]) == 1
     torch.testing.assert_close(fitted[name][new[0]], rows[pieces].mean(dim=0))
+    for k in range(len(fine)):  # as the earlier tokenizer writes the same coefficients
+        pieces = ids_of(earlier, *(f"<fast_{i}>" for i in coarse.encode_coefficients([fine.token_coefficients(k)])[0]))
+        torch.testing.assert_close(fitted[name][ids_of(later, f"<fast_{k}>")[0]], rows[pieces].mean(dim=0))
+    same = fit_embeddings({name: rows}, (earlier, coarse), (earlier, coarse))
+    assert torch.equal(same[name], rows)
 
 
 @settings(deadline=None)
