@@ -52,14 +52,6 @@ class Schedule:
         """Whether a chunk should be asked for now, unless one is still to arrive."""
         return not self._plan if self.strategy == "wait" else self.step >= self._next_observation
 
-    def planned(self) -> np.ndarray:
-        """What is executed from this step on, unless a new chunk arrives: `(n, action_dim)`, or `(0,)`.
-
-        The first of them, as many as a prediction takes steps, are what a policy is told as its `action_prefix`. If
-        the robot stands still meanwhile, there are none.
-        """
-        return np.array([] if self.strategy == "wait" else self._plan)
-
     def arrive(self, chunk: np.ndarray, observed_at: int) -> None:
         """Take over a chunk `(H, action_dim)` whose observation was made at step `observed_at`."""
         self._next_observation = observed_at + self.n_action_steps
@@ -88,14 +80,12 @@ class ControlLoop:
 
     Args:
         observe: Returns what `predict` takes; called in the thread, so a camera may take its time.
-        predict: Observation `-> (H, action_dim)`, or a batch of one, in the robot's units; see `max_delay`.
+        predict: Observation `-> (H, action_dim)`, or a batch of one, in the robot's units.
         act: Sends an action `(action_dim,)` to the robot; must not wait for it to be reached.
         fps: Control steps a second, those of the demonstrations.
         n_action_steps, strategy: See [`Schedule`].
         hold: The action that stands still, for a robot whose actions are velocities. By default the last action is
             sent again, as befits positions, and nothing before the first chunk.
-        max_delay: Of the policy. If above 0, `predict` is also given the actions `(n, action_dim)` that are executed
-            while it thinks, its `action_prefix`: as many as the slowest of its last ten chunks took steps.
         max_failures: Predictions that may fail one after the other.
         now, wait, executor: The clock, in seconds; how to wait for an event, with a time-out in seconds; where
             predictions run. Tests bring their own.
@@ -114,7 +104,6 @@ class ControlLoop:
         n_action_steps: int,
         strategy: str = "switch",
         hold: np.ndarray | None = None,
-        max_delay: int = 0,
         max_failures: int = 3,
         now: Callable[[], float] = time.monotonic,
         wait: Callable[[Event, float], bool] = Event.wait,
@@ -123,11 +112,9 @@ class ControlLoop:
         if not 0 < fps < float("inf"):
             raise ValueError(f"fps is {fps!r}, expected a number above 0: the control steps a second.")
         check_whole(max_failures, "max_failures")
-        check_whole(max_delay, "max_delay", 0)
         self.schedule = Schedule(n_action_steps, strategy)
         self.observe, self.predict, self.act, self.fps = observe, predict, act, fps
         self.hold = None if hold is None else as_numbers(hold, "hold", ("action_dim",))
-        self.max_delay, self._delays = max_delay, deque(maxlen=10)
         self.max_failures, self.failures, self.num_late = max_failures, [], 0
         self._now, self._wait, self._executor, self._stopped = now, wait, executor, Event()
 
@@ -154,7 +141,7 @@ class ControlLoop:
                     if failed >= self.max_failures:
                         raise self.failures[-1]
                 if coming is None and self.schedule.is_due():
-                    coming = executor.submit(self._look_and_predict, begin, first, step, self.schedule.planned())
+                    coming = executor.submit(self._look_and_predict, begin, first)
                 action = self.schedule.next_action()
                 if action is None:
                     self.num_late += last is not None
@@ -173,11 +160,10 @@ class ControlLoop:
                 executor.shutdown(wait=False, cancel_futures=True)
         return self.schedule.step - first
 
-    def _look_and_predict(self, begin: float, first: int, step: int, planned: np.ndarray) -> tuple[np.ndarray, int]:
+    def _look_and_predict(self, begin: float, first: int) -> tuple[np.ndarray, int]:
         observation = self.observe()
         observed_at = int((self._now() - begin) * self.fps + 1e-6)  # a clock is not exact
-        to_come = planned[max(0, observed_at - step) :][: min(self.max_delay, max(self._delays, default=0))]
-        chunk = np.asarray(self.predict(observation, *([to_come] if self.max_delay > 0 else [])))
+        chunk = np.asarray(self.predict(observation))
         chunk = as_numbers(chunk[0] if chunk.ndim == 3 and len(chunk) == 1 else chunk, "chunk", ("H", "action_dim"))
         if len(chunk) < (needed := self.schedule.n_action_steps):
             raise ValueError(f"predict returned {len(chunk)} actions, expected at least n_action_steps, {needed}.")
@@ -186,7 +172,6 @@ class ControlLoop:
     def _take(self, coming: Future) -> bool:
         try:
             chunk, observed_at = coming.result()
-            self._delays.append(self.schedule.step - observed_at)
             self.schedule.arrive(chunk, observed_at)
             return True
         except Exception as error:

@@ -101,7 +101,8 @@ class Normalizer:
     def state_bins(self, state: ArrayLike) -> np.ndarray:
         """Bins of each state: `(B, state_dim)` robot units `-> (B, state_dim)` in [0, n_state_bins), clamped."""
         state = as_numbers(state, "state", ("batch", self.state_dim))
-        return self._to_bins(_to_unit(state, self.state_bounds))
+        positions = np.floor((_to_unit(state, self.state_bounds) + 1) / 2 * self.n_state_bins)
+        return np.clip(positions, 0, self.n_state_bins - 1).astype(np.int64)
 
     def normalize_actions(self, actions: ArrayLike, bins: np.ndarray) -> np.ndarray:
         """`(B, H, action_dim)` robot units and the state's bins `-> (B, H, action_dim)` float32, about [-1, 1]."""
@@ -109,14 +110,6 @@ class Normalizer:
         if len(actions) != len(bins):
             raise ValueError(f"actions has {len(actions)} chunks for {len(bins)} states: pass one chunk a state.")
         return _to_unit(actions - self._reference(bins), self.action_bounds).astype(np.float32)
-
-    def action_bins(self, actions: ArrayLike, bins: np.ndarray) -> np.ndarray:
-        """Bins of the actions of one sample, for the prompt, as many as a state has.
-
-        `(n, action_dim)` robot units and the state's bins `(state_dim,) -> (n, action_dim)` in [0, n_state_bins),
-        clamped.
-        """
-        return self._to_bins(self.normalize_actions(actions[None], bins[None])[0])
 
     def unnormalize_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
         """The inverse of `normalize_actions`, clipped to the smallest and largest action of the statistics."""
@@ -133,10 +126,6 @@ class Normalizer:
         state = as_numbers(state, "state", ("batch", self.state_dim))
         low, high = self.state_bounds
         return ((state < low) | (state > high)).sum(axis=1)
-
-    def _to_bins(self, values: np.ndarray) -> np.ndarray:
-        positions = np.floor((values + 1) / 2 * self.n_state_bins)
-        return np.clip(positions, 0, self.n_state_bins - 1).astype(np.int64)
 
     def _to_robot(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
         low, high = self.action_bounds

@@ -4,13 +4,13 @@ The prompt (`prompt_smolandfast.py`) is SmolVLM's chat template around
 
     <image> Task: {task}, State: {bins}, Action:
 
-with one bin number for each dimension of the state; before `, Action:` there may be `, Next: {bins}`, the actions that
-the robot executes while the policy thinks. The statistics of the data set travel in `processor_config.json`.
+with one bin number for each dimension of the state. The statistics of the data set travel in `processor_config.json`.
 Knows no model: [`SmolAndFastProcessor.model_kwargs`] says what one must know of the processor.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,22 +18,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
 from transformers.utils import logging
 
-from .checks_smolandfast import as_numbers, check_whole, naming_errors
+from .checks_smolandfast import as_numbers, check_fps, check_whole, naming_errors
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
 from .files_smolandfast import read_json
 from .hub_smolandfast import HUB_KWARGS, find_file
 from .normalization_smolandfast import Normalizer
-from .prompt_smolandfast import (
-    BINS_IN_PROMPT,
-    read_action_prefixes,
-    read_observations,
-    warning_of_new_tasks,
-    write_prompt,
-)
+from .prompt_smolandfast import BINS_IN_PROMPT, check_image_keys, read_observations, warning_of_new_tasks, write_prompt
 from .tokenization_fast_action import FastActionTokenizer
 
 logger = logging.get_logger(__name__)
 
+DEFAULT_IMAGE_KEY = "observation.image"  # LeRobot's, of a robot with one camera
 TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")
 
 
@@ -56,10 +51,9 @@ class SmolAndFastProcessor(ProcessorMixin):
         fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that stay text.
         scale_factor (`int`, defaults to 1): Side of the model's pixel shuffle.
         patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
-        max_delay (`int`, defaults to 0):
-            Control steps that a prediction may take, at most `chunk_size - 1`: as many actions, which the robot
-            executes meanwhile, may stand in the prompt (`action_prefix`). A policy has to be trained with them, see
-            [`ActionDataCollator`].
+        image_keys (`list[str]`, defaults to `["observation.image"]`):
+            The cameras that the policy sees, in their order, under the names of the data set.
+        fps (`float`, *optional*): Control steps a second of the demonstrations. `None`: not known.
         default_task (`str`, defaults to `""`): Stands in for an empty task.
         training_tasks (`list[str]`, *optional*):
             The sentences the policy is trained on. Given another one, the processor warns once: a policy may do
@@ -84,7 +78,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         fast_skip_tokens: int = 280,
         scale_factor: int = 1,
         patch_size: int = 16,
-        max_delay: int = 0,
+        image_keys: Sequence[str] = (DEFAULT_IMAGE_KEY,),
+        fps: float | None = None,
         default_task: str = "",
         training_tasks: list[str] | None = None,
         chat_template: str | None = None,
@@ -102,6 +97,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.fast_skip_tokens = fast_skip_tokens
         self.scale_factor = scale_factor
         self.patch_size = patch_size
+        self.image_keys = check_image_keys(image_keys)
+        self.fps = None if fps is None else check_fps(fps)
         self.default_task = default_task
         if not isinstance(training_tasks, list | None) or not all(isinstance(x, str) for x in training_tasks or ()):
             raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of sentences, or None.")
@@ -111,8 +108,6 @@ class SmolAndFastProcessor(ProcessorMixin):
         if self.chunk_size is None:
             raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
         check_whole(self.chunk_size, "chunk_size")
-        check_whole(max_delay, "max_delay", 0, self.chunk_size - 1)
-        self.max_delay = max_delay
         shape = self.chunk_size, self.normalizer.action_dim
         fitted = action_tokenizer.horizon, action_tokenizer.action_dim
         if fitted not in (shape, (None, None)):
@@ -137,7 +132,7 @@ class SmolAndFastProcessor(ProcessorMixin):
                 f"* {scale_factor}. Change image_size or scale_factor, or take the three from one checkpoint."
             )
         self.action_token_base_id = tokenizer.vocab_size - 1 - fast_skip_tokens
-        last_prompt_id = tokenizer(self._prompt_around_images(1)[1])["input_ids"][-1]
+        last_prompt_id = tokenizer(self._prompt_around_images()[1])["input_ids"][-1]
         if self.action_token_base_id + 1 < len(action_tokenizer) or self._is_action(np.array(last_prompt_id)):
             raise ValueError(
                 f"{len(action_tokenizer)} action tokens and fast_skip_tokens={fast_skip_tokens} do not fit into a "
@@ -238,8 +233,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         and read the same actions from its tokens. Checkpoints hold it: another definition is another fingerprint.
         """
         images, actions, normalizer = self.image_processor, self.action_tokenizer, self.normalizer
-        state_bins, unsplit = range(normalizer.state_dim), [(0, 0)]
-        template = self._prompt_around_images(1)
+        state_bins, unsplit = range(normalizer.state_dim), [(0, 0)] * len(self.image_keys)
+        template = self._prompt_around_images()
         prompt = self._write_prompt(template, "A task, 0123456789.", state_bins, unsplit)
         image_options = ("do_image_splitting", "do_resize", "resample", "do_rescale", "rescale_factor")
         image_options += ("do_normalize", "image_mean", "image_std")
@@ -250,11 +245,10 @@ class SmolAndFastProcessor(ProcessorMixin):
             "actions": [bound.tolist() for bound in (*normalizer.action_bounds, *normalizer.action_limits)],
             "use_relative_actions": self.use_relative_actions,
             "tokens": [self.chunk_size, actions.scale, actions.min_coefficient, self.action_token_base_id],
+            "cameras": self.image_keys,
+            "fps": self.fps,
             "vocabulary": actions.convert_ids_to_tokens(list(range(len(actions)))),
         }
-        if self.max_delay > 0:
-            prompt = self._write_prompt(template, "", state_bins, unsplit, np.arange(10))
-            meaning["prefix"] = [self.max_delay, self.tokenizer(prompt)["input_ids"]]
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     def check_model(self, model) -> None:
@@ -291,22 +285,18 @@ class SmolAndFastProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         state: "np.ndarray | torch.Tensor | None" = None,
         actions: "np.ndarray | torch.Tensor | None" = None,
-        action_prefix: "np.ndarray | torch.Tensor | list | None" = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Prepare one sample or a batch.
 
         Args:
             images: One sample: an RGB image (PIL; NumPy array or tensor, `(H, W, 3)` or `(3, H, W)`, uint8 or floats
-                in [0, 1]; any size), or a list with one of each camera. A batch: a list with one entry a sample, or an
-                array `(batch, ...)` for one camera.
+                in [0, 1]; any size), a list with one of each camera in the order of `image_keys`, or a dictionary of
+                them by name. A batch: a list with one entry a sample, an array `(batch, ...)` for one camera, or a
+                dictionary of such arrays or lists by name.
             text: The task, one sentence or one a sample. `None` or empty: the default task.
             state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
             actions: `(chunk_size, action_dim)` or `(batch, chunk_size, action_dim)`, to train: adds `labels`.
-            action_prefix: `(n, action_dim)`, or for a batch one such array a sample, n at most `max_delay`: the
-                actions from this observation on that are executed whatever the policy answers, since its answer
-                comes n control steps later. The chunk still begins at the observation. `None` or empty: no such
-                actions.
             return_tensors: Only `"pt"`.
 
         Returns:
@@ -315,11 +305,12 @@ class SmolAndFastProcessor(ProcessorMixin):
             -100 outside the action tokens and their EOS.
 
         Raises:
-            ValueError: Input that is missing, of the wrong shape or kind, or not finite.
+            ValueError: Input that is missing, of the wrong shape or kind, or not finite; other cameras than
+                `image_keys`.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
-        observations = read_observations(images, text, state, self.default_task)
+        observations = read_observations(images, text, state, self.default_task, self.image_keys)
         is_one = np.ndim(state) == 1
         images, tasks, state = observations
         bins = self.normalizer.state_bins(state)
@@ -328,14 +319,12 @@ class SmolAndFastProcessor(ProcessorMixin):
                 images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
             )
         self._check_pixels(**pixels)
-        prefixes = read_action_prefixes(action_prefix, len(state), self.normalizer.action_dim, self.max_delay)
         grids = [
             list(zip(*sample, strict=True)) for sample in zip(pixels.pop("rows"), pixels.pop("cols"), strict=True)
         ]
-        templates = {n: self._prompt_around_images(n) for n in {len(sample) for sample in images}}
+        template = self._prompt_around_images()
         prompts = [
-            self._write_prompt(templates[len(grid)], task, x, grid, self.normalizer.action_bins(prefix, x))
-            for task, x, grid, prefix in zip(tasks, bins, grids, prefixes, strict=True)
+            self._write_prompt(template, task, x, grid) for task, x, grid in zip(tasks, bins, grids, strict=True)
         ]
         rows, side, labels = self.tokenizer(prompts)["input_ids"], "left", {}
         if actions is None:
@@ -452,14 +441,14 @@ class SmolAndFastProcessor(ProcessorMixin):
         tokens = action_token_map(ids, self.action_token_base_id)
         return (tokens >= 0) & (tokens < len(self.action_tokenizer))
 
-    def prompt_around(self, num_images: int) -> tuple[str, str]:
+    def prompt_around(self) -> tuple[str, str]:
         """What stands before and after task and state: the tokens of images that are not split, the chat's turns."""
-        before, after = self._prompt_around_images(num_images)
+        before, after = self._prompt_around_images()
         return before.replace(self.tokenizer.image_token, self._write_image(0, 0)), after
 
-    def _prompt_around_images(self, num_images: int) -> tuple[str, str]:
+    def _prompt_around_images(self) -> tuple[str, str]:
         """What the chat template writes before and after the user's images and text."""
-        mark = "{prompt}"
+        mark, num_images = "{prompt}", len(self.image_keys)
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
         with naming_errors("chat_template", "Load SmolVLM's, or the saved files again."):
             rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -477,14 +466,12 @@ class SmolAndFastProcessor(ProcessorMixin):
             self._has_warned = True
             logger.warning(warning)
 
-    def _write_prompt(
-        self, template: tuple[str, str], task: str, bins, grid: list[tuple[int, int]], prefix_bins=None
-    ) -> str:
+    def _write_prompt(self, template: tuple[str, str], task: str, bins, grid: list[tuple[int, int]]) -> str:
         """The prompt of one sample; `grid` holds the rows and columns that each image is split into, 0 for none."""
         before, *pieces = template[0].split(self.tokenizer.image_token)
         for (rows, cols), piece in zip(grid, pieces, strict=True):
             before += self._write_image(rows, cols) + piece
-        return write_prompt(before, task, bins, template[1], self.tokenizer.get_added_vocab(), prefix_bins)
+        return write_prompt(before, task, bins, template[1], self.tokenizer.get_added_vocab())
 
     def _write_image(self, rows: int, cols: int) -> str:
         """What SmolVLM reads for one image: its sub-images, row by row, then the whole of it; 0 rows: not split."""

@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from .checks_smolandfast import check_whole, naming_errors
 from .files_smolandfast import SUMS, check_checksums, read_checksums, read_json
 from .normalization_smolandfast import Normalizer
-from .prompt_smolandfast import read_action_prefixes, read_observations, warning_of_new_tasks, write_prompt
+from .prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
 from .strings_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
 
 logger = logging.getLogger("smolandfast")
 
-FORMAT = 1  # of the folder
+FORMAT = 2  # of the folder
 POLICY, VISION, DECODER, EMBEDDINGS, TOKENIZER = FILES = (
     "policy.json",
     "vision.onnx",
@@ -47,8 +47,8 @@ class DeployedPolicy:
 
     Attributes:
         chunk_size, n_action_steps, action_dim, state_dim: As in the configuration of the policy.
-        max_delay: Actions that `action_prefix` may hold; 0 for a policy that is not trained with them.
         token_lengths: Coefficients in each FAST token; `None` with FAST+.
+        image_keys, fps: The cameras and the control rate of the demonstrations, see [`SmolAndFastProcessor`].
         training_tasks: The sentences that it was trained on. Told another one, it warns once.
 
     Raises:
@@ -89,12 +89,12 @@ class DeployedPolicy:
             self._vision, self._decoder = (load(folder / name, num_threads, device) for name in (VISION, DECODER))
             # A first chunk: what does not fit together shows here, and a backend that compiles has done so.
             task = (self.training_tasks or ["Do nothing."])[0]
-            self.predict(np.zeros((*self._image_size, 3), dtype=np.uint8), task, np.zeros(self.state_dim))
+            image = np.zeros((*self._image_size, 3), dtype=np.uint8)
+            self.predict([image] * len(self.image_keys), task, np.zeros(self.state_dim))
 
     def _read(self, about: dict[str, Any]) -> None:
-        names = ("n_action_steps", "default_task", "training_tasks")
-        self.n_action_steps, self.default_task, self.training_tasks = (about[name] for name in names)
-        self.max_delay = about.get("max_delay", 0)
+        for name in ("n_action_steps", "default_task", "training_tasks", "image_keys", "fps"):
+            setattr(self, name, about[name])
         self.normalizer = Normalizer(**about["normalizer"])
         self.state_dim, self.action_dim = self.normalizer.state_dim, self.normalizer.action_dim
         self._prompt, self._cache_shape = about["prompt"], about["cache"]
@@ -114,20 +114,16 @@ class DeployedPolicy:
         self._started, self._next_state = started[::-1].copy(), next_state[:, ::-1].copy()
         self._may_follow = self._next_state != INVALID
 
-    def predict(
-        self, images, text: str | list[str] | None = None, state=None, action_prefix=None, **limits
-    ) -> np.ndarray:
+    def predict(self, images, text: str | list[str] | None = None, state=None, **limits) -> np.ndarray:
         """Predict a chunk for one observation or a batch, one after the other.
 
         Args:
             images: One sample: an RGB image (PIL or NumPy, `(H, W, 3)` or `(3, H, W)`, uint8 or floats in [0, 1]; any
-                size), or a list with one of each camera. A batch: a list with one entry a sample, or an array
-                `(batch, ...)` for one camera.
+                size), a list with one of each camera in the order of `image_keys`, or a dictionary of them by name. A
+                batch: a list with one entry a sample, an array `(batch, ...)` for one camera, or a dictionary of such
+                arrays or lists by name.
             text: The task, one sentence or one a sample. `None` or empty: the policy's default task.
             state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
-            action_prefix: `(n, action_dim)`, or for a batch one such array a sample, n at most `max_delay`: the
-                actions from this observation on that the robot executes while the policy thinks. The chunk still
-                begins at the observation. `None` or empty: no such actions.
             limits: `max_tokens` or `deadline`, see [`report`].
 
         Returns:
@@ -137,14 +133,13 @@ class DeployedPolicy:
         Raises:
             ValueError: Input that is missing, of the wrong shape or kind, or not finite; scores that are not finite.
         """
-        return self.report(images, text, state, action_prefix, **limits)["actions"]
+        return self.report(images, text, state, **limits)["actions"]
 
     def report(
         self,
         images,
         text: str | list[str] | None = None,
         state=None,
-        action_prefix=None,
         max_tokens: int | None = None,
         deadline: float | None = None,
     ) -> dict[str, Any]:
@@ -169,14 +164,13 @@ class DeployedPolicy:
         if deadline is not None and not deadline > 0:
             raise ValueError(f"deadline is {deadline!r}, expected seconds, above 0.")
         limits = max_tokens or math.inf, math.inf if deadline is None else start + deadline
-        images, tasks, state = read_observations(images, text, state, self.default_task)
+        images, tasks, state = read_observations(images, text, state, self.default_task, self.image_keys)
         bins = self.normalizer.state_bins(state)
-        prefixes = read_action_prefixes(action_prefix, len(state), self.action_dim, self.max_delay)
         warning = warning_of_new_tasks(tasks, self.training_tasks)
         if warning and not self._has_warned:
             self._has_warned = True
             logger.warning(warning)
-        prompts = [self._write_prompt(*sample) for sample in zip(images, tasks, bins, prefixes, strict=True)]
+        prompts = [self._write_prompt(*sample) for sample in zip(tasks, bins, strict=True)]
         written = [self._write(ids, sample, *limits) for ids, sample in zip(prompts, images, strict=True)]
         coefficients, log_probability, is_whole, written_tokens = zip(*written, strict=True)
         chunks = inverse_dct(np.stack(coefficients) / self._scale)
@@ -190,12 +184,9 @@ class DeployedPolicy:
             "tokens": [np.array(tokens) for tokens in written_tokens],
         }
 
-    def _write_prompt(self, images: list[np.ndarray], task: str, bins: np.ndarray, prefix: np.ndarray) -> np.ndarray:
-        around = self._prompt["around"].get(str(len(images)))
-        if around is None:
-            raise ValueError(f"Got {len(images)} images a sample, expected at most {len(self._prompt['around'])}.")
-        prefix_bins = self.normalizer.action_bins(prefix, bins)
-        text = write_prompt(around[0], task, bins.tolist(), around[1], self._prompt["special_tokens"], prefix_bins)
+    def _write_prompt(self, task: str, bins: np.ndarray) -> np.ndarray:
+        before, after = self._prompt["around"]
+        text = write_prompt(before, task, bins.tolist(), after, self._prompt["special_tokens"])
         return np.array(self._tokenizer.encode(text).ids)
 
     def _write(

@@ -45,13 +45,12 @@ def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | N
     strategy, delay, max_tokens = case
     torch.set_num_threads(1)
     policy = load_predict(checkpoint, backend, max_tokens=max_tokens)
-    options = {"n_action_steps": policy.n_action_steps, "max_delay": policy.max_delay, "num_envs": 1}
+    options = {"n_action_steps": policy.n_action_steps, "num_envs": 1}
     result = rollout(BENCHMARK, policy.predict, seeds, delay=delay, strategy=strategy, **options)
     metrics = result.metrics()
     names = ("pc_success", "pc_success_low", "pc_success_high", "n_episodes", "avg_max_reward")
     return {
         "checkpoint": checkpoint,
-        "max_delay": policy.max_delay,
         "strategy": strategy,
         "delay": delay,
         "max_tokens": max_tokens,

@@ -30,7 +30,7 @@ from metaworld_tasks import CONTROL_HZ, IMAGE_SIZE, MT10, TASKS, MetaworldScene
 from rollouts import Predict
 from tqdm import tqdm
 
-from smolandfast.files_smolandfast import read_json, written_whole
+from smolandfast.files_smolandfast import atomic_write, read_json
 
 FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluation seeds are below
 NUM_SHOVES = 3  # 0, 1 or 2 in a demonstration
@@ -135,7 +135,7 @@ def collect(job: tuple[str, int], folder: Path, max_steps: int, draw_every: int)
         seed = first + list(TASKS).index(task) * 100_000 + number * 50 + attempt
         episode = demonstrate(_scene, seed, max_steps, draw_every, _policy)
         if episode is not None:
-            with written_whole(part_path(folder, task, number)) as path, open(path, "wb") as file:
+            with atomic_write(part_path(folder, task, number)) as path, open(path, "wb") as file:
                 np.savez_compressed(file, **episode)
             return
     raise ValueError(f"{task} failed 50 times in {max_steps} steps, or the policy solved it. Raise --max_steps.")

@@ -37,7 +37,7 @@ from rollouts import (
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
-from smolandfast.files_smolandfast import written_whole
+from smolandfast.files_smolandfast import atomic_write
 from smolandfast.loop_smolandfast import STRATEGIES
 from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
 
@@ -61,11 +61,10 @@ def make_predict(model: Any, processor: Any, task: str | None = None, **generate
     The processor's ValueError for tokens that do not decode to one whole chunk is passed on.
     """
 
-    def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str], prefixes=None) -> np.ndarray:
+    def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
         texts = texts if task is None else [task] * len(texts)
-        told = {} if prefixes is None else {"action_prefix": prefixes}  # which code of an earlier release knows not
         images = [[image] for image in images]
-        inputs = processor(images=images, text=texts, state=states, return_tensors="pt", **told)
+        inputs = processor(images=images, text=texts, state=states, return_tensors="pt")
         ids = model.generate(**inputs.to(model.device), **generate_kwargs)
         return np.asarray(processor.post_process_actions(ids))  # (B, H, D), the robot's units
 
@@ -84,7 +83,6 @@ class LoadedPolicy(NamedTuple):
     chunk_size: int
     n_action_steps: int
     action_dim: int
-    max_delay: int
 
 
 def load_predict(
@@ -104,15 +102,15 @@ def load_predict(
     if backend is not None:
         policy = DeployedPolicy(checkpoint, backend, torch.get_num_threads())
 
-        def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str], prefixes=None) -> np.ndarray:
-            return policy.predict(images, texts, states, prefixes, max_tokens=max_tokens)
+        def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
+            return policy.predict(images, texts, states, max_tokens=max_tokens)
 
         sizes = (getattr(policy, name) for name in LoadedPolicy._fields[1:])
         return LoadedPolicy(predict, *sizes)
     model, processor = load_policy(checkpoint, dtype=dtype)
     model.to(device)
     sizes = (getattr(model.config, name) for name in ("chunk_size", "n_action_steps", "action_dim"))
-    return LoadedPolicy(make_predict(model, processor, **options), *sizes, getattr(processor, "max_delay", 0))
+    return LoadedPolicy(make_predict(model, processor, **options), *sizes)
 
 
 def rollout_in_processes(
@@ -143,8 +141,7 @@ def _rollout_task(
 ) -> RolloutResult:
     policy = load_predict(checkpoint, **load_options)
     torch.manual_seed(options["seeds"][0])
-    sizes = {name: getattr(policy, name) for name in ("n_action_steps", "max_delay")}
-    return rollout(benchmark, policy.predict, tasks=[task], **sizes | options)
+    return rollout(benchmark, policy.predict, tasks=[task], **{"n_action_steps": policy.n_action_steps} | options)
 
 
 def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **minimums: int) -> None:
@@ -209,7 +206,7 @@ def installed_versions(benchmark: Benchmark) -> dict[str, str]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write all of the file or none of it."""
-    with written_whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -317,7 +314,6 @@ def main(argv: list[str] | None = None) -> None:
         "record": args.record,
         "delay": args.delay,
         "strategy": args.strategy,
-        "max_delay": policy.max_delay,
     }
     tasks = args.tasks or list(benchmark.tasks)
     if args.num_processes == 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.files_smolandfast import read_json, written_whole
+from smolandfast.files_smolandfast import atomic_write, read_json
 
 
 def mean_of(models: list[SmolAndFastForActionPrediction]) -> SmolAndFastForActionPrediction:
@@ -39,7 +39,7 @@ def export(checkpoints: list[str], folder: Path) -> None:
         processor.check_model(model)
     model = mean_of(models).to(torch.bfloat16)
     model.config.processor_fingerprint = processor.fingerprint  # missing in checkpoints saved before 0.2
-    with written_whole(folder) as unfinished:
+    with atomic_write(folder) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         config = read_json(unfinished / "config.json") | {"dtype": "float32"}

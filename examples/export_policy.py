@@ -25,7 +25,7 @@ from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache
 
-from smolandfast.files_smolandfast import write_checksums, written_whole
+from smolandfast.files_smolandfast import atomic_write, write_checksums
 from smolandfast.runtime_smolandfast import (
     DECODER,
     EMBEDDINGS,
@@ -44,7 +44,6 @@ CODE = [
     f"{name}_smolandfast.py" for name in ("checks", "files", "loop", "normalization", "prompt", "runtime", "strings")
 ]
 OPSET = 23  # the first with attention, rotary embeddings and RMS norms as operators
-MAX_IMAGES = 8  # of one observation
 NUM_OBSERVATIONS = 8  # that the two policies are compared on
 # Largest difference of a chunk's mean log-probability that rounding in float32 explains.
 TOLERANCE = 1e-3
@@ -182,9 +181,10 @@ def describe(model: Any, processor: Any) -> dict[str, Any]:
         "n_action_steps": config.n_action_steps,
         "default_task": processor.default_task,
         "training_tasks": processor.training_tasks,
-        "max_delay": getattr(processor, "max_delay", 0),  # code of an earlier release knows none
+        "image_keys": processor.image_keys,
+        "fps": processor.fps,
         "prompt": {
-            "around": {count: processor.prompt_around(count) for count in range(1, MAX_IMAGES + 1)},
+            "around": processor.prompt_around(),
             "special_tokens": sorted(processor.tokenizer.get_added_vocab()),
             "image_token_id": config.image_token_id,
         },
@@ -235,14 +235,13 @@ def compare(policy: DeployedPolicy, model: Any, processor: Any) -> tuple[int, fl
     rng, side = np.random.default_rng(0), processor.image_processor.max_image_size["longest_edge"]
     low, high = processor.normalizer.state_bounds
     task = (processor.training_tasks or [processor.default_task or "Do it."])[0]
-    num_equal, difference, limits = 0, 0.0, processor.normalizer.action_limits
-    for i in range(NUM_OBSERVATIONS):
-        image, state = rng.integers(0, 256, (side, side, 3), dtype=np.uint8), rng.uniform(low, high)
-        prefix = rng.uniform(*limits, size=(i % (policy.max_delay + 1), len(limits[0])))
-        told = {"action_prefix": prefix} if policy.max_delay > 0 else {}
-        inputs = processor(images=image, text=task, state=state, **told)
+    num_equal, difference = 0, 0.0
+    for _ in range(NUM_OBSERVATIONS):
+        images = list(rng.integers(0, 256, (len(processor.image_keys), side, side, 3), dtype=np.uint8))
+        state = rng.uniform(low, high)
+        inputs = processor(images=images, text=task, state=state)
         output = model.generate(**inputs, return_dict_in_generate=True, output_scores=True)
-        expected, found = processor.report(output, state), policy.report(image, task, state, **told)
+        expected, found = processor.report(output, state), policy.report(images, task, state)
         if np.array_equal(processor.post_process_actions(output), found["actions"]):
             num_equal += 1
             difference = max(difference, float(abs(expected["log_probability"] - found["log_probability"])[0]))
@@ -258,7 +257,7 @@ def export_policy(checkpoint: str | Path, output_dir: Path, weights: str = "floa
     """
     model, processor = load_policy(checkpoint, dtype=torch.float32, attn_implementation="sdpa")
     about = describe(model, processor)
-    with written_whole(output_dir) as folder:
+    with atomic_write(output_dir) as folder:
         folder.mkdir(parents=True)
         export_graphs(model, processor, folder)
         if weights == "int8":

@@ -24,7 +24,7 @@ from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from PIL import Image
 
 from smolandfast.checks_smolandfast import check_whole, naming_errors
-from smolandfast.files_smolandfast import read_json, written_whole
+from smolandfast.files_smolandfast import atomic_write, read_json
 from smolandfast.normalization_smolandfast import ACTION, STATE
 
 AGAIN = "Download or convert the data set again."
@@ -223,6 +223,7 @@ class JoinedChunkDatasets(torch.utils.data.ConcatDataset):
 
     def __init__(self, datasets: Sequence[LeRobotChunkDataset]):
         super().__init__(datasets)
+        self.image_keys, self.fps = datasets[0].image_keys, datasets[0].fps
         self.states = np.concatenate([dataset.states for dataset in datasets])
         self.frame_index = np.concatenate([dataset.frame_index for dataset in datasets])
         firsts = np.cumsum([0, *(dataset.info["total_episodes"] for dataset in datasets)])
@@ -348,7 +349,7 @@ def _open_frames(path: Path, key: str, n_frames: int, folder: Path) -> np.memmap
         if len(frames) == n_frames:
             return frames
     no_room = naming_errors(folder, "Choose a cache_dir that can be written and has room.", passing=(ValueError,))
-    with no_room, written_whole(target) as unfinished, open(unfinished, "wb") as file:
+    with no_room, atomic_write(target) as unfinished, open(unfinished, "wb") as file:
         count, shape = 0, None
         for frame in _decode_frames(path, key):
             if shape is None:

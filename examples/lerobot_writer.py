@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smolandfast.files_smolandfast import written_whole
+from smolandfast.files_smolandfast import atomic_write
 
 IMAGE_KEY = "observation.image"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
@@ -56,7 +56,7 @@ def write_dataset(
     if root.exists():
         raise FileExistsError(f"{root} exists, and is not overwritten. Name another folder.")
     features = _features(fps, axes, image_size, pix_fmt)
-    with written_whole(root) as folder:
+    with atomic_write(root) as folder:
         video_path = folder / f"videos/{IMAGE_KEY}/chunk-000/file-000.mp4"
         video_path.parent.mkdir(parents=True)
         columns: dict[str, list[np.ndarray]] = {name: [] for name in features if name != IMAGE_KEY}

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainingArguments
 
-from smolandfast.files_smolandfast import written_whole
+from smolandfast.files_smolandfast import atomic_write
 from smolandfast.training import WholeCheckpointTrainer, bf16_is_faster, make_tiny_vision
 
 FIRST_SEED, MAX_SCENES = 10_000_000, 10_000  # demonstrations and evaluations have lower seeds
@@ -57,7 +57,7 @@ def render_scenes(task: str, num_scenes: int, run: int, folder: Path) -> None:
         images.append(scene.image())
         poses.append(scene.poses)
     scene.close()
-    with written_whole(path) as unfinished, open(unfinished, "wb") as file:
+    with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
         np.savez_compressed(file, images=np.array(images), poses=np.array(poses))
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from smolandfast.files_smolandfast import written_whole
+from smolandfast.files_smolandfast import atomic_write
 from smolandfast.training import WholeCheckpointTrainer, bf16_is_faster, make_tiny_vision
 
 HARMONICS = 4  # of the T's angle, in the labels
@@ -108,7 +108,7 @@ def load_vision(model: nn.Module, path: str) -> None:
 def save_vision(model: nn.Module, folder: str) -> None:
     """Write the vision tower and the connector to `vision.safetensors`: all of the file or none of it."""
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
-    with written_whole(Path(folder) / "vision.safetensors") as path:
+    with atomic_write(Path(folder) / "vision.safetensors") as path:
         save_file(tensors, path)
 
 

@@ -29,8 +29,7 @@ Z_95 = NormalDist().inv_cdf(0.975)
 BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 130, 50)
 
 # (B uint8 images (image_size, image_size, 3), float32 states (B, state_dim), B sentences) -> chunks (B, H, action_dim)
-# A policy that is told what is executed while it thinks takes B arrays (n, action_dim) too, see `Schedule.planned`.
-Predict = Callable[..., np.ndarray]
+Predict = Callable[[list[np.ndarray], np.ndarray, list[str]], np.ndarray]
 # (the episode after a step, image and state before it, its action)
 OnStep = Callable[["Episode", np.ndarray, np.ndarray, np.ndarray], None]
 
@@ -264,7 +263,6 @@ def rollout(
     on_step: OnStep | None = None,
     delay: int = 0,
     strategy: str = "switch",
-    max_delay: int = 0,
 ) -> RolloutResult:
     """Play each task once for each seed, up to `num_envs` episodes side by side.
 
@@ -283,7 +281,6 @@ def rollout(
         on_step: Called after each step of each episode. Every step is then drawn.
         delay: Steps from an observation to the arrival of its chunk, in which the world goes on.
         strategy: What is executed meanwhile, see [`Schedule`]. Without delay, `switch` and `wait` do the same.
-        max_delay: Of the policy: if above 0, `predict` is told up to as many of these actions.
 
     Raises:
         ValueError: an argument out of range, or a chunk of the wrong shape or with a value that is not finite.
@@ -326,8 +323,7 @@ def rollout(
                 states = np.stack([slot.scene.state for slot in waiting])
                 start = time.perf_counter()
                 sentences = [benchmark.tasks[slot.task] for slot in waiting]
-                prefixes = [slot.episode.schedule.planned()[: min(delay, max_delay)] for slot in waiting]
-                chunks = predict(images, states, sentences, *([prefixes] if max_delay > 0 else []))
+                chunks = predict(images, states, sentences)
                 predict_seconds += time.perf_counter() - start
                 chunks = check_chunks(chunks, len(waiting), n_action_steps, benchmark.action_dim)
                 for slot, chunk in zip(waiting, chunks, strict=True):

@@ -6,9 +6,8 @@
 
 The client is openpi's `WebsocketClientPolicy("127.0.0.1", 8000)` (`pip install openpi-client`). It sends a dictionary
 with `observation/image` (and further cameras, `observation/..._image`, in the order of their names),
-`observation/state`, `prompt`, the task, and, for a policy with a `max_delay`, `action_prefix`, what the robot executes
-meanwhile. Back come `actions` `(chunk_size, action_dim)` and what the policy's `report` says of them. A wrong
-observation is answered by a text that says what is wrong, at which the client raises.
+`observation/state`, and `prompt`, the task. Back come `actions` `(chunk_size, action_dim)` and what the policy's
+`report` says of them. A wrong observation is answered by a text that says what is wrong, at which the client raises.
 
 Messages are msgpack: nothing that is received can run. Still anybody who reaches the port can use the policy, so it is
 bound to this machine; `--host 0.0.0.0` opens it to the network, without encryption or password.
@@ -28,7 +27,7 @@ from websockets.sync.server import Server, ServerConnection, serve
 
 from smolandfast.runtime_smolandfast import BACKENDS, DeployedPolicy
 
-STATE, PROMPT, IMAGE, PREFIX = "observation/state", "prompt", "observation/image", "action_prefix"
+STATE, PROMPT, IMAGE = "observation/state", "prompt", "observation/image"
 MAX_MESSAGE = 2**26  # bytes: a few cameras' raw pictures
 
 
@@ -70,7 +69,7 @@ def answer(policy: DeployedPolicy, observation: dict[str, Any]) -> dict[str, Any
     others = sorted(name for name in observation if str(name).startswith("observation/") and name.endswith("_image"))
     start = time.perf_counter()
     images = [observation[name] for name in (IMAGE, *others)]
-    report = policy.report(images, observation.get(PROMPT), observation[STATE], observation.get(PREFIX))
+    report = policy.report(images, observation.get(PROMPT), observation[STATE])
     milliseconds = (time.perf_counter() - start) * 1e3
     return {name: value[0] for name, value in report.items()} | {"server_timing": {"infer_ms": milliseconds}}
 
@@ -78,7 +77,7 @@ def answer(policy: DeployedPolicy, observation: dict[str, Any]) -> dict[str, Any
 def make_server(policy: DeployedPolicy, host: str, port: int) -> Server:
     """A server that is bound, and serves with `serve_forever()` until `shutdown()`."""
     busy = threading.Lock()
-    names = ("chunk_size", "n_action_steps", "action_dim", "state_dim", "max_delay", "training_tasks")
+    names = ("chunk_size", "n_action_steps", "action_dim", "state_dim", "training_tasks")
     about = {name: getattr(policy, name) for name in names}
 
     def handle(connection: ServerConnection) -> None:

@@ -115,9 +115,6 @@ class PolicyArguments:
     n_action_steps: int = 5
     scale_factor: int = field(default=1, metadata={"help": "side of the pixel shuffle"})
     use_relative_actions: bool = False
-    max_delay: int = field(
-        default=0, metadata={"help": "control steps that a prediction may take: their actions may be in the prompt"}
-    )
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
     init_from: str | None = field(
@@ -180,8 +177,6 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         frames_to_come = np.repeat(lasts, np.diff(lasts, prepend=-1)) - np.arange(len(dataset))
         if args.sample_every < 1:
             raise ValueError(f"sample_every is {args.sample_every}, expected 1 or more. 1 starts at every frame.")
-        # Actions to come that are not padding, less those that are executed of a chunk, if it arrives in time.
-        self.max_delays = np.clip(frames_to_come + 1 - args.n_action_steps, 0, args.max_delay)
         is_start = dataset.frame_index % args.sample_every == 0
         self.indices = np.flatnonzero(is_start & (frames_to_come >= args.drop_n_last_frames))
         if len(self.indices) == 0:
@@ -216,7 +211,7 @@ class VariedDemonstrations(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         text, rng = self.text(i)
         i = int(self.indices[i])
-        sample = {**self.dataset[i], "text": text, "max_delay": int(self.max_delays[i])}
+        sample = {**self.dataset[i], "text": text}
         if not any(self.variation.values()):
             return sample
         if self.shift is not None:
@@ -393,7 +388,8 @@ def make_policy(
     options = {
         "chunk_size": args.chunk_size,
         "use_relative_actions": args.use_relative_actions,
-        "max_delay": args.max_delay,
+        "image_keys": dataset.image_keys,
+        "fps": dataset.fps,
         "training_tasks": list(dict.fromkeys([*dataset.tasks, *wordings])),
     }
     frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}

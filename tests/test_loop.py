@@ -89,49 +89,6 @@ def test_switching_drops_what_is_past_and_leaves_no_gap():
     assert loop.num_late == 0
 
 
-@pytest.mark.parametrize("strategy", ["switch", "blend"])
-def test_a_policy_is_told_what_is_executed_while_it_thinks(strategy):
-    told, sent, chunks = [], [], itertools.count(1)
-
-    def predict(observation, action_prefix):
-        told.append(action_prefix.ravel().tolist())
-        return (100.0 * next(chunks) + np.arange(HORIZON))[:, None]
-
-    loop = make_loop(SimulatedTime([0.2, 0.2, 0.2, 0.5]), sent, predict, strategy=strategy, max_delay=3)
-    loop.run(max_steps=20)
-    assert told[0] == []  # nothing is executed yet
-    # `sent` begins at step 2; the next ones are asked for at steps 4 and 8, and the one before took two steps.
-    assert told[1] == sent[2:4] and told[2] == sent[6:8]
-    assert len(told[4]) == 3  # the one before took five steps: more than the policy is trained for
-
-
-def test_a_robot_that_stands_still_has_nothing_to_tell():
-    told = []
-
-    def predict(observation, action_prefix):
-        told.append(len(action_prefix))
-        return np.zeros((HORIZON, 1))
-
-    make_loop(SimulatedTime([0.2]), [], predict, strategy="wait", max_delay=3).run(max_steps=12)
-    assert told == [0, 0]
-
-
-def test_what_is_told_begins_at_the_observation_although_the_camera_is_slow():
-    clock, told = SimulatedTime([0.2]), []
-
-    def observe():
-        clock.time += 0.1 * (len(told) > 0)  # the second picture is a step late
-
-    def predict(observation, action_prefix):
-        told.append(action_prefix.ravel().tolist())
-        return np.arange(HORIZON, dtype=float)[:, None]
-
-    loop = make_loop(clock, [], predict, max_delay=3)
-    loop.observe = observe
-    loop.run(max_steps=7)
-    assert told == [[], [5, 6]]  # asked for at step 4, seen at step 5
-
-
 def test_waiting_stands_still_and_begins_at_the_first_action():
     sent = []
     loop = make_loop(SimulatedTime([0.2]), sent, strategy="wait")
@@ -285,17 +242,5 @@ def test_a_simulator_that_does_not_wait_executes_what_the_loop_would(strategy):
     expected = [np.array(e.actions) for e in rollout(benchmark, predict, **options | {"strategy": "wait"}).episodes]
     if strategy != "blend":
         np.testing.assert_array_equal(undelayed, expected)
-    told = []
-
-    def predict_told(images, states, texts, prefixes):
-        told.append([x.tolist() for x in prefixes])
-        return predict(images, states, texts)
-
-    told_result = rollout(benchmark, predict_told, delay=2, max_delay=1, **options)
-    for episode, before in zip(told_result.episodes, result.episodes, strict=True):
-        np.testing.assert_array_equal(episode.actions, before.actions)
-    assert told[0] == [[], []]
-    second = [[]] * 2 if strategy == "wait" else [[e.actions[4].tolist()] for e in result.episodes[:2]]
-    assert told[1] == second
     with pytest.raises(ValueError, match="delay is -1"):
         rollout(benchmark, predict, delay=-1, **options)

@@ -24,6 +24,9 @@ def without_actions(batch):
     return {name: value for name, value in batch.items() if name != "actions"}
 
 
+TWO_CAMERAS = ["observation.images.front", "observation.images.wrist"]
+
+
 @pytest.fixture(scope="module")
 def real_processor(smolvlm_assets, demonstrations):
     states, chunks = demonstrations
@@ -127,7 +130,9 @@ def test_images_of_any_size_become_the_towers_square(processor, batch):
         assert (pixels == -1).all()  # black is not zero, which SmolVLM would drop as padding
 
 
-def test_several_cameras_give_several_images(processor, batch):
+def test_several_cameras_give_several_images(processor, demonstrations, batch):
+    one_camera, options = processor, {"use_relative_actions": processor.use_relative_actions}
+    processor = make_processor(demonstrations, image_keys=TWO_CAMERAS, **options)
     cameras = [batch["images"][:2], batch["images"][2:]]
     inputs = processor(images=cameras, state=batch["state"][:2])
     image_tokens = inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -135,72 +140,69 @@ def test_several_cameras_give_several_images(processor, batch):
     assert image_tokens.sum(1).tolist() == [2 * processor.image_seq_len] * 2
     single = processor(images=batch["images"][:2], state=batch["state"][0])
     assert torch.equal(single["pixel_values"][0], inputs["pixel_values"][0])
+    first = one_camera(images=batch["images"][0], state=batch["state"][0])
+    assert torch.equal(first["pixel_values"][0, 0], inputs["pixel_values"][0, 0])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["absolute", "relative"])
-def told(request, demonstrations):
-    """A processor of a policy that is told up to three actions which are executed meanwhile."""
-    return make_processor(demonstrations, use_relative_actions=request.param, max_delay=3)
+def test_images_by_name_are_those_in_the_policys_order(demonstrations, batch):
+    processor = make_processor(demonstrations, image_keys=TWO_CAMERAS)
+    front, wrist = batch["images"][:2]
+    state = batch["state"][0]
+    expected = processor(images=[front, wrist], state=state)["pixel_values"]
+    by_name = {TWO_CAMERAS[1]: wrist, TWO_CAMERAS[0]: front}
+    batches = [{key: [image, image] for key, image in by_name.items()}, [by_name, by_name]]
+    batches.append({key: np.stack([image, image]) for key, image in by_name.items()})
+    assert torch.equal(processor(images=by_name, state=state)["pixel_values"], expected)
+    for images in batches:
+        found = processor(images=images, state=batch["state"][:2])["pixel_values"]
+        assert torch.equal(found, expected.repeat(2, 1, 1, 1, 1))
 
 
-def test_actions_to_come_stand_in_the_prompt_and_change_nothing_else(told, batch):
-    prefixes = [chunk[:n] for chunk, n in zip(batch["actions"], (0, 1, 3, 0), strict=True)]
-    inputs = [told(**without_actions(batch), action_prefix=x) for x in (prefixes, None, [])]
-    assert torch.equal(inputs[1]["input_ids"], inputs[2]["input_ids"])
-    told_texts, plain_texts = (
-        [told.tokenizer.decode(ids[mask == 1]) for ids, mask in zip(x["input_ids"], x["attention_mask"], strict=True)]
-        for x in inputs[:2]
-    )
-    states = told.normalizer.state_bins(batch["state"])
-    for text, plain, prefix, state in zip(told_texts, plain_texts, prefixes, states, strict=True):
-        bins = told.normalizer.action_bins(prefix, state)
-        written = f", Next: {' '.join(map(str, bins.ravel()))}" if len(prefix) else ""
-        assert text == plain.replace(", Action: ", f"{written}, Action: ")
-    trained = told(**batch, action_prefix=prefixes)
-    ids = torch.where(trained["labels"] == -100, trained["input_ids"], trained["labels"])
-    plain = told(**batch)["input_ids"]
-    np.testing.assert_array_equal(told.post_process_actions(ids), told.post_process_actions(plain))
-
-
-def test_one_samples_actions_to_come_are_those_of_a_batch_of_one(told, batch):
-    one = {"images": batch["images"][0], "text": "x", "state": batch["state"][0]}
-    many = {"images": batch["images"][:1], "text": "x", "state": batch["state"][:1]}
-    prefix = batch["actions"][0][:2]
-    expected = told(**one, action_prefix=prefix)["input_ids"]
-    assert expected.shape[1] > told(**one)["input_ids"].shape[1]
-    for same in (prefix.tolist(), [prefix], torch.from_numpy(prefix), prefix[None]):
-        assert torch.equal(told(**many, action_prefix=same)["input_ids"], expected)
-
-
-def test_what_is_told_is_part_of_the_meaning(told, demonstrations, tmp_path):
-    without = make_processor(demonstrations, use_relative_actions=told.use_relative_actions)
-    assert without.max_delay == 0 and told.fingerprint != without.fingerprint
-    told.save_pretrained(tmp_path)
-    loaded = SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)
-    assert loaded.max_delay == 3 and loaded.fingerprint == told.fingerprint
-    with pytest.raises(ValueError, match="max_delay is 8, expected a whole number from 0 to 7"):
-        make_processor(demonstrations, max_delay=8)
-
-
-BAD_PREFIXES = {
-    "too many": ([np.zeros((4, 2))] * 4, r"action_prefix\[0\] has 4 actions, expected at most max_delay, 3"),
-    "another robot's": ([np.zeros((1, 7))] * 4, r"action_prefix\[0\] has shape \(1, 7\), expected \(n, 2\)"),
-    "not one a sample": ([np.zeros((1, 2))] * 3, "action_prefix has 3 samples for 4 states"),
-    "NaN": ([np.zeros((1, 2))] * 3 + [[[0, np.nan]]], r"action_prefix\[3\]\[0, 1\] is nan"),
-    "a number": (3, "action_prefix has 1 samples for 4 states"),
-    "words": ("left", "action_prefix is not an array of numbers"),
-}
-
-
-@pytest.mark.parametrize("prefix, message", BAD_PREFIXES.values(), ids=BAD_PREFIXES)
-def test_bad_actions_to_come_are_an_error_that_names_them(told, batch, prefix, message):
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("one", r"images\[0\] has 1 images, expected 2.*observation.images.front, observation.images.wrist"),
+        ("three", r"images\[0\] has 3 images, expected 2"),
+        (
+            {"front": "image", TWO_CAMERAS[1]: "image"},
+            r"images has the cameras \['front', 'observation.images.wrist'\]",
+        ),
+        ({TWO_CAMERAS[0]: "image"}, r"images has the cameras \['observation.images.front'\], expected"),
+        (dict.fromkeys([*TWO_CAMERAS, "depth"], "image"), "images has the cameras .*depth"),
+        (dict.fromkeys(TWO_CAMERAS), r"images\[0\]\[0\] is a NoneType, expected an RGB image"),
+    ],
+)
+def test_other_cameras_than_the_policys_are_refused(demonstrations, batch, images, message):
+    processor, image = make_processor(demonstrations, image_keys=TWO_CAMERAS), batch["images"][0]
+    if isinstance(images, dict):
+        images = {key: image if value else None for key, value in images.items()}
+    else:
+        images = image if images == "one" else [image] * 3
     with pytest.raises(ValueError, match=message):
-        told(**batch, action_prefix=prefix)
+        processor(images=images, state=batch["state"][0])
 
 
-def test_a_policy_that_is_not_trained_for_it_is_told_nothing(processor, batch):
-    with pytest.raises(ValueError, match="has 1 actions, expected at most max_delay, 0"):
-        processor(**batch, action_prefix=[chunk[:1] for chunk in batch["actions"]])
+def test_a_batch_by_name_has_an_image_of_each_camera_for_each_state(processor, batch):
+    for images in (batch["images"][:3], 7):
+        with pytest.raises(ValueError, match=r"images\['observation.image'\] has .* images for 4 states"):
+            processor(images={"observation.image": images}, state=batch["state"])
+
+
+def test_cameras_and_control_rate_are_saved_and_part_of_the_meaning(demonstrations, tmp_path):
+    options = {"image_keys": TWO_CAMERAS, "fps": 25}
+    processor = make_processor(demonstrations, **options)
+    processor.save_pretrained(tmp_path)
+    loaded = SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert (loaded.image_keys, loaded.fps, loaded.fingerprint) == (TWO_CAMERAS, 25, processor.fingerprint)
+    others = [{"image_keys": TWO_CAMERAS[::-1]}, {"image_keys": TWO_CAMERAS[:1]}, {"fps": 30}, {"fps": None}]
+    fingerprints = {make_processor(demonstrations, **options | other).fingerprint for other in others}
+    assert len(fingerprints | {processor.fingerprint}) == 5
+    for keys in ([], "front", ["a", "a"], [1], None):
+        with pytest.raises(ValueError, match="image_keys is"):
+            make_processor(demonstrations, image_keys=keys)
+    for fps in (0, -1, float("nan"), "10", True):
+        with pytest.raises(ValueError, match="fps is"):
+            make_processor(demonstrations, fps=fps)
 
 
 BAD_INPUTS = {
@@ -347,6 +349,7 @@ def test_prompt_ids_equal_the_stock_processors(smolvlm_assets, demonstrations, r
         real_processor.statistics,
         scale_factor=4,
         do_image_splitting=do_image_splitting,
+        image_keys=TWO_CAMERAS,
     )
     state, image = demonstrations[0][0], Image.new("RGB", (640, 480))
     inputs = processor(images=[image, image], text="Fold the towel.", state=state)

@@ -38,7 +38,7 @@ def make_checkpoint(folder: Path, processor: SmolAndFastProcessor) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(demonstrations, tmp_path_factory) -> Path:
-    processor = make_processor(demonstrations, use_relative_actions=True, max_delay=3)
+    processor = make_processor(demonstrations, use_relative_actions=True, fps=10)
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "policy", processor)
 
 
@@ -55,19 +55,18 @@ def stock(checkpoint):
     return evaluate.load_policy(checkpoint, dtype=torch.float32)
 
 
-def observations():
-    """One camera and two, images of several sizes and kinds, one sample and many, told what is executed or not."""
+def observations(image_keys):
+    """Images of several sizes and kinds, one sample and many, by position and by name."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((96, 96, 3), (50, 120, 3), (3, 200, 130))]
     states = rng.uniform(50, 450, (3, 2))
     for picture, state in zip(pictures, states, strict=True):
         yield {"images": picture, "text": TASK, "state": state}
     yield {"images": pictures, "text": [TASK, "Do something else.", ""], "state": states}
-    yield {"images": [[pictures[0], pictures[1]]], "text": None, "state": states[:1]}
     yield {"images": Image.fromarray(pictures[1]), "state": states[0].astype(np.float32)}
-    yield {"images": pictures[0], "state": states[0], "action_prefix": states[1:] / 2}
-    yield {"images": pictures[:2], "state": states[:2], "action_prefix": [states, []]}
     yield {"images": (pictures[0] / 255).astype(np.float32), "state": states[0].tolist()}
+    yield {"images": dict.fromkeys(image_keys, pictures), "state": states}
+    yield {"images": [dict.fromkeys(image_keys, picture) for picture in pictures[:2]], "state": states[:2]}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -86,9 +85,7 @@ def test_chunks_of_fast_plus_are_too(fast_plus, demonstrations, tmp_path):
 
 
 def check_equal(policy, model, processor):
-    for observation in observations():
-        if policy.max_delay == 0:
-            observation.pop("action_prefix", None)
+    for observation in observations(policy.image_keys):
         output = model.generate(**processor(**observation), return_dict_in_generate=True, output_scores=True)
         found, expected = policy.report(**observation), processor.report(output, observation["state"])
         np.testing.assert_array_equal(found["actions"], processor.post_process_actions(output))
@@ -102,10 +99,30 @@ def check_equal(policy, model, processor):
             np.testing.assert_array_equal(found[name], expected[name])
 
 
+def test_chunks_of_two_cameras_are_too(demonstrations, tmp_path):
+    keys = ["observation.images.front", "observation.images.wrist"]
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", make_processor(demonstrations, image_keys=keys))
+    export_policy.export_policy(checkpoint, tmp_path / "policy")
+    policy, (model, processor) = DeployedPolicy(tmp_path / "policy"), evaluate.load_policy(checkpoint)
+    front, wrist = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    for images in ([front, wrist], {keys[1]: wrist, keys[0]: front}):
+        ids = model.generate(**processor(images=images, state=[200.0, 300.0]))
+        expected = processor.post_process_actions(ids)
+        np.testing.assert_array_equal(policy.predict(images, state=[200.0, 300.0]), expected)
+    assert policy.image_keys == keys and policy.fps is None
+    with pytest.raises(ValueError, match="has 1 images, expected 2.*front, observation.images.wrist"):
+        policy.predict(front, state=[200.0, 300.0])
+
+
 def test_what_the_model_config_says_is_there(deployed, stock):
     policy, config = DeployedPolicy(deployed), stock[0].config
     assert (policy.chunk_size, policy.n_action_steps, policy.action_dim) == (config.chunk_size, 4, config.action_dim)
-    assert policy.max_delay == 3 and policy.state_dim == 2 and policy.training_tasks == stock[1].training_tasks
+    assert (
+        policy.image_keys == stock[1].image_keys
+        and policy.fps == 10
+        and policy.state_dim == 2
+        and policy.training_tasks == stock[1].training_tasks
+    )
 
 
 def outcome(call, *args, **kwargs):
@@ -121,9 +138,8 @@ def outcome(call, *args, **kwargs):
 def test_any_observation_is_refused_with_the_words_of_the_processor_or_taken(deployed, stock, data):
     model, processor = stock
     observation = {"images": np.zeros((96, 96, 3), np.uint8), "text": TASK, "state": np.array([200.0, 300.0])}
-    observation |= {"action_prefix": np.full((2, 2), 200.0)}
     name = data.draw(st.sampled_from(sorted(observation)))
-    odd = {"images": odd_images, "text": junk | st.text(), "action_prefix": odd_arrays | junk | st.lists(odd_arrays)}
+    odd = {"images": odd_images, "text": junk | st.text()}
     value = data.draw(odd.get(name, odd_arrays | junk))
     observation |= {name: value}
     inputs = outcome(processor, **observation)
@@ -233,7 +249,7 @@ def test_a_folder_without_checksums_or_of_another_kind_is_refused(deployed, chec
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 2}, "has format 2, this code reads 1"),
+        ({"format": 1}, "has format 1, this code reads 2"),
         ({"cache": [1, 4, 32]}, "cannot be used"),
         ({"actions": {}}, "cannot be used: KeyError"),
         ({"normalizer": {"statistics": {}}}, "cannot be used: ValueError: statistics has no"),
@@ -276,7 +292,7 @@ def test_weights_of_eight_bits_are_nearly_the_same(deployed, checkpoint, stock, 
     export_policy.export_policy(checkpoint, tmp_path / "int8", "int8")
     assert (tmp_path / "int8" / DECODER).stat().st_size < 0.4 * (deployed / DECODER).stat().st_size
     policy, exact = DeployedPolicy(tmp_path / "int8"), DeployedPolicy(deployed)
-    for observation in observations():
+    for observation in observations(policy.image_keys):
         found, expected = policy.report(**observation), exact.report(**observation)
         assert np.isfinite(found["actions"]).all()
         np.testing.assert_allclose(found["log_probability"], expected["log_probability"], atol=1)
@@ -339,7 +355,7 @@ def test_what_is_not_written_of_a_chunk_is_zero(deployed, max_tokens, seed):
     """The frequencies of a chunk cut short are those of the whole one, then zeros."""
     policy, rng = POLICIES.setdefault(deployed, DeployedPolicy(deployed)), np.random.default_rng(seed)
     image = rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
-    ids = policy._write_prompt([None], TASK, np.array([1, 2]), np.zeros((0, 2)))
+    ids = policy._write_prompt(TASK, np.array([1, 2]))
     whole, *_ = policy._write(ids, [image], np.inf, np.inf)
     part, log_probability, is_whole, tokens = policy._write(ids, [image], max_tokens, np.inf)
     same = whole.ravel() == part.ravel()

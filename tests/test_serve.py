@@ -16,10 +16,10 @@ OBSERVATION = {"observation/image": IMAGE, "observation/state": STATE, "prompt":
 class StandInPolicy:
     """Remembers what it was asked, and answers with numbers of its own."""
 
-    chunk_size, n_action_steps, action_dim, state_dim, max_delay, training_tasks = 4, 2, 2, 2, 2, ["Push it."]
+    chunk_size, n_action_steps, action_dim, state_dim, training_tasks = 4, 2, 2, 2, ["Push it."]
 
-    def report(self, images, text, state, action_prefix):
-        self.asked = images, text, state, action_prefix
+    def report(self, images, text, state):
+        self.asked = images, text, state
         if len(state) != 2:
             raise ValueError(f"state has {len(state)} numbers, expected 2.")
         return {"actions": np.ones((1, 4, 2), np.float32), "log_probability": np.array([-0.5])}
@@ -41,13 +41,11 @@ def test_an_observation_becomes_a_chunk(running):
     with connect(address, compression=None) as client:
         about = serve.unpack(client.recv())
         assert about["chunk_size"] == 4 and about["training_tasks"] == ["Push it."]
-        more = {"observation/wrist_image": IMAGE[:50], "action_prefix": np.ones((1, 2))}
-        client.send(serve.pack(OBSERVATION | more))
+        client.send(serve.pack(OBSERVATION | {"observation/wrist_image": IMAGE[:50]}))
         reply = serve.unpack(client.recv())
     np.testing.assert_array_equal(reply["actions"], np.ones((4, 2), np.float32))
     assert reply["log_probability"] == -0.5 and reply["server_timing"]["infer_ms"] >= 0
-    images, text, state, action_prefix = policy.asked
-    assert action_prefix.tolist() == [[1, 1]]
+    images, text, state = policy.asked
     np.testing.assert_array_equal(images[0], IMAGE)
     assert images[1].shape == (50, 96, 3) and text == "Push it." and state.tolist() == STATE.tolist()
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,43 +187,12 @@ def test_batches_hold_samples_of_similar_length_another_way_in_every_epoch():
     assert padding(epochs[1]) < padding(order) / 2
 
 
-def test_every_second_batch_is_told_its_first_actions(demonstrations):
-    processor = make_processor(demonstrations, max_delay=3)
-    states, chunks = demonstrations
-    image = np.zeros((96, 96, 3), dtype=np.uint8)
-    samples = [{"images": [image], "text": "x", "state": states[i], "actions": chunks[i]} for i in range(3)]
-    samples[2]["max_delay"] = 1
-
-    def count_told():
-        texts = processor.tokenizer.batch_decode(ActionDataCollator(processor)(samples)["input_ids"])
-        found = [re.search(r", Next: ([\d ]+), Action", text) for text in texts]
-        return [0 if match is None else len(match[1].split()) // 2 for match in found]
-
-    torch.manual_seed(0)
-    told = np.array([count_told() for _ in range(200)])
-    assert (told[:, 0] == told[:, 1]).all() and (told[:, 2] == np.minimum(told[:, 0], 1)).all()
-    shares = np.bincount(told[:, 0], minlength=4) / 200
-    assert 0.4 < shares[0] < 0.6 and len(shares) == 4 and (np.abs(shares[1:] - 1 / 6) < 0.08).all()
-    processor.max_delay = 0
-    assert np.array([count_told() for _ in range(20)]).max() == 0
-
-
-def test_near_the_end_no_action_that_is_executed_after_a_delay_is_padding():
-    dataset = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", 16)
-    args = PolicyArguments(n_action_steps=8, max_delay=8, drop_n_last_frames=8)
-    samples = VariedDemonstrations(dataset, args, 0, PUSHT)
-    for i, frame in enumerate(samples.indices):
-        same = dataset.episode_index[frame : frame + 16] == dataset.episode_index[frame]
-        assert samples[i]["max_delay"] == min(8, same.sum() - 8)
-
-
 def test_an_earlier_policy_is_learnt_on_from_with_its_statistics_and_tokens(tmp_path):
     dataset = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", 16)
     args, _ = parse_args(["--output_dir", "unused", "--init_from", str(ROOT / "checkpoints/pusht-tiny")])
     earlier_model, earlier = load_policy(ROOT / "checkpoints/pusht-tiny", dtype=torch.float32)
-    args.max_delay = 4
     model, processor = make_policy(dataset, args, PUSHT)
-    assert processor.statistics == earlier.statistics and processor.max_delay == 4
+    assert processor.statistics == earlier.statistics and processor.image_keys == ["observation.image"]
     assert processor.action_tokenizer.get_vocab() == earlier.action_tokenizer.get_vocab()
     state, images = [dataset.states[0]], [[dataset.image(0)]]
     with torch.no_grad():

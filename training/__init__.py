@@ -2,7 +2,7 @@
 
 from .attention import bf16_training_attention
 from .checkpoints import WholeCheckpointTrainer, find_checkpoints, last_whole_checkpoint
-from .collator import ActionDataCollator, draw_action_prefixes
+from .collator import ActionDataCollator
 from .optimization import bf16_is_faster, make_optimizer, parameter_groups
 from .tiny import make_tiny_model, make_tiny_processor, make_tiny_vision
 
@@ -11,7 +11,6 @@ __all__ = [
     "WholeCheckpointTrainer",
     "bf16_is_faster",
     "bf16_training_attention",
-    "draw_action_prefixes",
     "find_checkpoints",
     "last_whole_checkpoint",
     "make_optimizer",

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil, Smol
 from ..configuration_smolandfast import SmolAndFastConfig
 from ..modeling_smolandfast import SmolAndFastForActionPrediction
 from ..processing_smolandfast import SmolAndFastProcessor
-from ..prompt_smolandfast import PREFIX, PROMPT
+from ..prompt_smolandfast import PROMPT
 from ..tokenization_fast_action import FastActionTokenizer
 
 IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3  # IMAGE_SIZE and SCALE_FACTOR are defaults
@@ -35,11 +35,11 @@ CHAT_TEMPLATE = (
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 # The parts of a prompt, a number or a word with the space before it, any other character.
-WORDS = r"User:|Task: |, State:|, Next:|, Action: |\nAssistant:| ?\d+| ?[^\W\d_]+|\s|[^\w\s]|_"
+WORDS = r"User:|Task: |, State:|, Action: |\nAssistant:| ?\d+| ?[^\W\d_]+|\s|[^\w\s]|_"
 
 
 def make_text_tokenizer(
-    tasks: list[str], n_state_bins: int, num_action_tokens: int, split_words: bool = False, max_delay: int = 0
+    tasks: list[str], n_state_bins: int, num_action_tokens: int, split_words: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the prompts themselves, so that a prompt takes few tokens.
 
@@ -47,8 +47,7 @@ def make_text_tokenizer(
     are too: sentences that share words then share tokens, where otherwise a whole sentence becomes one token. What all
     prompts have in common is then one token a piece. The tail of the vocabulary is left to the action tokens.
     """
-    prompts = [PROMPT.format(task=task, bins=f"{i} {i}", prefix="") for task in tasks for i in range(n_state_bins)]
-    prompts += [PREFIX.format(bins=f"{i} {i}") for i in range(n_state_bins)] if max_delay > 0 else []
+    prompts = [PROMPT.format(task=task, bins=f"{i} {i}") for task in tasks for i in range(n_state_bins)]
     prompts += ["User:", "\nAssistant:"] * n_state_bins
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), "isolated") if split_words else pre_tokenizers.Digits()
@@ -100,7 +99,7 @@ def make_tiny_processor(
     )
     return SmolAndFastProcessor(
         image_processor,
-        make_text_tokenizer(tasks, n_state_bins, len(action_tokenizer), split_words, kwargs.get("max_delay", 0)),
+        make_text_tokenizer(tasks, n_state_bins, len(action_tokenizer), split_words),
         action_tokenizer,
         statistics,
         fast_skip_tokens=0,

@@ -6,7 +6,7 @@ A tensor is known by its `detach`, so that PyTorch need not be there.
 
 import contextlib
 from collections.abc import Iterator
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +19,13 @@ def check_whole(value: object, name: str, low: int = 1, high: int = MAX_SIZE) ->
     """Refuse what is not a whole number from `low` to `high`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}.")
+
+
+def check_fps(fps: object, name: str = "fps") -> float:
+    """Refuse what is not a number of control steps a second."""
+    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps < float("inf"):
+        raise ValueError(f"{name} is {fps!r}, expected a number above 0: the control steps a second.")
+    return fps
 
 
 def as_numbers(values: ArrayLike, name: str, shape: tuple | None = None) -> np.ndarray:

@@ -11,30 +11,35 @@ import numpy as np
 
 from .checks_smolandfast import as_numbers, as_rgb_images
 
-PROMPT = "Task: {task}, State: {bins}{prefix}, Action: "
-PREFIX = ", Next: {bins}"  # of actions that are already committed, one after the other
-BINS_IN_PROMPT = re.compile(r"State: ([\d ]+)(?:, Next: [\d ]+)?, Action: ")
+PROMPT = "Task: {task}, State: {bins}, Action: "
+BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")
 
 
-def read_observations(images, text, state, default_task: str) -> tuple[list[list[np.ndarray]], list[str], np.ndarray]:
+def read_observations(
+    images, text, state, default_task: str, image_keys: Sequence[str]
+) -> tuple[list[list[np.ndarray]], list[str], np.ndarray]:
     """Read the arguments of [`SmolAndFastProcessor.__call__`].
 
     Returns:
-        For each sample its images, uint8 arrays `(H, W, 3)`, one a camera; its task; and the states, float64
-        `(batch, state_dim)`.
+        For each sample its images, uint8 arrays `(H, W, 3)`, one a camera in the order of `image_keys`; its task; and
+        the states, float64 `(batch, state_dim)`.
 
     Raises:
-        ValueError: Input that is missing, of the wrong shape or kind, or not finite.
+        ValueError: Input that is missing, of the wrong shape or kind, or not finite; other cameras than `image_keys`.
     """
     if images is None or state is None:
-        raise ValueError("The policy needs images and state, images=image, text=task, state=state.")
+        raise ValueError("The policy needs images and state: pass images=..., text=task, state=....")
     state = as_numbers(state, "state")
     if state.ndim not in (1, 2) or state.size == 0:
         raise ValueError(f"state has shape {state.shape}, expected (state_dim,) or (batch, state_dim).")
+    if isinstance(images, dict):
+        columns = _in_order(images, "images", image_keys)
+        images = list(columns) if state.ndim == 1 else _as_samples(columns, image_keys, len(state))
     if state.ndim == 1:
         state, images = state[None], [images]
     elif not isinstance(images, (list, tuple)) and np.ndim(images) < 4:
         images = [images]
+    text = text.tolist() if isinstance(text, np.ndarray) else text
     tasks = text if isinstance(text, (list, tuple)) else [text] * len(state)
     tasks = [default_task if task is None or task == "" else task for task in tasks]
     if len(images) != len(state) or len(tasks) != len(state):
@@ -42,56 +47,54 @@ def read_observations(images, text, state, default_task: str) -> tuple[list[list
             f"Got {len(images)} samples of images, {len(tasks)} tasks and {len(state)} states, expected one of "
             "each a sample. For one sample, state has shape (state_dim,)."
         )
-    return [as_rgb_images(sample, f"images[{i}]") for i, sample in enumerate(images)], tasks, state
-
-
-def read_action_prefixes(action_prefix, batch: int, action_dim: int, max_delay: int) -> list[np.ndarray]:
-    """Read `action_prefix` of [`SmolAndFastProcessor.__call__`]: for each sample `(n, action_dim)`, n may be 0.
-
-    Raises:
-        ValueError: More actions than the policy is trained for, of another dimension, or not finite.
-    """
-    none = np.zeros((0, action_dim))
-    if not isinstance(action_prefix, (list, tuple)):
-        values = [] if action_prefix is None else as_numbers(action_prefix, "action_prefix")
-        action_prefix = list(np.atleast_1d(values))
-    if len(action_prefix) == 0:
-        return [none] * batch
-    if batch == 1 and as_numbers(action_prefix[0], "action_prefix[0]").ndim == 1 and len(action_prefix[0]) > 0:
-        action_prefix = [action_prefix]
-    if len(action_prefix) != batch:
-        raise ValueError(f"action_prefix has {len(action_prefix)} samples for {batch} states, expected one a state.")
-    prefixes = []
-    for i, actions in enumerate(action_prefix):
-        name = f"action_prefix[{i}]"
-        actions = as_numbers(actions, name)
-        actions = none if actions.size == 0 else as_numbers(actions, name, ("n", action_dim))
-        if len(actions) > max_delay:
+    samples = []
+    for i, sample in enumerate(images):
+        name = f"images[{i}]"
+        found = as_rgb_images(_in_order(sample, name, image_keys) if isinstance(sample, dict) else sample, name)
+        if len(found) != len(image_keys):
             raise ValueError(
-                f"{name} has {len(actions)} actions, expected at most max_delay, {max_delay}, which the policy is "
-                "trained for. Pass fewer, or train a policy with a larger max_delay."
+                f"{name} has {len(found)} images, expected {len(image_keys)}, one of each camera that the policy was "
+                f"trained with: {', '.join(image_keys)}. Pass them in this order, or as a dictionary by name."
             )
-        prefixes.append(actions)
-    return prefixes
+        samples.append(found)
+    return samples, tasks, state
 
 
-def write_prompt(
-    before: str,
-    task: str,
-    bins: Sequence[int],
-    after: str,
-    special_tokens: Collection[str],
-    prefix_bins: np.ndarray | None = None,
-) -> str:
+def check_image_keys(image_keys: Sequence[str]) -> list[str]:
+    """The names of a policy's cameras, as a list. Raises `ValueError` unless they are different strings."""
+    is_list = isinstance(image_keys, (list, tuple)) and all(isinstance(key, str) and key for key in image_keys)
+    if not is_list or not image_keys or len(set(image_keys)) != len(image_keys):
+        raise ValueError(
+            f"image_keys is {image_keys!r}, expected the names of the cameras, each once, such as "
+            "['observation.images.front', 'observation.images.wrist']. Take them from the data set."
+        )
+    return list(image_keys)
+
+
+def _in_order(images: dict, name: str, image_keys: Sequence[str]) -> list:
+    """Values by camera name, in the order of the policy's cameras."""
+    if set(images) != set(image_keys):
+        raise ValueError(
+            f"{name} has the cameras {sorted(map(str, images))}, expected {list(image_keys)}, those that the policy "
+            "was trained with. Rename or add what differs."
+        )
+    return [images[key] for key in image_keys]
+
+
+def _as_samples(columns: list, image_keys: Sequence[str], batch: int) -> list[list]:
+    """From one batch a camera to one list a sample."""
+    for key, column in zip(image_keys, columns, strict=True):
+        if not hasattr(column, "__len__") or len(column) != batch:
+            found = len(column) if hasattr(column, "__len__") else type(column).__name__
+            raise ValueError(f"images[{key!r}] has {found} images for {batch} states, expected one a state.")
+    return [list(sample) for sample in zip(*columns, strict=True)]
+
+
+def write_prompt(before: str, task: str, bins: Sequence[int], after: str, special_tokens: Collection[str]) -> str:
     """The prompt of one sample, between what stands before and after it: marks of images, turns of the chat."""
     if not isinstance(task, str) or any(token in task for token in special_tokens):
         raise ValueError(f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens.")
-    prefix = "" if prefix_bins is None or len(prefix_bins) == 0 else PREFIX.format(bins=_join(prefix_bins.ravel()))
-    return before + PROMPT.format(task=task, bins=_join(bins), prefix=prefix) + after
-
-
-def _join(bins: Sequence[int]) -> str:
-    return " ".join(map(str, bins))
+    return before + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + after
 
 
 def warning_of_new_tasks(tasks: list[str], training_tasks: list[str] | None) -> str | None:

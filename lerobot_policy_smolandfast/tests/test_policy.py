@@ -10,14 +10,12 @@ from conftest import ACTION_DIM, CAMERAS, CHUNK_SIZE, LENGTHS, TASKS, make_confi
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-from lerobot.rollout.inference.rtc import supports_rtc_inference
 from lerobot.utils.import_utils import register_third_party_plugins
 from transformers import AutoModel, AutoProcessor
 
 from lerobot_policy_smolandfast import SMOLANDFASTConfig, SMOLANDFASTPolicy, modeling_smolandfast
 from lerobot_policy_smolandfast.convert_checkpoint import to_lerobot, to_transformers
 from lerobot_policy_smolandfast.processor_smolandfast import read_demonstrations
-from smolandfast import SmolAndFastProcessor
 
 UPLOADED = ("*.safetensors", "*.json", "*.yaml", "*.md")  # the files that push_model_to_hub takes
 
@@ -59,36 +57,6 @@ def test_a_chunk_is_executed_before_the_next_is_predicted(make_policy, batch, mo
         assert torch.equal(action, chunk[:, step % 4])
     policy.reset()
     assert torch.equal(policy.select_action(batch), chunk[:, 0]) and len(asked) == 3
-
-
-def test_real_time_chunking_tells_the_policy_what_is_executed_meanwhile(make_policy, batch, monkeypatch):
-    assert not make_policy().supports_rtc() and not supports_rtc_inference(make_policy())
-    policy = make_policy(max_delay=2, n_action_steps=3)
-    assert supports_rtc_inference(policy) and policy.processor.max_delay == 2
-    told, stock = [], SmolAndFastProcessor.__call__
-
-    def listen(processor, *args, action_prefix, **kwargs):
-        told.append([len(actions) for actions in action_prefix or ()])
-        return stock(processor, *args, action_prefix=action_prefix, **kwargs)
-
-    monkeypatch.setattr(SmolAndFastProcessor, "__call__", listen)
-    one = {key: value[:1] for key, value in batch.items()}
-    for delay, expected in ((0, 0), (1, 1), (2, 2), (5, 2), (None, 0)):
-        policy.predict_action_chunk(one, inference_delay=delay, prev_chunk_left_over=batch["action"][0])
-        assert told[-1] == [expected]
-    padded = torch.cat([batch["action"][0][:1], torch.zeros(4, ACTION_DIM)])  # as LeRobot does to `execution_horizon`
-    policy.predict_action_chunk(one, inference_delay=2, prev_chunk_left_over=padded)
-    assert told[-1] == [1]
-    policy.predict_action_chunk(one, inference_delay=2, prev_chunk_left_over=None)
-    assert told[-1] == []
-    is_pad = torch.zeros((3, CHUNK_SIZE), dtype=torch.bool)
-    is_pad[1, 4:], is_pad[2, 1:] = True, True  # one action, and none, beside the three that are executed
-    torch.manual_seed(0)
-    for _ in range(20):
-        policy.forward(batch | {"action_is_pad": is_pad})
-    counts = np.array(told[-20:])
-    assert set(counts[:, 0]) == {0, 1, 2} and (counts[:, 1] == np.minimum(counts[:, 0], 1)).all()
-    assert (counts[:, 2] == 0).all()
 
 
 def test_an_environment_gets_the_same_actions_alone_and_in_a_batch(make_policy, batch):

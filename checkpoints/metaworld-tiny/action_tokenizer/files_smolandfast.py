@@ -1,4 +1,4 @@
-"""Files that are checked before use, and written whole or not at all.
+"""Files that are checked before use and written atomically.
 
 Neither safetensors nor ONNX has a checksum, so a byte that flips on a disk or on the way would silently become another
 weight: `SHA256SUMS` lies beside the files and lists theirs; `sha256sum --check SHA256SUMS` reads it too. Knows nothing
@@ -6,11 +6,13 @@ of what the files mean, and needs nothing but Python.
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -32,27 +34,78 @@ def read_json(path: Path, fix: str = AGAIN) -> dict:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file or a folder to; what stands there takes `path`'s place in the end.
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, for a file or a folder; on success it replaces `path` atomically.
 
-    Another process sees all of it or none. If the block raises, `path` stays as it is.
+    If the block raises, `path` stays as it is. What it writes is on the disk before the name changes, so a power cut
+    leaves the old content or the new. A folder that is replaced is renamed aside first and deleted last.
+
+    Raises:
+        OSError: `path` cannot be written.
+        ValueError: It is a folder with the working directory in it, which would be gone.
     """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path = Path(path).resolve()  # a link keeps pointing where it did
+    if path.is_dir() and Path.cwd().is_relative_to(path):
+        raise ValueError(f"{path} holds the working directory, so it cannot be replaced. Name a folder inside it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    unfinished, replaced = scratch / path.name, scratch / "replaced"
     try:
         yield unfinished
+        for written in [unfinished, *unfinished.rglob("*")]:
+            _sync(written)
         if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(unfinished, path)
+            os.rename(path, replaced)
+        try:
+            os.replace(unfinished, path)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, path)
+            raise
+        _sync(path.parent)
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_output_dir(folder: str | os.PathLike, names: Iterable[str], sealed: bool = False) -> None:
+    """Refuse an output folder that holds anything but an earlier output of the same script.
+
+    Args:
+        folder: It may be missing or empty.
+        names: What the script writes: patterns of [`fnmatch`] for paths below the folder. The first is a file that it
+            always writes, and by which its output is known.
+        sealed: Whether the script lists its files in `SHA256SUMS`. Files that are not listed, or were changed since,
+            are then somebody else's.
+
+    Raises:
+        ValueError: The message names the first file that the script did not write.
+    """
+    folder, names = Path(folder), list(names)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder to write to. Name another one.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    foreign = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
+    if not foreign and not fnmatch.filter(found, names[0]):
+        foreign = found or ["folders"]
+    if not foreign and sealed:
+        try:
+            sums = read_checksums(folder / SUMS)
+        except OSError:
+            sums = {}
+        foreign = [name for name in found if name != SUMS and _sha256(folder / name) != sums.get(name)]
+    if foreign:
+        raise ValueError(
+            f"{folder} exists and holds {foreign[0]}, which this script did not write, or which has changed since. "
+            "Name a new folder, or empty this one yourself."
+        )
 
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:
     """Write `SHA256SUMS` of these files into their folder."""
     lines = [f"{_sha256(folder / name)}  {name}\n" for name in sorted(names)]
-    with written_whole(folder / SUMS) as path:
+    with atomic_write(folder / SUMS) as path:
         path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -84,6 +137,16 @@ def check_file(path: Path, expected: str | None) -> None:
             f"{path} is not what was saved: its SHA-256 is {found}, {SUMS} beside it says {expected or 'nothing'}. "
             f"{AGAIN} If it was changed on purpose, delete {SUMS}."
         )
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    with contextlib.suppress(PermissionError):  # Windows cannot open a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -39,9 +39,6 @@ class SMOLANDFASTConfig(PreTrainedConfig):
     n_state_bins: int = 256  # bins of each state dimension in the prompt
     normalization: str = "min_max"  # of states and actions; or "quantiles": 1st and 99th percentile
     relative_actions: bool = False  # predict actions relative to the state
-    # Control steps that a prediction may take on a robot that does not wait: the actions executed meanwhile may be in
-    # the prompt, so that `lerobot-rollout --inference.type=rtc` works. 0: never
-    max_delay: int = 0
     # FAST tokenizer, as hub id ("physical-intelligence/fast") or folder; None: fit one to the data set's actions
     action_tokenizer: str | None = None
     fast_scale: float = 10.0  # scale of a fitted FAST tokenizer: larger is finer and needs more tokens

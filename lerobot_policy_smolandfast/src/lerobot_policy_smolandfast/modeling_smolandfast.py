@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.training import draw_action_prefixes, make_tiny_model, parameter_groups
+from smolandfast.training import make_tiny_model, parameter_groups
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig, model_options
 from .processor_smolandfast import load_processor, make_processor, processor_options
@@ -134,21 +134,19 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         Args:
             batch: For each camera `(B, 3, H, W)` floats in [0, 1], `observation.state` `(B, state_dim)`, `action`
                 `(B, chunk_size, action_dim)` and `task`, B sentences; the default task stands in for an empty or
-                missing one. With `max_delay`, `action_is_pad` `(B, chunk_size)`, if there, limits the delays: what
-                would be executed after one is not padding.
+                missing one.
         """
-        actions, is_pad = batch[ACTION], batch.get(f"{ACTION}_is_pad")
-        num_real = [self.config.chunk_size] * len(actions) if is_pad is None else (~is_pad).sum(dim=1).tolist()
-        limits = [max(0, real - self.config.n_action_steps) for real in num_real]
-        prefixes = draw_action_prefixes(actions, self.config.max_delay, limits)
-        inputs = self.processor(**self._read_observation(batch), actions=actions, action_prefix=prefixes)
-        inputs = inputs.to(self.model.device)
+        inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.model.device)
         with self._autocast():
             return self.model(**inputs, use_cache=False).loss, None
 
     def supports_rtc(self) -> bool:
-        """Whether the policy is trained with what the robot executes while it thinks: `max_delay` is above 0."""
-        return self.config.max_delay > 0
+        """Whether `lerobot-rollout --inference.type=rtc` may be used: yes.
+
+        LeRobot's real-time mode predicts while the arm goes on along the chunk before. A chunk is written without
+        knowing what is executed in the meantime; its past actions are dropped and the rest is switched to.
+        """
+        return True
 
     def predict_action_chunk(
         self,
@@ -160,19 +158,12 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         """Predict chunks: observations as in `forward` -> `(B, chunk_size, action_dim)`.
 
         Args:
-            inference_delay: Control steps that this prediction is expected to take.
-            prev_chunk_left_over: `(n, action_dim)` or `(B, n, action_dim)`, what is left of the chunk before: the
-                first `inference_delay` of them, at most `max_delay`, stand in the prompt. Rows of zeros at the end are
-                LeRobot's padding to `execution_horizon`, and left out.
+            inference_delay, prev_chunk_left_over: What LeRobot's real-time mode passes; not used, see
+                [`supports_rtc`].
             kwargs: For `generate()`.
         """
         self.eval()
-        prefixes = None
-        if prev_chunk_left_over is not None:
-            left_over = prev_chunk_left_over if prev_chunk_left_over.ndim == 3 else prev_chunk_left_over[None]
-            num_told = min(inference_delay or 0, self.config.max_delay)
-            prefixes = [_without_padding(actions)[:num_told] for actions in left_over]
-        inputs = self.processor(**self._read_observation(batch), action_prefix=prefixes).to(self.model.device)
+        inputs = self.processor(**self._read_observation(batch)).to(self.model.device)
         relaxed = self.config.relaxed_decoding
         with self._autocast():
             ids = self.model.generate(**inputs, relaxed=relaxed, **kwargs)
@@ -199,12 +190,6 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         if self.config.dtype == "bfloat16":
             return torch.autocast(self.model.device.type, torch.bfloat16)
         return nullcontext()  # leaves in force what `accelerate launch --mixed_precision` set up
-
-
-def _without_padding(actions: Tensor) -> Tensor:
-    """`(n, action_dim)` without rows of zeros at the end."""
-    is_zero = (actions == 0).all(dim=1)
-    return actions[: len(actions) - int(is_zero.flip(0).int().cumprod(0).sum())]
 
 
 def _make_model(config: SMOLANDFASTConfig, processor: SmolAndFastProcessor) -> SmolAndFastForActionPrediction:

@@ -54,7 +54,8 @@ def make_processor(
     tasks = list(dataset_meta.tasks.index)
     default_task = tasks[0] if config.default_task is None else config.default_task
     logging.info("An empty task is read as %r", default_task)
-    options |= {name: getattr(config, name) for name in ("chunk_size", "scale_factor", "max_delay")}
+    options |= {name: getattr(config, name) for name in ("chunk_size", "scale_factor")}
+    options |= {"image_keys": list(config.image_features), "fps": dataset_meta.fps}
     if config.vlm_model_name == TINY:
         return make_tiny_processor(action_tokenizer, statistics, default_task, tasks, **options)
     options |= {"default_task": default_task, "training_tasks": tasks, "do_image_splitting": config.do_image_splitting}
@@ -92,7 +93,6 @@ def processor_options(processor: SmolAndFastProcessor) -> dict[str, Any]:
         "scale_factor": processor.scale_factor,
         "do_image_splitting": bool(processor.image_processor.do_image_splitting),
         "chunk_size": processor.chunk_size,
-        "max_delay": processor.max_delay,
         "n_state_bins": processor.n_state_bins,
         "normalization": processor.normalization,
         "relative_actions": processor.use_relative_actions,
