@@ -222,11 +222,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
 
         The loss ignores the others, so it and its gradients are those of the full logits.
         """
-        kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)  # position t predicts token t + 1
-        if len(kept) == 0:
-            raise ValueError(
-                "labels has no action token to learn: every entry is -100. Pass actions to the processor."
-            )
+        kept = action_positions(labels)
         kwargs.setdefault("use_cache", False)  # nothing reads keys and values again
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and (mask[:, :-1] >= mask[:, 1:]).all():
@@ -351,6 +347,17 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
             )
         return output
+
+
+def action_positions(labels: torch.LongTensor) -> torch.LongTensor:
+    """The positions that some sample's label follows: `(kept,)`. With labels, logits are those of these alone.
+
+    Position t predicts token t + 1, so the logits' targets are `labels[:, action_positions(labels) + 1]`.
+    """
+    kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
+    if len(kept) == 0:
+        raise ValueError("labels has no action token to learn: every entry is -100. Pass actions to the processor.")
+    return kept
 
 
 def _check_generation_config(file: Path) -> None:
