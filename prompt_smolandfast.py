@@ -42,6 +42,8 @@ def read_observations(
     text = text.tolist() if isinstance(text, np.ndarray) else text
     tasks = text if isinstance(text, (list, tuple)) else [text] * len(state)
     tasks = [default_task if task is None or task == "" else task for task in tasks]
+    if "" in tasks:
+        raise ValueError("text is empty, and the policy has no default_task. Pass the instruction as text=....")
     if len(images) != len(state) or len(tasks) != len(state):
         raise ValueError(
             f"Got {len(images)} samples of images, {len(tasks)} tasks and {len(state)} states, expected one of "

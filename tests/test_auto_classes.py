@@ -120,3 +120,21 @@ def test_the_readmes_ten_lines_play(ten_lines, monkeypatch):
         result = rollout(PUSHT, predict, range(1000, 1004), names["model"].config.n_action_steps)
     assert not messages
     assert np.mean(result.max_rewards) > 0.8  # 0.08 is holding still
+
+
+def test_loading_twice_gives_one_class_and_models_that_can_be_pickled(folder, tmp_path):
+    """As `DataLoader` workers, `multiprocessing` and `torch.save` of a whole model need it."""
+    run_outside(
+        """
+import pickle
+from transformers import AutoModel, AutoProcessor
+first, second = (AutoModel.from_pretrained("policy", trust_remote_code=True) for _ in range(2))
+assert type(first) is type(second)
+copied = pickle.loads(pickle.dumps(first))
+assert type(copied) is type(first) and copied.config.to_dict() == first.config.to_dict()
+processors = [AutoProcessor.from_pretrained("policy", trust_remote_code=True) for _ in range(2)]
+assert type(processors[0]) is type(processors[1])
+assert pickle.loads(pickle.dumps(processors[0])).fingerprint == processors[0].fingerprint
+""",
+        tmp_path,
+    )

@@ -8,7 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, SmolVLMForConditionalGeneration, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    SmolVLMForConditionalGeneration,
+    StoppingCriteriaList,
+)
 
 from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastForActionPrediction
 from smolandfast.generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
@@ -290,7 +295,7 @@ def test_greedy_and_sampled_strings_are_those_of_stock_generate(policy):
             stopping_criteria=StoppingCriteriaList([ChunkIsComplete(reader)]),
             max_new_tokens=policy.grammar.max_new_tokens,
             pad_token_id=PAD,
-            **options,
+            **({"top_k": 0} if "do_sample" in options else {}) | options,
         )
         assert torch.equal(ours, stock), options
 
@@ -310,8 +315,48 @@ def test_each_written_id_is_read_once_unless_beams_change_places(policy, options
 
 @pytest.mark.parametrize("name", ["max_length", "min_new_tokens", "min_length", "stop_strings"])
 def test_options_that_would_cut_or_stretch_a_chunk_are_refused(name):
-    with pytest.raises(ValueError, match=f"{name}=4.*Drop {name}"):
-        Policy(10, 2, 300).make_model().generate(input_ids=PROMPTS, **{name: 4})
+    model = Policy(10, 2, 300).make_model()
+    for options in ({name: 4}, {"generation_config": GenerationConfig(**{name: 4})}):
+        with pytest.raises(ValueError, match=f"{name}=4.*Drop {name}"):
+            model.generate(input_ids=PROMPTS, **options)
+
+
+@pytest.mark.parametrize("name", ["assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"])
+def test_assisted_generation_which_knows_no_grammar_is_refused(policy, name):
+    model = policy.make_model()
+    with pytest.raises(ValueError, match=f"{name}=.*Drop {name}"):
+        model.generate(input_ids=PROMPTS, **{name: model if name == "assistant_model" else 3})
+
+
+@pytest.mark.parametrize("where", ["argument", "model"])
+def test_limits_of_a_generation_config_hold(where):
+    model = Policy(10, 2, 300).make_model()
+    whole = model.generate(input_ids=PROMPTS, attention_mask=MASK)[:, 7:]
+    limited = GenerationConfig(max_new_tokens=2)
+    if where == "model":
+        model.generation_config.max_new_tokens, limited = 2, None
+    two = model.generate(PROMPTS, limited, attention_mask=MASK)[:, 7:]
+    assert torch.equal(two, whole[:, :2]) and whole.shape[1] > 2
+    one = model.generate(PROMPTS, limited, attention_mask=MASK, max_new_tokens=1)[:, 7:]
+    assert torch.equal(one, whole[:, :1])
+    if limited is not None:
+        assert limited.max_new_tokens == 2  # a caller's object stays as it is
+    with pytest.raises(ValueError, match="generation_config is 3, expected a GenerationConfig"):
+        model.generate(PROMPTS, 3)
+
+
+def test_samples_are_of_all_tokens_unless_top_k_says_otherwise():
+    """As `log_probability` has it, and not of the 50 best, Transformers' default."""
+    policy = Policy(10, 2, 300)
+    model, options = policy.make_model(), {"do_sample": True, "output_scores": True, "return_dict_in_generate": True}
+    given = {"argument": {"top_k": 2}, "config": {"generation_config": GenerationConfig(top_k=2, **options)}}
+    first = model.generate(input_ids=PROMPTS, attention_mask=MASK, **options).scores[0]
+    left = torch.full((len(PROMPTS),), policy.grammar.num_coefficients)
+    allowed = policy.grammar.allowed(left, torch.zeros_like(left)).sum(1)
+    assert torch.equal(torch.isfinite(first).sum(1), allowed) and allowed.max() > 50
+    for extra in given.values():
+        scores = model.generate(input_ids=PROMPTS, attention_mask=MASK, **options | extra).scores[0]
+        assert torch.isfinite(scores).sum(1).tolist() == [2] * len(PROMPTS)
 
 
 @pytest.mark.parametrize(

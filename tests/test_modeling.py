@@ -204,9 +204,69 @@ def test_a_training_batch_is_no_prompt(processor, model, batch):
 
 def test_a_chunk_the_tokenizer_was_not_fitted_for_is_refused(processor, model, tmp_path):
     model.save_pretrained(tmp_path)
-    other = SmolAndFastForActionPrediction.from_pretrained(tmp_path, chunk_size=20)
+    with pytest.raises(ValueError, match="chunk_size is 20, but 8 in .*processor.model_kwargs"):
+        SmolAndFastForActionPrediction.from_pretrained(tmp_path, chunk_size=20)
+    config = SmolAndFastConfig.from_pretrained(tmp_path, action_dim=4)
+    with pytest.raises(ValueError, match="action_dim is 4, but 2 in"):
+        SmolAndFastForActionPrediction.from_pretrained(tmp_path, config=config)
+    other = SmolAndFastForActionPrediction.from_pretrained(tmp_path, n_action_steps=2, **processor.model_kwargs())
+    processor.check_model(other)
+    assert other.config.n_action_steps == 2
+    other.config.chunk_size = 20
     with pytest.raises(ValueError, match="another model: chunk_size differ"):
         processor.check_model(other)
+
+
+CALLS = {
+    "generate": lambda model, inputs: model.generate(**{k: v for k, v in inputs.items() if k != "labels"}),
+    "forward": lambda model, inputs: model(**{k: v for k, v in inputs.items() if k != "labels"}),
+    "loss": lambda model, inputs: model(**inputs),
+    "log_probability": lambda model, inputs: model.log_probability(**inputs),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pixels: None,
+        lambda pixels: pixels * 0,
+        lambda pixels: torch.cat([pixels[:1] * 0, pixels[1:]]),
+        lambda pixels: pixels[:1],
+        lambda pixels: torch.cat([pixels, pixels], dim=1),
+    ],
+    ids=["missing", "zeros", "one of zeros", "of one sample", "too many"],
+)
+def test_image_tokens_without_their_images_are_refused(processor, model, batch, call, change):
+    inputs = processor(**batch | {"text": ["the same"] * 4}) if call != "generate" else prompts(processor, batch)
+    inputs["pixel_values"] = change(inputs["pixel_values"])
+    with pytest.raises(ValueError, match="image tokens, and pixel_values has"):
+        CALLS[call](model, inputs)
+
+
+def test_a_sequence_longer_than_the_context_is_refused(processor, model, batch):
+    limit = model.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"The prompt has \d+ tokens and a chunk up to 16, more than .* {limit} pos"):
+        processor(images=batch["images"][0], text="push it " * limit, state=batch["state"][0])
+    inputs = prompts(processor, batch)
+    room = limit - inputs["input_ids"].shape[1]
+    for padding, refused in ((room - 16, False), (room - 15, True)):
+        padded = {name: pad(inputs[name], (padding, 0)) for name in ("input_ids", "attention_mask")}
+        if refused:
+            with pytest.raises(ValueError, match=f"more than the model's {limit} positions"):
+                model.generate(**inputs | padded)
+        else:
+            model.generate(**inputs | padded, max_new_tokens=1)
+    ids = torch.ones((1, limit + 1), dtype=torch.long)
+    with pytest.raises(ValueError, match=f"input_ids has {limit + 1} tokens"):
+        model(input_ids=ids)
+
+
+def test_the_loss_comes_first_as_in_transformers(processor, model, batch):
+    inputs = processor(**batch)
+    outputs = model(**inputs)
+    assert next(iter(outputs)) == "loss" and outputs[0] is outputs.loss
+    assert torch.equal(model(**inputs, return_dict=False)[0], outputs.loss)
 
 
 def test_weights_that_are_not_finite_never_become_actions(processor, model, batch):

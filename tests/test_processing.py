@@ -205,6 +205,44 @@ def test_cameras_and_control_rate_are_saved_and_part_of_the_meaning(demonstratio
             make_processor(demonstrations, fps=fps)
 
 
+def test_a_saved_processor_loads_with_the_packages_own_classes(demonstrations, tmp_path):
+    processor = make_processor(demonstrations, image_keys=TWO_CAMERAS, fps=25)
+    folder = tmp_path / "repository/deep/policy"
+    processor.save_pretrained(folder)
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit('code of a checkpoint ran')")
+    loaded = [
+        SmolAndFastProcessor.from_pretrained(folder),
+        SmolAndFastProcessor.from_pretrained(str(folder), trust_remote_code=True),
+        SmolAndFastProcessor.from_pretrained(tmp_path / "repository", subfolder="deep/policy"),
+    ]
+    for other in loaded:
+        assert isinstance(other.action_tokenizer, FastActionTokenizer)
+        assert other.fingerprint == processor.fingerprint and other.chat_template == processor.chat_template
+        assert other.to_dict() == processor.to_dict()
+    assert SmolAndFastProcessor.from_pretrained(folder, default_task="Pull it.").default_task == "Pull it."
+
+
+@pytest.mark.parametrize("text", [None, "", ["Push it.", ""]])
+def test_an_empty_task_needs_a_default(demonstrations, batch, text):
+    processor = make_processor(demonstrations)
+    processor.default_task = ""
+    count = 2 if isinstance(text, list) else 1
+    observation = {"images": batch["images"][:count], "state": batch["state"][:count], "text": text}
+    with pytest.raises(ValueError, match="text is empty, and the policy has no default_task"):
+        processor(**observation)
+    processor.default_task = "Push it."
+    assert len(processor(**observation)["input_ids"]) == count
+
+
+def test_a_processor_whose_prompts_leave_no_room_for_a_chunk_is_refused(demonstrations):
+    make_processor(demonstrations, image_keys=[f"camera{i}" for i in range(9)])
+    with pytest.raises(ValueError, match=r"The prompt has \d+ tokens and a chunk up to 16, .* 512 positions"):
+        make_processor(demonstrations, image_keys=[f"camera{i}" for i in range(99)])
+    with pytest.raises(ValueError, match="more than .* 512 positions"):
+        make_processor(demonstrations, training_tasks=["short", "long " * 300])
+
+
 BAD_INPUTS = {
     "no images": ({"images": None}, "images and state"),
     "no state": ({"state": None}, "images and state"),

@@ -17,6 +17,7 @@ from ..prompt_smolandfast import PROMPT
 from ..tokenization_fast_action import FastActionTokenizer
 
 IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3  # IMAGE_SIZE and SCALE_FACTOR are defaults
+MAX_POSITIONS = 512
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
 TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
 SPECIAL_TOKENS = {
@@ -105,6 +106,7 @@ def make_tiny_processor(
         fast_skip_tokens=0,
         scale_factor=scale_factor,
         patch_size=PATCH_SIZE,
+        max_position_embeddings=MAX_POSITIONS,
         default_task=task,
         chat_template=CHAT_TEMPLATE,
         **kwargs,
@@ -141,7 +143,7 @@ def make_tiny_model(
             "model_type": "llama",
             "num_key_value_heads": TEXT["num_attention_heads"],
             "vocab_size": tokenizer.vocab_size,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": MAX_POSITIONS,
             **special_ids,
         },
         image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),

@@ -5,10 +5,12 @@ loads. What is added: the loss over the action tokens alone, `generate()` that c
 the log-probability of a chunk. Takes what the processor makes; knows no images' sizes, no prompt and no robot.
 """
 
+import copy
 import inspect
 import os
 from functools import cached_property, wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     PreTrainedConfig,
     SmolVLMForConditionalGeneration,
@@ -24,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .checks_smolandfast import check_whole, naming_errors
+from .checks_smolandfast import SHORTEN, check_length, check_whole, naming_errors
 from .configuration_smolandfast import SmolAndFastConfig
 from .files_smolandfast import AGAIN, read_json, write_checksums
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
@@ -36,10 +39,21 @@ PROJECTION_KEY = "model.connector.modality_projection.proj.weight"
 HEAD_KEY = "lm_head.weight"
 
 
-class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
+IMAGE_FEATURES = ("mm_encoder_outputs", "image_hidden_states")  # in place of pixels; the name since 5.24, and before
+# What the processor decides. In a checkpoint with a fingerprint it cannot change alone.
+PROCESSOR_FIELDS = ("chunk_size", "action_dim", "action_token_base_id", "fast_token_lengths", "fast_token_bytes")
+PROCESSOR_FIELDS += ("scale_factor", "image_size")
+# Options of generate() that would cut or stretch a chunk, or write it without the grammar.
+REFUSED_OPTIONS = ("max_length", "min_new_tokens", "min_length", "stop_strings", "assistant_model")
+REFUSED_OPTIONS += ("prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
+
+
+# Where `GenerationMixin` is no direct base, `AutoModel` makes a new class at every load, which cannot be pickled.
+class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, GenerationMixin):
     """SmolVLM with a loss and a `generate()` for FAST action tokens.
 
-    `forward` and its arguments are SmolVLM's, except that with `labels` the head runs on the action span alone.
+    `forward` and its arguments are SmolVLM's, except that with `labels` the head runs on the action span alone, and
+    that image tokens without their images are a `ValueError`.
     """
 
     config: SmolAndFastConfig
@@ -82,6 +96,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             config, _ = cls.config_class.from_pretrained(
                 config or pretrained_model_name_or_path, return_unused_kwargs=True, **fields
             )
+        cls._check_processor_fields(pretrained_model_name_or_path, config, hub_kwargs)
         files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
         found = find_file(pretrained_model_name_or_path, "generation_config.json", **hub_kwargs)
         if found is not None:  # Transformers goes on without one that is damaged
@@ -97,6 +112,21 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
                 "actions are wrong (PushT: by 22 pixels of 512 on average). Use 5.21 or newer, or float32."
             )
         return result
+
+    @classmethod
+    def _check_processor_fields(cls, name: str, config: SmolAndFastConfig, hub_kwargs: dict) -> None:
+        """Refuse fields that were changed without the processor that decides them."""
+        saved, _ = cls.config_class.get_config_dict(name, **hub_kwargs)
+        fingerprint = saved.get("processor_fingerprint")
+        if fingerprint is None or fingerprint != config.processor_fingerprint:
+            return
+        for field in PROCESSOR_FIELDS:
+            if field in saved and getattr(config, field) != saved[field]:
+                raise ValueError(
+                    f"{field} is {getattr(config, field)!r}, but {saved[field]!r} in {name}, whose processor decides "
+                    "it. Make a processor with the other value, and pass all of its fields: from_pretrained(folder, "
+                    "**processor.model_kwargs())."
+                )
 
     @classmethod
     def _check_shapes(cls, name: str, config: SmolAndFastConfig, found: dict[str, tuple[int, ...]]) -> bool:
@@ -208,25 +238,52 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
         if self.is_packed and self.training:
             raise ValueError("A packed model cannot be trained. Load it again, or call eval().")
         if labels is None:
+            self._check_inputs(*args, **kwargs)
             return super().forward(*args, return_dict=return_dict, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs, kept = self._forward_to_span(labels, *args, **kwargs)
         targets = labels[:, kept + 1].to(outputs.logits.device)
         loss = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
         # `Trainer` passes the number of targets in all batches of an optimizer's step.
-        outputs.loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        outputs = type(outputs)(**{**outputs, "loss": loss})  # made anew, so that the loss is the first of its values
         return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _check_inputs(self, *args, **kwargs) -> None:
+        """Refuse image tokens without their images, and more tokens than the model has positions.
+
+        SmolVLM would read the embedding of the image token itself, and leaves out images of zeros as padding.
+        """
+        inputs = FORWARD.bind_partial(self, *args, **kwargs).arguments
+        inputs |= inputs.pop("kwargs", {})
+        cache = inputs.get("cache", inputs.get("past_key_values"))  # its name since 5.24, and before
+        input_ids, is_continued = inputs.get("input_ids"), cache is not None and cache.get_seq_length() > 0
+        if input_ids is None or is_continued or torch.compiler.is_compiling():
+            return
+        if input_ids.shape[-1] > (limit := self.config.text_config.max_position_embeddings):
+            raise ValueError(
+                f"input_ids has {input_ids.shape[-1]} tokens, more than the model's {limit} positions "
+                f"(max_position_embeddings). {SHORTEN}"
+            )
+        if all(inputs.get(name) is None for name in IMAGE_FEATURES):
+            self._check_images(input_ids, inputs.get("pixel_values"))
+
+    def _check_images(self, input_ids: torch.LongTensor, pixel_values: torch.FloatTensor | None) -> None:
+        num_tokens = int((input_ids == self.config.image_token_id).sum())
+        num_images = 0 if pixel_values is None else int((pixel_values != 0).flatten(2).any(dim=2).sum())
+        if num_tokens != (expected := num_images * self.config.image_seq_len):
+            raise ValueError(
+                f"input_ids has {num_tokens} image tokens, and pixel_values has {num_images} images (those of zeros "
+                f"are padding), which need {expected}. Pass everything that the processor returns, model(**inputs)."
+            )
 
     def _forward_to_span(self, labels: torch.LongTensor, *args, **kwargs):
         """The forward pass, with logits only at those positions (the second result) that some sample's label follows.
 
         The loss ignores the others, so it and its gradients are those of the full logits.
         """
-        kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)  # position t predicts token t + 1
-        if len(kept) == 0:
-            raise ValueError(
-                "labels has no action token to learn: every entry is -100. Pass actions to the processor."
-            )
+        kept = action_positions(labels)
+        self._check_inputs(*args, **kwargs)
         kwargs.setdefault("use_cache", False)  # nothing reads keys and values again
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and (mask[:, :-1] >= mask[:, 1:]).all():
@@ -265,10 +322,65 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
     def action_grammar(self) -> ActionGrammar:
         return ActionGrammar(self.config)
 
+    def _generation_options(
+        self,
+        generation_config: GenerationConfig | None,
+        kwargs: dict,
+        max_new_tokens: int | None,
+        max_time: float | None,
+    ) -> dict[str, Any]:
+        """The limits and `top_k` that hold for this call: its own, or else those of the configurations."""
+        if not isinstance(generation_config, GenerationConfig | None):
+            raise ValueError(f"generation_config is {generation_config!r}, expected a GenerationConfig.")
+        for name in REFUSED_OPTIONS:
+            value = kwargs.pop(name, getattr(generation_config, name, None))
+            if value is not None:
+                value = value if isinstance(value, int | str | list) else type(value).__name__
+                raise ValueError(
+                    f"{name}={value!r}: an action string ends by itself at its last coefficient. Drop {name}, or "
+                    "bound it with max_new_tokens or max_time."
+                )
+
+        def option(name: str, value=None):
+            configs = (generation_config, self.generation_config)
+            values = (value, kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
+
+        options, longest = {"max_time": option("max_time", max_time)}, self.action_grammar.max_new_tokens
+        limit = option("max_new_tokens", max_new_tokens)
+        if limit is not None:
+            check_whole(limit, "max_new_tokens")
+        options["max_new_tokens"] = min(limit or longest, longest)
+        if (seconds := options["max_time"]) is not None and not (isinstance(seconds, int | float) and seconds > 0):
+            raise ValueError(f"max_time is {seconds!r}, expected seconds, above 0.")
+        if option("do_sample") and option("top_k") is None:
+            options["top_k"] = 0  # Transformers' default is 50
+        return options
+
+    def _check_prompt(self, input_ids: torch.LongTensor | None, inputs: dict, num_new_tokens: int) -> None:
+        if input_ids is None:
+            raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
+        mask, vocab_size = inputs.get("attention_mask"), self.config.text_config.vocab_size
+        if inputs.get("labels") is not None or (mask is not None and not mask[:, -1].all()):
+            raise ValueError(
+                "generate() got a training batch (with labels, or padded on the right). Call the processor without "
+                "actions: its prompts end where the policy has to write."
+            )
+        check_length(input_ids.shape[1], num_new_tokens, self.config.text_config.max_position_embeddings)
+        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+            raise ValueError(
+                f"input_ids holds {input_ids.max()}, expected ids in [0, {vocab_size}), the model's vocabulary. Load "
+                "processor and model from one folder."
+            )
+        if all(inputs.get(name) is None for name in IMAGE_FEATURES):
+            self._check_images(input_ids, inputs.get("pixel_values"))
+
     @torch.no_grad()
     def generate(
         self,
         inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
         relaxed: bool = False,
         max_new_tokens: int | None = None,
         max_time: float | None = None,
@@ -281,6 +393,8 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
 
         Args:
             inputs: `(batch, length)` prompt ids, left-padded; usually passed as `input_ids` by the processor's output.
+            generation_config: Options as an object. Arguments of this call come before it, and it before the model's
+                own `generation_config`.
             relaxed: Let the model end a string where it likes, as published FAST policies do. It may then hold more
                 or fewer coefficients than a chunk: decode it with `post_process_actions(ids, relaxed=True)`.
             max_new_tokens: Most tokens to write of a chunk. Low frequencies come first, so a string that is cut short
@@ -288,42 +402,28 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             max_time: The same after so many seconds, measured by Transformers after each token. The first is always
                 written: vision and prompt are not cut short.
             kwargs: The processor's other tensors, and options of generation such as `do_sample`, `temperature`,
-                `num_beams`.
+                `num_beams`. `top_k` is 0 unless given: samples are those of [`log_probability`].
 
         Returns:
             `(batch, length + new)` ids, the prompt included, for [`SmolAndFastProcessor.post_process_actions`].
 
         Raises:
-            ValueError: No action tokenizer in the configuration, a limit that is none, another option that would cut
-                or stretch a chunk, or scores that are not finite.
+            ValueError: No action tokenizer in the configuration, images that are missing, more tokens than the model
+                has positions, an invalid limit, an option that would truncate or extend a chunk, or scores that are
+                not finite.
         """
         grammar = self.action_grammar
-        for name in ("max_length", "min_new_tokens", "min_length", "stop_strings"):
-            if (value := kwargs.pop(name, None)) is not None:
-                raise ValueError(
-                    f"{name}={value!r}: an action string ends by itself at its last coefficient. Drop {name}, or "
-                    "bound it with max_new_tokens or max_time."
-                )
-        if max_new_tokens is not None:
-            check_whole(max_new_tokens, "max_new_tokens")
-        if max_time is not None and not (isinstance(max_time, int | float) and max_time > 0):
-            raise ValueError(f"max_time is {max_time!r}, expected seconds, above 0.")
+        options = self._generation_options(generation_config, kwargs, max_new_tokens, max_time)
+        is_bounded = options["max_time"] is not None or options["max_new_tokens"] < grammar.max_new_tokens
+        if generation_config is None:
+            kwargs |= options
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**options)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if input_ids is None:
-            raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
-        mask = kwargs.get("attention_mask")
-        if kwargs.get("labels") is not None or (mask is not None and not mask[:, -1].all()):
-            raise ValueError(
-                "generate() got a training batch (with labels, or padded on the right). Call the processor without "
-                "actions: its prompts end where the policy has to write."
-            )
+        self._check_prompt(input_ids, kwargs, options["max_new_tokens"])
         eos_token_id, vocab_size = self.generation_config.eos_token_id, self.config.text_config.vocab_size
         eos_token_id = next(iter(eos_token_id), None) if isinstance(eos_token_id, list) else eos_token_id
-        if input_ids.min() < 0 or input_ids.max() >= vocab_size:
-            raise ValueError(
-                f"input_ids holds {input_ids.max()}, expected ids in [0, {vocab_size}), the model's vocabulary. Load "
-                "processor and model from one folder."
-            )
         if eos_token_id is None or not 0 <= eos_token_id < vocab_size or grammar.is_action(eos_token_id):
             raise ValueError(
                 f"generation_config.eos_token_id is {eos_token_id}, expected an id outside the action tokens, below "
@@ -339,18 +439,30 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration):
             inputs,
             logits_processor=LogitsProcessorList([*(kwargs.pop("logits_processor", None) or ()), constraint]),
             stopping_criteria=StoppingCriteriaList([*(kwargs.pop("stopping_criteria", None) or ()), *ends]),
-            max_new_tokens=min(max_new_tokens or grammar.max_new_tokens, grammar.max_new_tokens),
-            max_time=max_time,
+            generation_config=generation_config,
             **kwargs,
         )
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        may_be_cut = relaxed or max_new_tokens is not None or max_time is not None
-        if not may_be_cut and not end(sequences, None).all():
+        if not (relaxed or is_bounded) and not end(sequences, None).all():
             raise ValueError(
                 "The options given to generate() cut a chunk short or asked for more different chunks than exist. "
                 "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
             )
         return output
+
+
+FORWARD = inspect.signature(SmolVLMForConditionalGeneration.forward)
+
+
+def action_positions(labels: torch.LongTensor) -> torch.LongTensor:
+    """The positions that some sample's label follows: `(kept,)`. With labels, logits are those of these alone.
+
+    Position t predicts token t + 1, so the logits' targets are `labels[:, action_positions(labels) + 1]`.
+    """
+    kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
+    if len(kept) == 0:
+        raise ValueError("labels has no action token to learn: every entry is -100. Pass actions to the processor.")
+    return kept
 
 
 def _check_generation_config(file: Path) -> None:

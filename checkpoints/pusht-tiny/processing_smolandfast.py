@@ -11,6 +11,7 @@ Knows no model: [`SmolAndFastProcessor.model_kwargs`] says what one must know of
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -18,17 +19,19 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
 from transformers.utils import logging
 
-from .checks_smolandfast import as_numbers, check_fps, check_whole, naming_errors
+from .checks_smolandfast import as_numbers, check_fps, check_length, check_whole, naming_errors
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
 from .files_smolandfast import read_json
 from .hub_smolandfast import HUB_KWARGS, find_file
 from .normalization_smolandfast import Normalizer
 from .prompt_smolandfast import BINS_IN_PROMPT, check_image_keys, read_observations, warning_of_new_tasks, write_prompt
+from .strings_smolandfast import MAX_SYMBOL_BYTES
 from .tokenization_fast_action import FastActionTokenizer
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_IMAGE_KEY = "observation.image"  # LeRobot's, of a robot with one camera
+ACTION_TOKENIZER = "action_tokenizer"  # folder in a saved processor
 TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")
 
 
@@ -54,7 +57,9 @@ class SmolAndFastProcessor(ProcessorMixin):
         image_keys (`list[str]`, defaults to `["observation.image"]`):
             The cameras that the policy sees, in their order, under the names of the data set.
         fps (`float`, *optional*): Control steps a second of the demonstrations. `None`: not known.
-        default_task (`str`, defaults to `""`): Stands in for an empty task.
+        max_position_embeddings (`int`, *optional*):
+            Positions of the language model. With it, prompts that leave no room for a chunk are refused here.
+        default_task (`str`, defaults to `""`): Stands in for an empty task, which is refused if this is empty too.
         training_tasks (`list[str]`, *optional*):
             The sentences the policy is trained on. Given another one, the processor warns once: a policy may do
             nothing sensible with a wording that it has not learnt.
@@ -80,6 +85,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         patch_size: int = 16,
         image_keys: Sequence[str] = (DEFAULT_IMAGE_KEY,),
         fps: float | None = None,
+        max_position_embeddings: int | None = None,
         default_task: str = "",
         training_tasks: list[str] | None = None,
         chat_template: str | None = None,
@@ -99,6 +105,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.image_keys = check_image_keys(image_keys)
         self.fps = None if fps is None else check_fps(fps)
+        self.max_position_embeddings = max_position_embeddings
         self.default_task = default_task
         if not isinstance(training_tasks, list | None) or not all(isinstance(x, str) for x in training_tasks or ()):
             raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of sentences, or None.")
@@ -138,12 +145,34 @@ class SmolAndFastProcessor(ProcessorMixin):
                 f"{len(action_tokenizer)} action tokens and fast_skip_tokens={fast_skip_tokens} do not fit into a "
                 f"vocabulary of {tokenizer.vocab_size} beside the words of the prompt. Fit a smaller FAST vocabulary."
             )
+        if max_position_embeddings is not None:
+            check_whole(max_position_embeddings, "max_position_embeddings")
+            task = max([default_task, *(training_tasks or ())], key=len)
+            bins, unsplit = [n_state_bins - 1] * self.normalizer.state_dim, [(0, 0)] * len(self.image_keys)
+            self._tokenize([self._write_prompt(self._prompt_around_images(), task, bins, unsplit)])
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "SmolAndFastProcessor":
-        """Load a saved processor, as Transformers does; damaged files are a ValueError."""
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SmolAndFastProcessor":
+        """Load a saved processor from a folder or Hub id, with this class's own code for all of its parts.
+
+        Args:
+            kwargs: Arguments of the class to change, and those of `from_pretrained` that find files on the Hub.
+
+        Raises:
+            ValueError: Damaged files, or those of another processor.
+            OSError: No such files, or a Hub that cannot be reached.
+        """
+        hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        kwargs.pop("trust_remote_code", None)
+        actions = {**hub_kwargs, "subfolder": str(PurePosixPath(hub_kwargs.get("subfolder") or "", ACTION_TOKENIZER))}
         with naming_errors(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            options, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs, **kwargs)
+            parts = [
+                SmolVLMImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **hub_kwargs),
+                PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub_kwargs),
+                FastActionTokenizer.from_pretrained(pretrained_model_name_or_path, **actions),
+            ]
+            return cls.from_args_and_dict(parts, options, **kwargs)
 
     @classmethod
     def from_vlm(
@@ -200,6 +229,7 @@ class SmolAndFastProcessor(ProcessorMixin):
             statistics,
             scale_factor=scale_factor,
             patch_size=config.vision_config.patch_size,
+            max_position_embeddings=config.text_config.max_position_embeddings,
             chat_template=chat_template,
             **kwargs,
         )
@@ -260,6 +290,9 @@ class SmolAndFastProcessor(ProcessorMixin):
         expected = self.model_kwargs()
         found = {name: getattr(model.config, name, None) for name in expected}
         found["image_size"] = found["image_size"] or model.config.vision_config.image_size
+        if self.max_position_embeddings is not None:
+            expected["max_position_embeddings"] = self.max_position_embeddings
+            found["max_position_embeddings"] = model.config.text_config.max_position_embeddings
         differing = [name for name in expected if found[name] != expected[name]]
         if found["processor_fingerprint"] is None and "processor_fingerprint" in differing:  # saved before 0.2
             differing.remove("processor_fingerprint")
@@ -326,7 +359,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         prompts = [
             self._write_prompt(template, task, x, grid) for task, x, grid in zip(tasks, bins, grids, strict=True)
         ]
-        rows, side, labels = self.tokenizer(prompts)["input_ids"], "left", {}
+        rows, side, labels = self._tokenize(prompts), "left", {}
         if actions is None:
             self._warn_of_new_tasks(tasks)
         else:
@@ -440,6 +473,18 @@ class SmolAndFastProcessor(ProcessorMixin):
     def _is_action(self, ids: np.ndarray) -> np.ndarray:
         tokens = action_token_map(ids, self.action_token_base_id)
         return (tokens >= 0) & (tokens < len(self.action_tokenizer))
+
+    @property
+    def max_new_tokens(self) -> int:
+        """No action string has more tokens: a token holds a coefficient, or a byte of one."""
+        num_coefficients = self.chunk_size * self.normalizer.action_dim
+        return num_coefficients * (MAX_SYMBOL_BYTES if self.action_tokenizer.is_byte_level else 1)
+
+    def _tokenize(self, prompts: list[str]) -> list[list[int]]:
+        rows = self.tokenizer(prompts)["input_ids"]
+        if self.max_position_embeddings is not None:
+            check_length(max(map(len, rows)), self.max_new_tokens, self.max_position_embeddings)
+        return rows
 
     def prompt_around(self) -> tuple[str, str]:
         """What stands before and after task and state: the tokens of images that are not split, the chat's turns."""

@@ -12,6 +12,7 @@ MAX_SYMBOLS = 0xFFFE
 # The official FAST+ tokenizer writes it as chr(c - min_coefficient); code points from 0xD800 on are surrogates, which
 # UTF-8 cannot hold.
 MAX_CODE_POINT = 0xD7FF
+MAX_SYMBOL_BYTES = 3  # of these code points in UTF-8
 
 # Inside a character: what the next byte may be, as (first, last, next state). State 0 stands between characters.
 # Unicode standard, table 3-7, limited to code points up to MAX_CODE_POINT.
@@ -54,7 +55,7 @@ def grammar_tables(
             raise ValueError("fast_token_bytes lacks single bytes, so not every chunk can be written.")
         started = np.array([sum(byte & 0xC0 != 0x80 for byte in token) for token in tokens], dtype=np.int64)
         next_state = np.array([[_read_bytes(state, token) for token in tokens] for state in range(len(UTF8_STATES))])
-        max_new_tokens = 3 * num_coefficients  # bytes of the longest symbols
+        max_new_tokens = MAX_SYMBOL_BYTES * num_coefficients
     if not (started == 1).any():
         raise ValueError("No action token stands for a single coefficient, so not every chunk can be written.")
     return started, next_state, max_new_tokens

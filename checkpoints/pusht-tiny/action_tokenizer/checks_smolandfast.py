@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+SHORTEN = "Use a shorter text, fewer cameras, or a larger scale_factor."
 MAX_SIZE = 2**20  # no size of a model, an image or a chunk is larger
 
 
@@ -19,6 +20,15 @@ def check_whole(value: object, name: str, low: int = 1, high: int = MAX_SIZE) ->
     """Refuse what is not a whole number from `low` to `high`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}.")
+
+
+def check_length(num_prompt_tokens: int, num_new_tokens: int, limit: int) -> None:
+    """Refuse a prompt that leaves no positions for the chunk behind it."""
+    if num_prompt_tokens + num_new_tokens > limit:
+        raise ValueError(
+            f"The prompt has {num_prompt_tokens} tokens and a chunk up to {num_new_tokens}, more than the model's "
+            f"{limit} positions (max_position_embeddings). {SHORTEN}"
+        )
 
 
 def check_fps(fps: object, name: str = "fps") -> float:
