@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK, warnings_of
+from torch.nn.functional import pad
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.utils import logging
 

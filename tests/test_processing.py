@@ -219,7 +219,7 @@ def test_a_saved_processor_loads_with_the_packages_own_classes(demonstrations, t
     for other in loaded:
         assert isinstance(other.action_tokenizer, FastActionTokenizer)
         assert other.fingerprint == processor.fingerprint and other.chat_template == processor.chat_template
-        assert other.to_dict() == processor.to_dict()
+        assert (other.image_keys, other.fps, other.max_position_embeddings) == (TWO_CAMERAS, 25, 512)
     assert SmolAndFastProcessor.from_pretrained(folder, default_task="Pull it.").default_task == "Pull it."
 
 
