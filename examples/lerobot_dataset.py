@@ -268,6 +268,12 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             name, default, prefix = "video_path", VIDEO_PATH, f"videos/{video_key}"
             fields = {"video_key": video_key}
         template = self.info.get(name, default)
+        n_videos = len(list(filter(self._is_video, self.image_keys)))
+        _expect(
+            video_key is None or n_videos == 1 or "{video_key" in str(template),
+            f"{name} in {self.root / INFO} is {template!r}, one file for {n_videos} cameras, expected {{video_key}} "
+            f"in it, such as {default!r}. {AGAIN}",
+        )
         what = f"{name} in {self.root / INFO} is {template!r}, which"
         with naming_errors(what, f"Expected a path such as {default!r}. {AGAIN}"):
             indices = zip(table[f"{prefix}/chunk_index"], table[f"{prefix}/file_index"], strict=True)
@@ -297,6 +303,7 @@ class JoinedChunkDatasets(torch.utils.data.ConcatDataset):
     """
 
     def __init__(self, datasets: Sequence[LeRobotChunkDataset]):
+        datasets = list(datasets)
         _expect(datasets, "datasets is empty, expected at least one LeRobotChunkDataset.")
         super().__init__(datasets)
         first, *others = datasets
@@ -308,7 +315,7 @@ class JoinedChunkDatasets(torch.utils.data.ConcatDataset):
         self.states = np.concatenate([dataset.states for dataset in datasets])
         self.frame_index = np.concatenate([dataset.frame_index for dataset in datasets])
         firsts = np.cumsum([0, *(dataset.info["total_episodes"] for dataset in datasets)])
-        numbers = [first + dataset.episode_index for first, dataset in zip(firsts, datasets, strict=False)]
+        numbers = [start + dataset.episode_index for start, dataset in zip(firsts, datasets, strict=False)]
         self.episode_index = np.concatenate(numbers)
         self.tasks = list(dict.fromkeys(task for dataset in datasets for task in dataset.tasks))
 
@@ -425,7 +432,7 @@ def _read_info(root: Path) -> dict:
         "converter (convert_dataset_v21_to_v30), and read a newer one with a newer release.",
     )
     if version != "v3.0":
-        logger.warning(f"codebase_version in {path} is {version}. This reader was written for v3.0, and tries.")
+        logger.warning(f"codebase_version in {path} is {version}. This reader supports v3.0, and reads it as such.")
     for name in ("fps", "total_frames", "total_episodes"):
         number = info.get(name)
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < float("inf")

@@ -312,7 +312,7 @@ def test_images_stored_in_parquet_read_like_videos(tiny, cache):
 
 @pytest.mark.parametrize("place", ["info", "video_info", None])
 @pytest.mark.parametrize("mark", ["is_depth_map", "video.is_depth_map"])
-def test_depth_maps_are_no_cameras(place, mark, tiny, cache):
+def test_depth_maps_are_not_read_as_cameras(place, mark, tiny, cache):
     front, wrist = SHADES
     feature = {"dtype": "video", "shape": [32, 32, 1]}
     edit_features(tiny, **{wrist: feature | ({place: {mark: True}} if place else {mark: True})})
@@ -523,6 +523,10 @@ BREAKS = {  # what is done to the data set: words that the error must have
         ["data_path", "info.json", "episode_index", "{file_index:03d}"],
     ),
     "data_path_to_no_file": (lambda r: edit_info(r, data_path="rows/{file_index}"), ["rows", "info.json", "episodes"]),
+    "video_path_of_one_camera": (
+        lambda r: edit_info(r, video_path=FRONT.replace("000.mp4", "{file_index:03d}.mp4")),
+        ["video_path", "2 cameras", "{video_key}"],
+    ),
     "video_path_missing": (lambda r: edit_info(r, video_path=None), ["video_path", "None", "{video_key}"]),
     "lengths_too_short": (lambda r: edit_table(r / EPISODES, length=[5, 6, 4]), ["15", "16", "lengths"]),
     "video_columns_missing": (
