@@ -1,7 +1,11 @@
 """Recording: what `examples/record_rollouts.py` writes is what happened, and readers of LeRobot data sets open it."""
 
+import importlib
 import json
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -122,6 +126,104 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(written, episodes, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_empty_folder_is_filled_and_one_with_anything_in_it_is_kept(episodes, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    write_dataset(tmp_path / "empty", iter(episodes), **DATASET)
+    assert len(LeRobotChunkDataset(tmp_path / "empty", chunk_size=4, cache_dir=tmp_path / "cache")) == 26
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/.hidden").write_text("mine")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("file", "used", "here"):
+        with pytest.raises(FileExistsError, match=rf"{name} exists, and is not overwritten"):
+            write_dataset(tmp_path / name, iter(episodes), **DATASET)
+    assert (tmp_path / "file").read_text() == (tmp_path / "used/.hidden").read_text() == "mine"
+
+
+def test_recordings_have_the_names_of_the_hubs_data_set(written, pusht_root):
+    mine, theirs = (json.loads((root / "meta/info.json").read_text())["features"] for root in (written, pusht_root))
+    for key in ("observation.state", "action"):
+        assert mine[key]["names"]["axes"] == theirs[key]["names"]["motors"]
+
+
+def test_interrupted_recording_ends_in_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    played = []
+
+    def interrupted(*args):
+        if played:
+            signal.raise_signal(signal.SIGINT)
+        return played.append(play(push_right, 3, n_action_steps=4, max_steps=5)) or played[0]
+
+    monkeypatch.setattr(record_rollouts, "play", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        record(["--checkpoint", str(ROOT / "checkpoints/pusht-tiny"), "--output_dir", str(tmp_path / "set")])
+    assert ended.value.code == 130
+    error = capsys.readouterr().err
+    assert "Interrupted. Nothing was written" in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def collect_metaworld(monkeypatch):
+    """`examples/collect_metaworld.py` without Meta-World: it can only assemble finished demonstrations."""
+    stand_in = SimpleNamespace(CONTROL_HZ=80, IMAGE_SIZE=32, MT10=[], TASKS={"reach": "Reach."}, MetaworldScene=object)
+    monkeypatch.setitem(sys.modules, "metaworld_tasks", stand_in)
+    monkeypatch.delitem(sys.modules, "collect_metaworld", raising=False)
+    yield importlib.import_module("collect_metaworld")
+    del sys.modules["collect_metaworld"]
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Two finished demonstrations of `outputs`."""
+    folder = tmp_path / "outputs.parts"
+    folder.mkdir()
+    (folder / "options.json").write_text(json.dumps({"max_steps": 250, "draw_every": 1, "policy": None}))
+    widths = {"observation.state": 4, "observation.environment_state": 21, "action": 4}
+    frames = {key: np.zeros((3, width), np.float32) for key, width in widths.items()}
+    frames |= {"observation.image": np.zeros((3, 32, 32, 3), np.uint8), "next.reward": np.zeros(3, np.float32)}
+    frames |= {"next.done": np.arange(3) == 2, "next.success": np.arange(3) == 2}
+    for number in range(2):
+        np.savez(folder / f"reach-{number:03d}.npz", **frames)
+    (folder / ".reach-002.npz.abc").mkdir()  # what a process that was killed leaves
+    (folder / ".reach-002.npz.abc/reach-002.npz").write_text("half")
+    return folder
+
+
+def test_collected_demonstrations_are_assembled_and_never_overwritten(collect_metaworld, parts, tmp_path, capsys):
+    arguments = ["--output_dir", str(tmp_path / "outputs"), "--tasks", "reach", "--episodes"]
+    collect_metaworld.main([*arguments, "1"])
+    assert "1 demonstrations, 3 frames" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        collect_metaworld.main([*arguments, "2"])
+    assert "exists, and is not overwritten" in capsys.readouterr().err
+    (tmp_path / "outputs").rename(tmp_path / "old")
+    collect_metaworld.main([*arguments, "2"])
+    assert "2 demonstrations, 6 frames" in capsys.readouterr().out
+
+
+def test_somebody_elses_folder_is_not_taken_for_parts(collect_metaworld, tmp_path, capsys):
+    (tmp_path / "outputs.parts").mkdir()
+    (tmp_path / "outputs.parts/thesis.tex").write_text("mine")
+    with pytest.raises(SystemExit):
+        collect_metaworld.main(["--output_dir", str(tmp_path / "outputs")])
+    assert "thesis.tex" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "outputs.parts").iterdir()] == ["thesis.tex"]
+
+
+def test_interrupted_collecting_ends_in_one_line_and_keeps_its_parts(
+    collect_metaworld, parts, tmp_path, capsys, monkeypatch
+):
+    before = sorted(parts.rglob("*"))
+    monkeypatch.setattr(collect_metaworld, "write_dataset", lambda *args, **_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        collect_metaworld.main(["--output_dir", str(tmp_path / "outputs"), "--episodes", "2"])
+    error = capsys.readouterr().err
+    assert ended.value.code == 130 and "Interrupted." in error and str(parts) in error and "Traceback" not in error
+    assert sorted(parts.rglob("*")) == before and not (tmp_path / "outputs").exists()
+
+
 def test_the_script_records_the_shipped_policy(tmp_path, capsys, monkeypatch):
     arguments = ["--checkpoint", str(ROOT / "checkpoints/pusht-tiny"), "--output_dir", str(tmp_path / "set")]
     record([*arguments, "--episodes", "2", "--max_steps", "10"])
@@ -129,7 +231,7 @@ def test_the_script_records_the_shipped_policy(tmp_path, capsys, monkeypatch):
     dataset = LeRobotChunkDataset(tmp_path / "set", chunk_size=4, cache_dir=tmp_path / "cache")
     assert dataset.actions.min() >= 0 and dataset.actions.max() <= 512
     for wrong, message in ((["--episodes", "0"], "at least 1"), ([], "Name another folder")):
-        monkeypatch.setattr(record_rollouts, "play", lambda *args: pytest.fail("nothing may be played"))
+        monkeypatch.setattr(record_rollouts, "load_checkpoint", lambda *args: pytest.fail("nothing may be loaded"))
         with pytest.raises(SystemExit):
             record([*arguments, *wrong])
         assert message in capsys.readouterr().err
