@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TASK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from smolandfast import Normalizer, checks_smolandfast, compute_statistics
+from smolandfast import FastActionTokenizer, Normalizer, checks_smolandfast, compute_statistics
+from smolandfast.training import make_tiny_processor
 
 PUSHT_STATS = Path(__file__).parents[2] / "shared" / "data" / "pusht" / "meta" / "stats.json"
 VALUES = st.floats(-1000, 1000, width=32)
@@ -222,6 +224,19 @@ def test_measuring_and_normalising_in_batches_changes_no_bit(data, dtype, shape)
     if not normalizer.use_relative_actions and (low < high).all():
         expected = ((actions.astype(np.float64) - low) / (high - low) * 2 - 1).astype(np.float32)
         np.testing.assert_array_equal(at_once, expected)
+
+
+def test_clipping_at_two_is_part_of_a_policys_meaning(demonstrations):
+    """Bounds may be equal under both normalisations; what is read from the same tokens is not."""
+    statistics = compute_statistics(*demonstrations)
+    for numbers in statistics.values():
+        numbers |= {"q01": numbers["min"], "q99": numbers["max"]}
+    tokenizer = FastActionTokenizer.fit(np.zeros((1, 8, 2)))
+    fingerprints = {
+        make_tiny_processor(tokenizer, statistics, TASK, normalization=normalization).fingerprint
+        for normalization in ("min_max", "quantiles")
+    }
+    assert len(fingerprints) == 2
 
 
 def test_statistics_of_no_numbers_are_refused():
