@@ -374,7 +374,8 @@ def fit_statistics_and_tokenizer(
     normalizer = Normalizer(statistics, use_relative_actions=args.use_relative_actions)
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
     tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)
-    print("FAST:", ", ".join(f"{name} {value:.4g}" for name, value in tokenizer.fit_report.items()))
+    report = {name: " ".join(f"{x:.4g}" for x in np.atleast_1d(value)) for name, value in tokenizer.fit_report.items()}
+    print("FAST:", ", ".join(f"{name} {numbers}" for name, numbers in report.items()))
     return statistics, tokenizer
 
 

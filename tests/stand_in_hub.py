@@ -98,8 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _missing(self, code: str):
-        self._send(404, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code})
+    def _missing(self, code: str, headers: dict[str, str] | None = None):
+        self._send(404, {"error": code}, {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
 
     def validate_yaml(self):
         """The hub's own checks of a card's front matter, as far as they concern what a model card of ours holds."""
@@ -201,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._missing("RepoNotFound")
         if path not in files:
-            return self._missing("EntryNotFound")
+            return self._missing("EntryNotFound", {"X-Repo-Commit": self.server.sha()})
         headers = {"X-Repo-Commit": self.server.sha(), "ETag": f'"{_git_sha(files[path])}"'}
         self._send(200, files[path], headers)
 

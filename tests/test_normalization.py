@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TASK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from smolandfast import Normalizer, compute_statistics
+from smolandfast import FastActionTokenizer, Normalizer, checks_smolandfast, compute_statistics
+from smolandfast.training import make_tiny_processor
 
 PUSHT_STATS = Path(__file__).parents[2] / "shared" / "data" / "pusht" / "meta" / "stats.json"
 VALUES = st.floats(-1000, 1000, width=32)
@@ -72,13 +74,40 @@ def test_the_bounds_become_minus_one_and_one(statistics, normalization, low, hig
     np.testing.assert_allclose(normalizer.action_scale, (bounds[0, 1] - bounds[0, 0]) / 2)
 
 
-def test_quantiles_leave_outliers_beyond_one_and_bring_them_back():
+def test_quantiles_clip_outliers_at_two_in_both_directions():
     statistics = plain_statistics([-1.0], [1.0])
-    statistics["action"] = {"min": [-10.0], "q01": [-1.0], "q99": [1.0], "max": [10.0]}
+    statistics["action"] = {"min": [-10.0], "q01": [-1.0], "q99": [1.0], "max": [1e30]}
     normalizer = Normalizer(statistics, "quantiles")
-    normalized = normalizer.normalize_actions([[[-10.0], [5.0]]], np.zeros((1, 1)))
-    assert normalized.tolist() == [[[-10.0], [5.0]]]
-    assert normalizer.unnormalize_actions(normalized, None).tolist() == [[[-10.0], [5.0]]]
+    normalized = normalizer.normalize_actions([[[-10.0], [1.5], [2.0], [1e30]]], np.zeros((1, 1)))
+    assert normalized.tolist() == [[[-2.0], [1.5], [2.0], [2.0]]]
+    assert normalizer.unnormalize_actions(normalized, None).tolist() == normalized.tolist()
+    written = np.array([[[-2.0], [-2.1], [1e6], [0.5]]])  # whatever a policy writes
+    assert normalizer.unnormalize_actions(written, None).tolist() == [[[-2.0], [-2.0], [2.0], [0.5]]]
+    assert normalizer.count_clipped_actions(written, None).tolist() == [2]
+
+
+@settings(deadline=None)
+@given(data=st.data(), use_relative_actions=st.booleans())
+def test_quantiles_bound_what_is_learnt_and_what_the_robot_is_sent(data, use_relative_actions):
+    """Whatever the outliers, and however little a dimension moves."""
+    values = st.floats(-1, 1) | st.sampled_from([1e-6, 5e3, -1e6])
+    states = data.draw(arrays(np.float64, (30, 2), elements=values))
+    actions = data.draw(arrays(np.float64, (30, 2, 2), elements=values))
+    normalizer = Normalizer(compute_statistics(states, actions), "quantiles", 256, use_relative_actions)
+    bins = normalizer.state_bins(states)
+    normalized = normalizer.normalize_actions(actions, bins)
+    assert np.abs(normalized).max() <= 2
+    (low, high), (first, last) = normalizer.action_bounds, normalizer.state_bounds
+    reference = ((bins + 0.5) / 256 * (last - first) + first)[:, None] if use_relative_actions else 0.0
+    nearest, furthest = (low + high) / 2 + reference - (high - low), (low + high) / 2 + reference + (high - low)
+    limits = normalizer.action_limits
+    expected = actions.clip(nearest, furthest).clip(*limits)
+    size = np.abs([low, high, *limits]).max() + np.abs(reference).max()
+    np.testing.assert_allclose(normalizer.unnormalize_actions(normalized, bins), expected, rtol=1e-6, atol=1e-6 * size)
+    written = data.draw(arrays(np.float64, (30, 2, 2), elements=st.floats(-1e9, 1e9)))  # by an untrained policy
+    sent = normalizer.unnormalize_actions(written, bins)
+    bounds = np.broadcast_to(nearest, sent.shape).clip(*limits), np.broadcast_to(furthest, sent.shape).clip(*limits)
+    assert (sent >= bounds[0] - 1e-6 * size).all() and (sent <= bounds[1] + 1e-6 * size).all()
 
 
 def test_relative_actions_are_relative_to_the_centre_of_the_states_bin():
@@ -102,9 +131,8 @@ def test_a_dimension_that_never_moves_comes_back_exactly(normalization, constant
 
 
 @pytest.mark.parametrize("use_relative_actions", [False, True])
-@NORMALIZATIONS
-def test_actions_are_clipped_to_the_smallest_and_largest_seen(statistics, normalization, use_relative_actions):
-    normalizer = Normalizer(statistics, normalization, use_relative_actions=use_relative_actions)
+def test_actions_are_clipped_to_the_smallest_and_largest_seen(statistics, use_relative_actions):
+    normalizer = Normalizer(statistics, use_relative_actions=use_relative_actions)
     bins = normalizer.state_bins(demonstrations()[0][:2])
     for written, limit in ((50.0, "max"), (-50.0, "min")):
         actions = normalizer.unnormalize_actions(np.full((2, 4, 2), written), bins)
@@ -167,6 +195,66 @@ def test_statistics_are_those_of_the_demonstrations():
     assert "relative_action" not in compute_statistics(np.zeros((5, 3)), np.zeros((5, 4, 2)))
 
 
+@settings(deadline=None)
+@given(
+    data=st.data(),
+    dtype=st.sampled_from([np.float32, np.float64, np.int16]),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 3), st.integers(1, 3)),
+)
+def test_measuring_and_normalising_in_batches_changes_no_bit(data, dtype, shape):
+    elements = st.integers(-999, 999) if dtype == np.int16 else VALUES
+    actions = data.draw(arrays(dtype, shape, elements=elements))
+    states = data.draw(arrays(dtype, (shape[0], shape[2]), elements=elements))
+    statistics = compute_statistics(states, actions)
+    relative = actions.astype(np.float64) - states.astype(np.float64)[:, None]
+    for name, values in {"observation.state": states, "action": actions, "relative_action": relative}.items():
+        flat = values.astype(np.float64).reshape(-1, shape[2])
+        quantiles = np.quantile(flat, [0.01, 0.99], axis=0).tolist()
+        expected = dict(
+            zip(("min", "max", "q01", "q99"), [flat.min(0).tolist(), flat.max(0).tolist(), *quantiles], strict=True)
+        )
+        assert statistics[name] == expected
+    normalizer = Normalizer(statistics, use_relative_actions=data.draw(st.booleans()))
+    bins = normalizer.state_bins(states)
+    at_once = normalizer.normalize_actions(actions, bins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks_smolandfast, "BATCH_NUMBERS", data.draw(st.integers(1, 20)))
+        np.testing.assert_array_equal(normalizer.normalize_actions(actions, bins), at_once)
+    low, high = normalizer.action_bounds
+    if not normalizer.use_relative_actions and (low < high).all():
+        expected = ((actions.astype(np.float64) - low) / (high - low) * 2 - 1).astype(np.float32)
+        np.testing.assert_array_equal(at_once, expected)
+
+
+def test_clipping_at_two_is_part_of_a_policys_meaning(demonstrations):
+    """Bounds may be equal under both normalisations; what is read from the same tokens is not."""
+    statistics = compute_statistics(*demonstrations)
+    for numbers in statistics.values():
+        numbers |= {"q01": numbers["min"], "q99": numbers["max"]}
+    tokenizer = FastActionTokenizer.fit(np.zeros((1, 8, 2)))
+    fingerprints = {
+        make_tiny_processor(tokenizer, statistics, TASK, normalization=normalization).fingerprint
+        for normalization in ("min_max", "quantiles")
+    }
+    assert len(fingerprints) == 2
+
+
+def test_statistics_of_no_numbers_are_refused():
+    for states, actions in ((np.zeros((0, 2)), np.zeros((0, 4, 2))), (np.zeros((3, 2)), np.zeros((3, 0, 2)))):
+        with pytest.raises(ValueError, match=r"(states|actions) is empty, of shape \("):
+            compute_statistics(states, actions)
+
+
+def test_relative_actions_of_other_dimensions_are_refused_with_both(statistics):
+    """Whether or not the statistics hold relative actions, which compute_statistics leaves out then."""
+    measured = compute_statistics(np.zeros((5, 7)), np.zeros((5, 4, 6)))
+    with pytest.raises(ValueError, match="use_relative_actions .*'observation.state' has 7 and 'action' has 6"):
+        Normalizer(measured, use_relative_actions=True)
+    statistics["relative_action"] = {name: [0.0] * 3 for name in ("min", "max", "q01", "q99")}
+    with pytest.raises(ValueError, match=r"statistics\['relative_action'\] has 3 dimensions.* have 2"):
+        Normalizer(statistics, use_relative_actions=True)
+
+
 @pytest.mark.skipif(not PUSHT_STATS.exists(), reason=f"the PushT data set is not at {PUSHT_STATS}")
 @NORMALIZATIONS
 def test_the_statistics_file_of_a_lerobot_data_set_serves_as_it_is(normalization):
@@ -206,7 +294,7 @@ def test_options_that_cannot_work_are_refused(statistics):
     with pytest.raises(ValueError, match="normalization is 'mean_std', expected one of min_max, quantiles"):
         Normalizer(statistics, "mean_std")
     statistics["observation.state"] = {"min": [0.0] * 3, "max": [1.0] * 3}
-    with pytest.raises(ValueError, match="use_relative_actions needs .* got 3 and 2"):
+    with pytest.raises(ValueError, match="use_relative_actions .*'observation.state' has 3 and 'action' has 2"):
         Normalizer(statistics, use_relative_actions=True)
 
 

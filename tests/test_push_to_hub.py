@@ -186,6 +186,35 @@ assert "user/new is not in the cache, and the hub cannot be reached" in refusal(
     )
 
 
+def test_without_a_network_a_subfolder_is_a_checkpoint_like_any_other(hub, tmp_path):
+    """Its optional files are missing, not unreachable: a cached policy in a subfolder loads offline."""
+    hub.repos["user/policies"] = {"config.json": b"{}", "small/tokenizer_config.json": b"{}", "bare/a.json": b"{}"}
+    load_elsewhere(
+        hub,
+        """
+del sys.modules["smolandfast"]
+from smolandfast.hub_smolandfast import find_file
+
+def find(filename, subfolder, **options):
+    return find_file("user/policies", filename, subfolder=subfolder, **options)
+
+def is_refused(filename, subfolder):
+    try:
+        find(filename, subfolder, local_files_only=True)
+    except OSError as error:
+        return "is not in the cache" in str(error)
+
+assert find("config.json", None) and is_refused("SHA256SUMS", "small")
+assert find("tokenizer_config.json", "small") and find("SHA256SUMS", "bare") is None
+assert find("tokenizer_config.json", "small", local_files_only=True).is_file()
+assert find("SHA256SUMS", "small", local_files_only=True) is None
+assert find("SHA256SUMS", "bare", local_files_only=True) is None
+assert is_refused("a.json", "bare") and is_refused("SHA256SUMS", "other")
+""",
+        tmp_path,
+    )
+
+
 @pytest.mark.parametrize("breaks", ["PUT /lfs/", "/lfs/objects/batch", "/commit/"], ids=["weights", "batch", "commit"])
 def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, arguments, breaks, capsys):
     hub.repos["user/pusht"] = before = {

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,13 @@ from hypothesis.extra.numpy import arrays
 from scipy.fft import idct
 from transformers import PreTrainedTokenizerFast
 
-from smolandfast import FastActionTokenizer
+from smolandfast import (
+    FastActionTokenizer,
+    Normalizer,
+    checks_smolandfast,
+    compute_statistics,
+    tokenization_fast_action,
+)
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 needs_fast_plus = pytest.mark.skipif(not ASSETS.exists(), reason=f"the official FAST+ files are not in {ASSETS}")
@@ -29,6 +36,18 @@ tokenizer = AutoTokenizer.from_pretrained("tokenizer", trust_remote_code=True)
 chunks = np.load("chunks.npy")
 again = type(tokenizer).fit(chunks, tokenizer.scale, len(tokenizer))
 print(json.dumps([tokenizer.encode_actions(chunks), again.encode_actions(chunks), "smolandfast" in sys.modules]))
+"""
+
+
+MEMORY_OF_A_FIT = """
+import numpy as np, resource
+from smolandfast import FastActionTokenizer, Normalizer, compute_statistics
+actions = np.sin(np.cumsum(np.random.default_rng(0).normal(size=(12_050, 14)), axis=0) * 0.02).astype(np.float32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+states, chunks = actions[:12_000], actions[np.arange(12_000)[:, None] + np.arange(50)]
+normalizer = Normalizer(compute_statistics(states, chunks))
+FastActionTokenizer.fit(normalizer.normalize_actions(chunks, normalizer.state_bins(states)))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / chunks.size)
 """
 
 
@@ -246,8 +265,9 @@ def test_saved_and_pickled_tokenizers_are_the_same(name, request, tmp_path):
     chunks = smooth_chunks(20, 10, 2, seed=1) * 3  # some of them saturate
     ids = tokenizer.encode_actions(chunks)
     for copy in (FastActionTokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
-        for field in ("horizon", "action_dim", "scale", "min_coefficient", "max_coefficient", "fit_report"):
+        for field in ("horizon", "action_dim", "scale", "min_coefficient", "max_coefficient"):
             assert getattr(copy, field) == getattr(tokenizer, field)
+        assert copy._fit_report == tokenizer._fit_report
         assert copy.encode_actions(chunks) == ids
         assert_close(copy.decode_actions(ids, 10, 2), tokenizer.decode_actions(ids, 10, 2))
 
@@ -280,7 +300,133 @@ def test_the_report_measures_errors_in_robot_units():
     assert tokens == pytest.approx([np.mean(lengths), np.percentile(lengths, 99), max(lengths)])
     assert report["rmse"] == pytest.approx(np.sqrt(np.mean(errors**2)))
     assert report["max_error"] == pytest.approx(np.abs(errors).max())
+    assert report["rmse_by_dim"] == pytest.approx(np.sqrt(np.mean(errors**2, axis=(0, 1))))
+    assert report["clipped_values_by_dim"] == [0, 0]
     assert report["vocab_used"] == pytest.approx(len({token for row in ids for token in row}) / len(tokenizer))
+
+
+def test_an_action_scale_of_another_robot_is_refused(fitted):
+    chunks = smooth_chunks(5, 10, 2)
+    for action_scale, message in [
+        (np.ones(3), r"shape \(3,\)"),
+        (np.ones((1, 2)), r"shape \(1, 2\)"),
+        ("m", "numbers"),
+    ]:
+        for method in (
+            lambda scale: fitted.report(chunks, scale),
+            lambda scale: FastActionTokenizer.fit(chunks, 10.0, 300, scale),
+        ):
+            with pytest.raises(ValueError, match=f"action_scale .*{message}"):
+                method(action_scale)
+
+
+@needs_fast_plus
+def test_a_tokenizer_that_was_not_fitted_says_how_to_measure_it(fast_plus, tmp_path):
+    fast_plus.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "fit_report" not in content
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(content | {"fit_report": None})
+    )  # as earlier releases wrote it
+    for tokenizer in (fast_plus, FastActionTokenizer.from_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=r"not fitted .*tokenizer.report\(chunks, action_scale\)"):
+            print(tokenizer.fit_report)
+        assert tokenizer.report(smooth_chunks(5, 10, 2))["num_chunks"] == 5
+        tokenizer.save_pretrained(tmp_path)
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data(), horizon=st.integers(1, 8), action_dim=st.integers(1, 3))
+def test_fitting_in_batches_changes_nothing(data, horizon, action_dim):
+    elements = st.floats(-1, 1, width=32)
+    chunks = data.draw(arrays(np.float32, (9, horizon, action_dim), elements=elements, fill=st.nothing()))
+    at_once = FastActionTokenizer.fit(chunks, vocab_size=512)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks_smolandfast, "BATCH_NUMBERS", data.draw(st.integers(1, 60)))
+        for same in (chunks, chunks.astype(np.float64), torch.from_numpy(chunks), chunks.tolist()):
+            batched = FastActionTokenizer.fit(same, vocab_size=512)
+            assert batched.backend_tokenizer.to_str() == at_once.backend_tokenizer.to_str()
+            assert (batched.min_coefficient, batched.max_coefficient) == (
+                at_once.min_coefficient,
+                at_once.max_coefficient,
+            )
+            for name, value in at_once.fit_report.items():
+                np.testing.assert_allclose(batched.fit_report[name], value, rtol=1e-9, atol=1e-15)
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data(), bound=st.integers(1, 30))
+def test_a_large_data_set_is_fitted_on_evenly_spaced_chunks_and_every_chunk_can_be_written(data, bound):
+    chunks = data.draw(arrays(np.float32, (30, 4, 2), elements=st.floats(-1, 1, width=32), fill=st.nothing()))
+    name, limit = data.draw(
+        st.sampled_from([("MAX_FITTED_CHUNKS", bound), ("MAX_FITTED_COEFFICIENTS", 8 * bound + 7)])
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization_fast_action, name, limit)
+        tokenizer = FastActionTokenizer.fit(chunks, vocab_size=256)
+    assert not tokenizer.count_saturated(chunks).any()
+    rows = np.linspace(0, 29, bound).round().astype(int)
+    assert len(set(rows)) == bound == tokenizer.fit_report["num_chunks"]
+    assert tokenizer.report(chunks[rows]) == tokenizer.fit_report
+    if bound == 30:
+        same = FastActionTokenizer.fit(chunks, vocab_size=256)
+        assert tokenizer.backend_tokenizer.to_str() == same.backend_tokenizer.to_str()
+
+
+def test_a_large_data_set_is_measured_normalised_and_fitted_in_little_memory():
+    """The demonstrations of an ALOHA: bytes for each coefficient, the chunks and their normalised copy included."""
+    done = subprocess.run([sys.executable, "-c", MEMORY_OF_A_FIT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 42
+
+
+def demonstrations_with(fault):
+    rng, time = np.random.default_rng(0), np.arange(610)
+    actions = np.stack([np.sin(time / (20 + 3 * i) + i) for i in range(7)], axis=1) + rng.normal(0, 0.01, (610, 7))
+    if fault == "a joint that hardly moves":
+        actions[:, 3] = 1.5686 + 2.0 * (rng.random(610) < 0.004) + rng.normal(0, 1e-4, 610)
+    elif fault == "an outlier":
+        actions[100, 3] = 1e4
+    return actions[:600], actions[np.arange(600)[:, None] + np.arange(10)]
+
+
+@pytest.mark.parametrize("use_relative_actions", [False, True])
+@pytest.mark.parametrize("fault", ["a joint that hardly moves", "an outlier", "nothing"])
+def test_quantiles_fit_whatever_the_outliers_and_the_report_says_what_was_clipped(fault, use_relative_actions):
+    states, chunks = demonstrations_with(fault)
+    normalizer = Normalizer(compute_statistics(states, chunks), "quantiles", 256, use_relative_actions)
+    normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
+    report = FastActionTokenizer.fit(normalized, action_scale=normalizer.action_scale).fit_report
+    clipped = report["clipped_values_by_dim"]
+    assert len(clipped) == 7 and all(share < 0.02 for share in clipped)
+    assert (clipped[3] > 0) == (fault != "nothing")
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data(), horizon=st.sampled_from([1, 10, 100]), action_dim=st.integers(1, 3))
+def test_quantiles_never_need_more_symbols_than_twice_the_range(data, horizon, action_dim):
+    """So any demonstrations fit a vocabulary of 1,024, with room for merges."""
+    values = st.floats(-1, 1, width=32) | st.sampled_from([0.0, 1e-6, 1e4, -1e30])
+    actions = data.draw(arrays(np.float64, (20, horizon, action_dim), elements=values))
+    normalizer = Normalizer(compute_statistics(actions[:, 0], actions), "quantiles", 256, data.draw(st.booleans()))
+    tokenizer = FastActionTokenizer.fit(normalizer.normalize_actions(actions, normalizer.state_bins(actions[:, 0])))
+    largest = max(-tokenizer.min_coefficient, tokenizer.max_coefficient)
+    assert largest <= 2 * np.sqrt(horizon) * tokenizer.scale + 0.5
+
+
+@pytest.mark.parametrize(
+    "value, scale, vocab_size, fix",
+    [
+        (1e4, 10.0, 1024, r"Normalise it to about \[-1, 1\] with Normalizer.normalize_actions"),
+        (2.0, 100.0, 64, "Use a scale below 100.0, or a vocab_size of 633 and more"),
+        (2.0, 1e6, 100_000, "Use a scale below 1000000.0"),
+    ],
+)
+def test_too_many_symbols_are_refused_with_the_dimension_that_needs_them(value, scale, vocab_size, fix):
+    chunks = np.zeros((3, 10, 4))
+    chunks[1, :, 2] = value
+    with pytest.raises(ValueError, match=rf"dimension 2, .* run from 0 to {re.escape(f'{value:.4g}')}\. {fix}\.$"):
+        FastActionTokenizer.fit(chunks, scale, vocab_size)
 
 
 def test_long_chunks_of_many_dimensions_work_in_their_own_shape_alone():
