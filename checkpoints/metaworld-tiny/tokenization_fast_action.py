@@ -7,7 +7,7 @@ ids alone: not the robot's units, and not where a language model keeps the ids i
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Real
 
 import numpy as np
@@ -16,11 +16,14 @@ from scipy.fft import dct
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .checks_smolandfast import as_numbers, check_whole, naming_errors
+from .checks_smolandfast import MAX_NORMALIZED, as_numbers, check_whole, in_batches, naming_errors
 from .hub_smolandfast import HUB_KWARGS, find_file
 from .strings_smolandfast import FIRST_SYMBOL, MAX_CODE_POINT, MAX_SYMBOLS, inverse_dct, read_coefficients
 
 MAX_COEFFICIENT = 2**31
+# Of a larger data set, merges are learnt from evenly spaced chunks: they need about 100 bytes a coefficient.
+MAX_FITTED_CHUNKS = 100_000
+MAX_FITTED_COEFFICIENTS = 2**21
 
 
 class FastActionTokenizer(PreTrainedTokenizerFast):
@@ -30,12 +33,12 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
     [`FastActionTokenizer.fit`], or load the official FAST+ files with `from_pretrained("physical-intelligence/fast")`.
 
     Args:
-        horizon: Actions in a chunk, H. `None` (FAST+): `decode_actions` must be told.
-        action_dim: Dimensions of an action, D. `None` (FAST+): `decode_actions` must be told.
+        horizon: Actions in a chunk, H. `None` (FAST+): an argument of `decode_actions`.
+        action_dim: Dimensions of an action, D. `None` (FAST+): an argument of `decode_actions`.
         scale: DCT coefficients are multiplied by this before rounding: larger is finer and needs more tokens.
         min_coefficient: Smallest integer coefficient; smaller ones saturate.
         max_coefficient: Largest integer coefficient; larger ones saturate. `None`: as far as the symbols reach.
-        fit_report: What [`FastActionTokenizer.report`] said of the chunks it was fitted on.
+        fit_report: [`FastActionTokenizer.report`] of the chunks it was fitted on. `None`: not fitted (FAST+).
 
     Raises:
         ValueError: The files hold no `min_coefficient`, so they are not those of an action tokenizer.
@@ -77,13 +80,12 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             scale=scale,
             min_coefficient=min_coefficient,
             max_coefficient=max_coefficient,
-            fit_report=fit_report,
             **kwargs,
         )
+        self._set_fit_report(fit_report)
         self.horizon = horizon
         self.action_dim = action_dim
         self.scale = scale
-        self.fit_report = fit_report
         self.min_coefficient = min_coefficient
         self.is_byte_level = isinstance(self.backend_tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
         self.first_symbol = 0 if self.is_byte_level else FIRST_SYMBOL
@@ -101,6 +103,21 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             self.token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
         else:
             self.token_bytes = [token.encode("utf-8") for token in tokens]
+
+    @property
+    def fit_report(self) -> dict:
+        """[`FastActionTokenizer.report`] of the chunks it was fitted on. Raises `ValueError` if it was not fitted."""
+        if self._fit_report is None:
+            raise ValueError(
+                "This tokenizer was not fitted on your chunks, as FAST+ is not, so it has no fit_report. Measure it "
+                "with tokenizer.report(chunks, action_scale), on normalised chunks."
+            )
+        return self._fit_report
+
+    def _set_fit_report(self, report: dict | None) -> None:
+        self._fit_report = report
+        if report is not None:
+            self.init_kwargs["fit_report"] = report  # what Transformers saves
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "FastActionTokenizer":
@@ -137,8 +154,10 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
     ) -> "FastActionTokenizer":
         """Train a tokenizer on normalised action chunks. The same chunks give the same tokenizer.
 
-        Every integer between the smallest and the largest coefficient seen gets a symbol of its own, so all of them
-        can be written; the rest of the vocabulary is byte-pair merges of symbols.
+        Every integer between the smallest and the largest coefficient seen gets its own symbol, so all of them can be
+        written; the rest of the vocabulary is byte-pair merges of symbols. Beyond [`MAX_FITTED_CHUNKS`] chunks or
+        [`MAX_FITTED_COEFFICIENTS`] coefficients, merges and report come from evenly spaced chunks, the symbols still
+        from all.
 
         Args:
             chunks: `(N, H, D)`, normalised to about [-1, 1], finite.
@@ -147,33 +166,27 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             action_scale: Robot units in one normalised unit, a number or `(D,)`: the unit of the report's errors.
 
         Returns:
-            The tokenizer; its `fit_report` is [`FastActionTokenizer.report`] of the same chunks.
+            The tokenizer; its `fit_report` is [`FastActionTokenizer.report`] of the chunks that it learnt merges from.
 
         Raises:
             ValueError: wrong shape, values that are not finite, or fewer tokens than symbols.
         """
-        chunks = as_numbers(chunks, "chunks", ("N", "H", "D"))
+        chunks = as_numbers(chunks, "chunks", ("N", "H", "D"), keep_floats=True)
         _check_scale(scale)
         check_whole(vocab_size, "vocab_size")
         if chunks.size == 0:
             raise ValueError(f"chunks has shape {chunks.shape}: pass at least one (H, D) chunk to fit on.")
-        coefficients = _dct_coefficients(chunks, scale)
-        low, high = int(coefficients.min()), int(coefficients.max())
-        num_symbols = high - low + 1
-        if num_symbols > min(vocab_size, MAX_SYMBOLS):
-            raise ValueError(
-                f"The coefficients run from {low} to {high}: {num_symbols} symbols, more than the vocabulary of "
-                f"{vocab_size} can hold. Use a larger vocab_size or a scale below {scale}, or look for outliers "
-                "in the actions (quantile normalisation tames them)."
-            )
+        action_scale = _check_action_scale(action_scale, chunks.shape[2])
+        low, high = _coefficient_range(chunks, scale, vocab_size)
+        num_fitted = max(1, min(len(chunks), MAX_FITTED_CHUNKS, MAX_FITTED_COEFFICIENTS // chunks[0].size))
+        chunks = chunks[np.linspace(0, len(chunks) - 1, num_fitted).round().astype(int)]
         backend = Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=int(vocab_size),
-            initial_alphabet=[chr(FIRST_SYMBOL + k) for k in range(num_symbols)],
+            initial_alphabet=[chr(FIRST_SYMBOL + k) for k in range(high - low + 1)],
             show_progress=False,
         )
-        texts = [_write_symbols(row) for row in coefficients.astype(np.int64) - low + FIRST_SYMBOL]
-        backend.train_from_iterator(texts, trainer, length=len(texts))
+        backend.train_from_iterator(_write_strings(chunks, scale, low), trainer, length=num_fitted)
         tokenizer = cls(
             tokenizer_object=backend,
             horizon=int(chunks.shape[1]),
@@ -182,7 +195,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             min_coefficient=low,
             max_coefficient=high,
         )
-        tokenizer.fit_report = tokenizer.report(chunks, action_scale)
+        tokenizer._set_fit_report(tokenizer.report(chunks, action_scale))
         return tokenizer
 
     def encode_actions(self, actions: "np.ndarray | torch.Tensor") -> list[list[int]]:
@@ -309,24 +322,41 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         Returns:
             `tokens_mean`, `tokens_p99`, `tokens_max` a chunk; `rmse` and `max_error` between an action and its decoded
             self, in robot units; `clip_rate`, the share of saturated coefficients; `vocab_used`, the share of the
-            vocabulary that these chunks use; `num_chunks`, `vocab_size`.
+            vocabulary that these chunks use; `num_chunks`, `vocab_size`. For each dimension of the action,
+            `rmse_by_dim`, and `clipped_values_by_dim`: the share of its values at or beyond -2 and 2, where quantile
+            normalisation has clipped them.
         """
         actions = self._check_chunks(actions)
-        if len(actions) == 0:
-            raise ValueError("actions is empty: pass at least one (H, D) chunk to report on.")
-        ids = self.encode_actions(actions)
-        lengths = np.array([len(row) for row in ids])
-        errors = (self.decode_actions(ids, *actions.shape[1:]) - actions) * np.asarray(action_scale)
+        if actions.size == 0:
+            raise ValueError(
+                f"actions is empty, of shape {actions.shape}: pass at least one (H, D) chunk to report on."
+            )
+        action_scale = _check_action_scale(action_scale, actions.shape[2])
+        lengths, used, max_error, num_saturated = [], set(), 0.0, 0
+        squares, num_clipped = np.zeros(actions.shape[2]), np.zeros(actions.shape[2])
+        for rows in in_batches(len(actions), actions[0].size):
+            batch = actions[rows].astype(np.float64)
+            ids = self.encode_actions(batch)
+            errors = (self.decode_actions(ids, *batch.shape[1:]) - batch) * action_scale
+            lengths += map(len, ids)
+            used.update(*ids)
+            squares += (errors**2).sum(axis=(0, 1))
+            max_error = max(max_error, np.abs(errors).max())
+            num_saturated += self.count_saturated(batch).sum()
+            num_clipped += (np.abs(batch) >= MAX_NORMALIZED).sum(axis=(0, 1))
+        num_values = len(actions) * actions.shape[1]  # of a dimension
         return {
-            "num_chunks": len(ids),
+            "num_chunks": len(lengths),
             "vocab_size": len(self),
-            "tokens_mean": float(lengths.mean()),
+            "tokens_mean": float(np.mean(lengths)),
             "tokens_p99": float(np.percentile(lengths, 99)),
-            "tokens_max": int(lengths.max()),
-            "rmse": float(np.sqrt((errors**2).mean())),
-            "max_error": float(np.abs(errors).max()),
-            "clip_rate": float(self.count_saturated(actions).sum() / actions.size),
-            "vocab_used": float(len(set().union(*ids)) / len(self)),
+            "tokens_max": max(lengths),
+            "rmse": float(np.sqrt((squares / num_values).mean())),
+            "rmse_by_dim": np.sqrt(squares / num_values).tolist(),
+            "max_error": float(max_error),
+            "clip_rate": float(num_saturated / actions.size),
+            "clipped_values_by_dim": (num_clipped / num_values).tolist(),
+            "vocab_used": float(len(used) / len(self)),
         }
 
     def token_grammar(self, num_coefficients: int) -> dict[str, list]:
@@ -347,7 +377,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
 
     def _check_chunks(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
         expected = (self.horizon or "horizon", self.action_dim or "action_dim")
-        return as_numbers(actions, "actions", ("batch", *expected))
+        return as_numbers(actions, "actions", ("batch", *expected), keep_floats=True)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -365,9 +395,52 @@ def _check_scale(scale: float) -> None:
         raise ValueError(f"scale is {scale!r}, expected a number above 0. The FAST paper uses 10.")
 
 
+def _check_action_scale(action_scale: "float | np.ndarray", action_dim: int) -> np.ndarray:
+    action_scale = as_numbers(action_scale, "action_scale")
+    if action_scale.shape not in ((), (action_dim,)):
+        raise ValueError(
+            f"action_scale has shape {action_scale.shape}, expected a number or ({action_dim},), one for each "
+            "dimension of the action. Pass Normalizer.action_scale."
+        )
+    return action_scale
+
+
+def _coefficient_range(chunks: np.ndarray, scale: float, vocab_size: int) -> tuple[int, int]:
+    """The smallest and the largest coefficient of all chunks `(N, H, D)`."""
+    extremes = []
+    for rows in in_batches(len(chunks), chunks[0].size):
+        coefficients = _dct_coefficients(chunks[rows], scale).reshape(-1, chunks.shape[2])  # (B, H*D) -> (B*H, D)
+        extremes.append((coefficients.min(axis=0), coefficients.max(axis=0)))
+    lows, highs = np.min([low for low, _ in extremes], axis=0), np.max([high for _, high in extremes], axis=0)
+    low, high = int(lows.min()), int(highs.max())
+    num_symbols = high - low + 1
+    if num_symbols > min(vocab_size, MAX_SYMBOLS):
+        widest = int(np.argmax(np.maximum(-lows, highs)))
+        smallest, largest = chunks[..., widest].min(), chunks[..., widest].max()
+        if max(-smallest, largest) > MAX_NORMALIZED:
+            fix = "Normalise it to about [-1, 1] with Normalizer.normalize_actions."
+        elif num_symbols > MAX_SYMBOLS:
+            fix = f"Use a scale below {scale}."
+        else:
+            fix = f"Use a scale below {scale}, or a vocab_size of {num_symbols} and more."
+        raise ValueError(
+            f"The coefficients run from {low} to {high}: {num_symbols} symbols, more than the vocabulary of "
+            f"{min(vocab_size, MAX_SYMBOLS)} can hold. The largest is of the action's dimension {widest}, whose "
+            f"normalised values run from {smallest:.4g} to {largest:.4g}. {fix}"
+        )
+    return low, high
+
+
+def _write_strings(chunks: np.ndarray, scale: float, min_coefficient: int) -> Iterator[str]:
+    """The string of symbols of each chunk."""
+    for rows in in_batches(len(chunks), chunks[0].size):
+        coefficients = _dct_coefficients(chunks[rows], scale).astype(np.int64)
+        yield from map(_write_symbols, coefficients - min_coefficient + FIRST_SYMBOL)
+
+
 def _dct_coefficients(actions: np.ndarray, scale: float) -> np.ndarray:
     """Rounded, unclipped coefficients, low frequencies first: `(B, H, D) -> (B, H*D)`."""
-    coefficients = np.around(dct(actions, axis=1, norm="ortho") * scale)
+    coefficients = np.around(dct(actions.astype(np.float64), axis=1, norm="ortho") * scale)
     if not np.isfinite(coefficients).all():
         raise ValueError(
             f"actions go up to {np.abs(actions).max():.3g} and overflow the transform. Normalise to about [-1, 1]."

@@ -45,8 +45,11 @@ def find_file(
         return Path(hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_kwargs))
     except LocalEntryNotFoundError as error:
         place = {name: hub_kwargs.get(name) for name in ("cache_dir", "revision")}
-        if any(isinstance(try_to_load_from_cache(name_or_path, name, **place), str) for name in CONFIG_FILES):
-            return None  # the checkpoint is in the cache, without this file
+        names = [f"{subfolder}/{name}" if subfolder else name for name in (filename, *CONFIG_FILES)]
+        missing, *configs = (try_to_load_from_cache(name_or_path, name, **place) for name in names)
+        # The cache remembers that the Hub has no such file, or holds a checkpoint without it.
+        if missing is not None or any(isinstance(path, str) for path in configs):
+            return None
         raise OSError(
             f"{name_or_path} is not in the cache, and the hub cannot be reached: {error} Connect, or name a folder."
         ) from error

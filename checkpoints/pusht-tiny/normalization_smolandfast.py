@@ -5,10 +5,12 @@ for quantile normalisation, `q01`, `q99`. Knows nothing of tokens, prompts or im
 needs NumPy alone.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .checks_smolandfast import as_numbers, check_whole
+from .checks_smolandfast import MAX_NORMALIZED, as_numbers, check_whole, in_batches
 
 STATE, ACTION, RELATIVE_ACTION = "observation.state", "action", "relative_action"
 BOUNDS = {"min_max": ("min", "max"), "quantiles": ("q01", "q99")}
@@ -25,20 +27,25 @@ def compute_statistics(states: np.ndarray, actions: np.ndarray) -> dict[str, dic
         `min`, `max`, `q01`, `q99` of each dimension, under `observation.state`, `action` and, where the dimensions
         match, `relative_action` (action minus state).
     """
-    states = as_numbers(states, "states", ("N", "state_dim"))
-    actions = as_numbers(actions, "actions", (len(states), "chunk_size", "action_dim"))
-    if len(states) == 0:
-        raise ValueError("states is empty: pass the demonstrations.")
-    values = {STATE: states, ACTION: actions}
+    states = as_numbers(states, "states", ("N", "state_dim"), keep_floats=True)
+    actions = as_numbers(actions, "actions", (len(states), "chunk_size", "action_dim"), keep_floats=True)
+    for name, values in {"states": states, "actions": actions}.items():
+        if values.size == 0:
+            raise ValueError(f"{name} is empty, of shape {values.shape}: pass the demonstrations.")
+    columns = {STATE: _columns(states), ACTION: _columns(actions)}
     if states.shape[-1] == actions.shape[-1]:
-        values[RELATIVE_ACTION] = actions - states[:, None]
+        references = (state[:, None] for state in _columns(states))
+        columns[RELATIVE_ACTION] = (x - state for x, state in zip(_columns(actions), references, strict=True))
     statistics = {}
-    for name, array in values.items():
-        flat = array.reshape(-1, array.shape[-1])
-        low, high = np.quantile(flat, [0.01, 0.99], axis=0)
-        numbers = {"min": flat.min(axis=0), "max": flat.max(axis=0), "q01": low, "q99": high}
-        statistics[name] = {key: value.tolist() for key, value in numbers.items()}
+    for name, values in columns.items():
+        found = [[x.min(), x.max(), *np.quantile(x, [0.01, 0.99])] for x in values]
+        statistics[name] = dict(zip(("min", "max", "q01", "q99"), np.array(found).T.tolist(), strict=True))
     return statistics
+
+
+def _columns(values: np.ndarray) -> Iterator[np.ndarray]:
+    """One dimension at a time, `(..., D) -> (...)` float64: all of them would be several copies of a data set."""
+    return (values[..., i].astype(np.float64) for i in range(values.shape[-1]))
 
 
 class Normalizer:
@@ -49,7 +56,8 @@ class Normalizer:
 
     Args:
         statistics: See [`compute_statistics`]; `meta/stats.json` of a LeRobot data set has the same layout.
-        normalization: `"min_max"` maps [min, max] to [-1, 1]; `"quantiles"` maps [q01, q99] there.
+        normalization: `"min_max"` maps [min, max] to [-1, 1]; `"quantiles"` maps [q01, q99] there and clips actions
+            at -2 and 2, so that an outlier is not larger than any motion.
         n_state_bins: Bins of each state dimension.
         use_relative_actions: Whether actions are taken relative to the state.
 
@@ -79,19 +87,22 @@ class Normalizer:
         self.n_state_bins = n_state_bins
         self.use_relative_actions = use_relative_actions
         self.state_bounds = _read_widest(statistics, STATE, low, high)
-        self.action_bounds = _read_widest(statistics, RELATIVE_ACTION if use_relative_actions else ACTION, low, high)
         self.action_limits = _read_bounds(statistics, ACTION, "min", "max")
-        self.state_dim, self.action_dim = len(self.state_bounds[0]), len(self.action_bounds[0])
-        if len(self.action_limits[0]) != self.action_dim:
-            raise ValueError(
-                f"statistics[{ACTION!r}] has {len(self.action_limits[0])} dimensions in min and max, and "
-                f"{self.action_dim} elsewhere. Compute it anew."
-            )
+        self.state_dim, self.action_dim = len(self.state_bounds[0]), len(self.action_limits[0])
         if use_relative_actions and self.state_dim != self.action_dim:
             raise ValueError(
-                f"use_relative_actions needs a state and an action of equal dimensions, got {self.state_dim} and "
-                f"{self.action_dim}. Use absolute actions, or make the state the position that the action commands."
+                f"use_relative_actions needs a state and an action of equal dimensions, but {STATE!r} has "
+                f"{self.state_dim} and {ACTION!r} has {self.action_dim}, so the statistics can hold no "
+                f"{RELATIVE_ACTION!r}. Use absolute actions, or make the state the position that the action commands."
             )
+        name = RELATIVE_ACTION if use_relative_actions else ACTION
+        self.action_bounds = _read_widest(statistics, name, low, high)
+        if len(self.action_bounds[0]) != self.action_dim:
+            raise ValueError(
+                f"statistics[{name!r}] has {len(self.action_bounds[0])} dimensions, but min and max of "
+                f"statistics[{ACTION!r}] have {self.action_dim}. Compute the statistics again."
+            )
+        self.normalized_limit = MAX_NORMALIZED if normalization == "quantiles" else np.inf
 
     @property
     def action_scale(self) -> np.ndarray:
@@ -105,21 +116,38 @@ class Normalizer:
         return np.clip(positions, 0, self.n_state_bins - 1).astype(np.int64)
 
     def normalize_actions(self, actions: ArrayLike, bins: np.ndarray) -> np.ndarray:
-        """`(B, H, action_dim)` robot units and the state's bins `-> (B, H, action_dim)` float32, about [-1, 1]."""
-        actions = as_numbers(actions, "actions", ("batch", "chunk_size", self.action_dim))
+        """Robot units to about [-1, 1]; under quantile normalisation, clipped to [-2, 2].
+
+        Args:
+            actions: `(B, H, action_dim)`, robot units.
+            bins: The states' bins, `(B, state_dim)`.
+
+        Returns:
+            `(B, H, action_dim)` float32.
+        """
+        actions = as_numbers(actions, "actions", ("batch", "chunk_size", self.action_dim), keep_floats=True)
         if len(actions) != len(bins):
             raise ValueError(f"actions has {len(actions)} chunks for {len(bins)} states: pass one chunk a state.")
-        return _to_unit(actions - self._reference(bins), self.action_bounds).astype(np.float32)
+        normalized = np.empty(actions.shape, dtype=np.float32)
+        for rows in in_batches(len(actions), actions[:1].size):
+            relative = actions[rows].astype(np.float64) - self._reference(bins[rows])
+            normalized[rows] = self._clip(_to_unit(relative, self.action_bounds))
+        return normalized
 
     def unnormalize_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
-        """The inverse of `normalize_actions`, clipped to the smallest and largest action of the statistics."""
+        """The inverse of `normalize_actions`, clipped to the smallest and largest action of the statistics.
+
+        Under quantile normalisation also to the [-2, 2] that actions were clipped to, so that an outlier in the
+        statistics does not widen what the robot may be sent.
+        """
         return np.clip(self._to_robot(actions, bins), *self.action_limits).astype(np.float32)
 
     def count_clipped_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
         """How many of the values of each chunk `unnormalize_actions` clips: `(B,)`."""
         low, high = self.action_limits
         values = self._to_robot(actions, bins)
-        return ((values < low) | (values > high)).sum(axis=(1, 2))
+        is_clipped = (values < low) | (values > high) | (np.abs(actions) > self.normalized_limit)
+        return is_clipped.sum(axis=(1, 2))
 
     def count_clamped_states(self, state: ArrayLike) -> np.ndarray:
         """How many values of each state lie outside the bins, so that `state_bins` clamps them: `(B,)`."""
@@ -129,7 +157,10 @@ class Normalizer:
 
     def _to_robot(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
         low, high = self.action_bounds
-        return (actions + 1) / 2 * (high - low) + low + self._reference(bins)
+        return (self._clip(actions) + 1) / 2 * (high - low) + low + self._reference(bins)
+
+    def _clip(self, actions: np.ndarray) -> np.ndarray:
+        return np.clip(actions, -self.normalized_limit, self.normalized_limit)
 
     def _reference(self, bins: np.ndarray | None) -> "np.ndarray | float":
         if not self.use_relative_actions:

@@ -279,6 +279,8 @@ class SmolAndFastProcessor(ProcessorMixin):
             "fps": self.fps,
             "vocabulary": actions.convert_ids_to_tokens(list(range(len(actions)))),
         }
+        if self.normalization == "quantiles":
+            meaning["normalized_limit"] = normalizer.normalized_limit
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     def check_model(self, model) -> None:

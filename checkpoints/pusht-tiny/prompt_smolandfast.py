@@ -1,9 +1,10 @@
-"""What a policy is shown: one sample's or a batch's images, task and state, checked, and the prompt around them.
+"""The input of a policy: one sample's or a batch's images, task and state, validated, and the prompt around them.
 
 Needs NumPy and Pillow alone: the processor and a deployed policy (`runtime_smolandfast.py`) refuse the same input, and
 write the same prompt.
 """
 
+import os
 import re
 from collections.abc import Collection, Sequence
 
@@ -12,6 +13,7 @@ import numpy as np
 from .checks_smolandfast import as_numbers, as_rgb_images
 
 PROMPT = "Task: {task}, State: {bins}, Action: "
+CALL = "Pass images=..., text=task, state=..., in this order or by name."
 BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")
 
 
@@ -28,19 +30,23 @@ def read_observations(
         ValueError: Input that is missing, of the wrong shape or kind, or not finite; other cameras than `image_keys`.
     """
     if images is None or state is None:
-        raise ValueError("The policy needs images and state: pass images=..., text=task, state=....")
+        raise ValueError(f"The policy needs images and state. {CALL}")
+    tasks = _read_text(text)
+    if isinstance(images, (str, bytes, os.PathLike)):
+        raise ValueError(
+            f"images is {images!r:.200}, expected RGB images. {CALL} Open a file with PIL.Image.open(path) first."
+        )
     state = as_numbers(state, "state")
     if state.ndim not in (1, 2) or state.size == 0:
-        raise ValueError(f"state has shape {state.shape}, expected (state_dim,) or (batch, state_dim).")
+        raise ValueError(f"state has shape {state.shape}, expected (state_dim,) or (batch, state_dim). {CALL}")
     if isinstance(images, dict):
         columns = _in_order(images, "images", image_keys)
         images = list(columns) if state.ndim == 1 else _as_samples(columns, image_keys, len(state))
     if state.ndim == 1:
         state, images = state[None], [images]
-    elif not isinstance(images, (list, tuple)) and np.ndim(images) < 4:
+    elif not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) < 4:
         images = [images]
-    text = text.tolist() if isinstance(text, np.ndarray) else text
-    tasks = text if isinstance(text, (list, tuple)) else [text] * len(state)
+    tasks = tasks if isinstance(tasks, list) else [tasks] * len(state)
     tasks = [default_task if task is None or task == "" else task for task in tasks]
     if "" in tasks:
         raise ValueError("text is empty, and the policy has no default_task. Pass the instruction as text=....")
@@ -60,6 +66,27 @@ def read_observations(
             )
         samples.append(found)
     return samples, tasks, state
+
+
+def _read_text(text) -> str | list[str | None] | None:
+    """The instruction, or a list of them; a `None` stands for the default task."""
+    tasks = text.tolist() if isinstance(text, np.ndarray) and text.dtype.kind in "UO" else text
+    tasks = list(tasks) if isinstance(tasks, tuple) else tasks
+    for i, task in enumerate(tasks if isinstance(tasks, list) else [tasks]):
+        if task is not None and not isinstance(task, str):
+            name = f"text[{i}]" if isinstance(tasks, list) else "text"
+            raise ValueError(
+                f"{name} is {_describe(task)}, expected an instruction, or a list with one for each sample. {CALL}"
+            )
+    return tasks
+
+
+def _describe(value) -> str:
+    """An array or a tensor by its shape, whatever is short in full."""
+    kind = type(value).__name__
+    if hasattr(value, "shape"):
+        return f"a {kind} of shape {tuple(value.shape)} and dtype {getattr(value, 'dtype', None)}"
+    return f"{value!r} ({kind})" if len(repr(value)) <= 200 else f"a {kind}"
 
 
 def check_image_keys(image_keys: Sequence[str]) -> list[str]:
@@ -95,7 +122,10 @@ def _as_samples(columns: list, image_keys: Sequence[str], batch: int) -> list[li
 def write_prompt(before: str, task: str, bins: Sequence[int], after: str, special_tokens: Collection[str]) -> str:
     """The prompt of one sample, between what stands before and after it: marks of images, turns of the chat."""
     if not isinstance(task, str) or any(token in task for token in special_tokens):
-        raise ValueError(f"text is {task!r}, expected a sentence that holds none of the tokenizer's special tokens.")
+        raise ValueError(
+            f"text is {task!r}, expected an instruction that holds none of the tokenizer's special tokens. Write it "
+            "in plain words."
+        )
     return before + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + after
 
 

@@ -1,10 +1,11 @@
-"""Checks of what comes in: whole numbers, arrays, images, and content that makes a library stumble.
+"""Input validation: whole numbers, arrays, images, and content that a library fails on.
 
 Each raises a ValueError that says what came, what was expected and how to fix it. Knows nothing of policies.
-A tensor is known by its `detach`, so that PyTorch need not be there.
+Tensors are detected by duck typing (`detach`), so PyTorch stays optional.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from numbers import Integral, Real
 
@@ -14,6 +15,12 @@ from PIL import Image
 
 SHORTEN = "Use a shorter text, fewer cameras, or a larger scale_factor."
 MAX_SIZE = 2**20  # no size of a model, an image or a chunk is larger
+MAX_NORMALIZED = 2.0  # quantile normalisation clips actions here, at most doubling the symbols that [-1, 1] needs
+BATCH_NUMBERS = 2**18  # numbers converted at a time, so that a data set is never in memory as float64
+
+# Images whose channels have 8 bits. Pillow converts depth ("I;16", "I", "F") to RGB by clipping it at 255.
+EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+HALF_A_LEVEL = 0.5 / 255  # a float this far outside [0, 1] still rounds to 0 or 255
 
 
 def check_whole(value: object, name: str, low: int = 1, high: int = MAX_SIZE) -> None:
@@ -38,15 +45,21 @@ def check_fps(fps: object, name: str = "fps") -> float:
     return fps
 
 
-def as_numbers(values: ArrayLike, name: str, shape: tuple | None = None) -> np.ndarray:
-    """A float64 array of this shape, where a word stands for any size; refuses numbers that are not finite."""
+def as_numbers(values: ArrayLike, name: str, shape: tuple | None = None, keep_floats: bool = False) -> np.ndarray:
+    """A float64 array of this shape, where a word stands for any size; refuses numbers that are not finite.
+
+    With `keep_floats`, floats stay in their precision and are not copied: data sets are converted in batches.
+    """
     try:
         if hasattr(values, "detach"):
-            values = values.detach().cpu().double().numpy()
+            values = values.detach().cpu()
+            is_kept = keep_floats and values.is_floating_point() and values.element_size() >= 4
+            values = (values if is_kept else values.double()).numpy()
         values = np.asarray(values)
         if values.dtype.kind not in "fiubO":  # NumPy would read strings, and drop imaginary parts
             raise TypeError(f"its dtype is {values.dtype}")
-        values = values.astype(np.float64)
+        if not (keep_floats and values.dtype in (np.float32, np.float64)):
+            values = values.astype(np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{name} is not an array of numbers: {error}. Pass real numbers.") from error
     fits = shape is None or (
@@ -63,9 +76,16 @@ def as_numbers(values: ArrayLike, name: str, shape: tuple | None = None) -> np.n
     return values
 
 
+def in_batches(num_rows: int, row_size: int) -> Iterator[slice]:
+    """Slices that together cover the rows of an array, each of at most [`BATCH_NUMBERS`] numbers where a row fits."""
+    step = max(1, BATCH_NUMBERS // max(1, row_size))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
 def as_rgb_images(sample, name: str) -> list[np.ndarray]:
     """The images of one sample, one a camera, as uint8 arrays `(H, W, 3)`."""
-    is_many = isinstance(sample, (list, tuple)) or (not isinstance(sample, Image.Image) and np.ndim(sample) == 4)
+    is_many = isinstance(sample, (list, tuple)) or getattr(sample, "ndim", 0) == 4
     images = [_as_rgb(image, f"{name}[{i}]") for i, image in enumerate(sample)] if is_many else [_as_rgb(sample, name)]
     if not images:
         raise ValueError(f"{name} is empty, expected at least one camera's image.")
@@ -73,11 +93,20 @@ def as_rgb_images(sample, name: str) -> list[np.ndarray]:
 
 
 def _as_rgb(image, name: str) -> np.ndarray:
+    if isinstance(image, (str, bytes, os.PathLike)):
+        raise ValueError(f"{name} is {image!r:.200}, expected an RGB image. Open the file with PIL.Image.open(path).")
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if hasattr(image, "detach"):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
+        if image.mode not in EIGHT_BIT_MODES:
+            raise ValueError(
+                f"{name} is a PIL image of mode {image.mode!r}, expected 8-bit RGB. Depth and 16-bit images have no "
+                "colours: leave that camera out, or scale it to uint8 yourself, as for training."
+            )
+        with naming_errors(name, "Pass an image that PIL can convert to RGB."):
+            image = np.asarray(image.convert("RGB"))
+    elif hasattr(image, "detach"):
+        with naming_errors(name, "Pass a PIL image, a NumPy array or a tensor."):
+            image = image.detach().cpu()
+            image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):
         raise ValueError(f"{name} is a {type(image).__name__}, expected an RGB image: PIL, NumPy array or tensor.")
     if image.ndim == 3 and image.shape[-1] != 3 and image.shape[0] == 3:
@@ -86,12 +115,13 @@ def _as_rgb(image, name: str) -> np.ndarray:
         raise ValueError(f"{name} has shape {image.shape}, expected (height, width, 3) or (3, height, width), RGB.")
     if image.dtype.kind == "f":
         # The comparison is written so that NaN fails it.
-        if not (image.min() >= 0 and image.max() <= 1):
+        if not (image.min() >= -HALF_A_LEVEL and image.max() <= 1 + HALF_A_LEVEL):
             raise ValueError(
-                f"{name} has floats from {image.min()} to {image.max()}, expected [0, 1], or uint8 in [0, 255]. "
-                "Divide by 255, and do not normalise: the processor does."
+                f"{name} has floats from {image.min()} to {image.max()}, expected [0, 1] (off by {HALF_A_LEVEL:.4f} "
+                "at most, as resizing leaves them), or uint8 in [0, 255]. Divide by 255, and do not normalise: the "
+                "processor does."
             )
-        image = np.round(image * 255).astype(np.uint8)
+        image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
     if image.dtype != np.uint8:
         raise ValueError(f"{name} has dtype {image.dtype}, expected uint8, or floats in [0, 1].")
     return image
