@@ -1,20 +1,23 @@
 """From chunks that take time to an action at every control step: for a robot, and for a simulator that does not wait.
 
-Needs NumPy alone. A chunk begins at the moment of its observation; when it arrives some steps later, as many of its
-actions are past.
+Needs NumPy alone. Chunks are timestamped by their observation: one that arrives k steps late has its first k actions
+dropped.
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from threading import Event
+from concurrent.futures import Executor, Future
+from numbers import Real
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
 from typing import Any
 
 import numpy as np
 
-from .checks_smolandfast import as_numbers, check_whole
+from .checks_smolandfast import as_numbers, check_fps, check_whole
 
 logger = logging.getLogger("smolandfast")
 
@@ -24,6 +27,7 @@ STRATEGIES = {
     "switch": "go on with the chunk before; then drop what is past of the new one, and switch to it",
     "blend": "the same, but where both chunks have an action, take NEW_SHARE of the new one and the rest of the old",
 }
+MAX_TIMEOUT = 3600  # seconds
 NEW_SHARE = 0.7  # LeRobot's `weighted_average` of its asynchronous inference (release 0.6.1)
 
 
@@ -72,27 +76,44 @@ class Schedule:
 
 
 class ControlLoop:
-    """Drives a robot with a policy: an action every 1 / fps seconds, predictions beside it in a thread.
+    """Drives a robot with a policy: an action every 1 / fps seconds, while a thread observes and predicts.
 
-    An action is sent only if it is of a whole, finite chunk. If a chunk is late, the robot goes on along the one
-    before (not with the strategy "wait"), and stands still where that ends. A camera that stalls, or a prediction that
-    raises, is a chunk that is late; after `max_failures` in a row the loop ends, and raises what was raised last.
+    `observe` and `act` never overlap: most robots have one connection for both. At each step `act` comes first, and
+    `observe` has the rest of the step. If it takes longer, `act` waits for it up to the end of its own step, which is
+    then left out and counted in `num_skipped`. While `observe` blocks, nothing can be sent to the robot, so give your
+    cameras a time-out below 1 / fps.
+
+    An action is sent only if it belongs to a whole, finite chunk. If a chunk is late, the robot goes on along the one
+    before (not with the strategy "wait"), and stands still where that ends. An observation or a prediction that
+    raises, or that takes longer than `timeout`, is a failure; after `max_failures` in a row the loop ends, and raises
+    the last of them.
+
+    However the loop ends, `hold` is the last action that the robot gets.
 
     Args:
-        observe: Returns what `predict` takes; called in the thread, so a camera may take its time.
-        predict: Observation `-> (H, action_dim)`, or a batch of one, in the robot's units.
+        observe: Returns what `predict` takes; called in the thread.
+        predict: Observation `-> (H, action_dim)`, or a batch of one, in the robot's units; called in the thread.
         act: Sends an action `(action_dim,)` to the robot; must not wait for it to be reached.
-        fps: Control steps a second, those of the demonstrations.
+        fps: Control steps a second.
         n_action_steps, strategy: See [`Schedule`].
         hold: The action that stands still, for a robot whose actions are velocities. By default the last action is
-            sent again, as befits positions, and nothing before the first chunk.
+            sent again, as befits positions, and nothing before the first chunk or at the end.
         max_failures: Predictions that may fail one after the other.
+        policy_fps: Control steps a second of the demonstrations, `policy.fps`; `None` if they are not known.
+        allow_other_fps: Whether `fps` may differ from `policy_fps`. The robot then moves at another speed than in the
+            demonstrations.
+        timeout: Seconds that an observation and its prediction may take together. One that takes longer is a failure,
+            and again after each further `timeout`. Its chunk, when it comes, is used like any that is late.
         now, wait, executor: The clock, in seconds; how to wait for an event, with a time-out in seconds; where
             predictions run. Tests bring their own.
 
     Attributes:
         num_late: Steps that stood still after the first chunk, because the next was late.
-        failures: What observations and predictions have raised.
+        num_skipped: Steps at which no action was sent, because `act` or `observe` took too long.
+        failures: What observations and predictions have raised, and a `TimeoutError` for each that took too long.
+
+    Raises:
+        ValueError: An argument out of range, or another control rate than that of the demonstrations.
     """
 
     def __init__(
@@ -105,66 +126,131 @@ class ControlLoop:
         strategy: str = "switch",
         hold: np.ndarray | None = None,
         max_failures: int = 3,
+        *,
+        policy_fps: float | None,
+        allow_other_fps: bool = False,
+        timeout: float = 5.0,
         now: Callable[[], float] = time.monotonic,
         wait: Callable[[Event, float], bool] = Event.wait,
         executor: Executor | None = None,
     ):
-        if not 0 < fps < float("inf"):
-            raise ValueError(f"fps is {fps!r}, expected a number above 0: the control steps a second.")
+        check_fps(fps)
+        is_other = policy_fps is not None and not math.isclose(fps, check_fps(policy_fps, "policy_fps"))
+        if is_other and not allow_other_fps:
+            raise ValueError(
+                f"fps is {fps:g}, but the demonstrations have policy_fps={policy_fps:g} control steps a second: the "
+                f"robot would move {fps / policy_fps:.3g} times as fast. Pass fps={policy_fps:g}, or "
+                "allow_other_fps=True if this is what you want."
+            )
         check_whole(max_failures, "max_failures")
+        if not isinstance(timeout, Real) or not 0 < timeout <= MAX_TIMEOUT:
+            raise ValueError(f"timeout is {timeout!r}, expected seconds, above 0 and at most {MAX_TIMEOUT}.")
         self.schedule = Schedule(n_action_steps, strategy)
-        self.observe, self.predict, self.act, self.fps = observe, predict, act, fps
+        self.observe, self.predict, self.act, self.fps, self.timeout = observe, predict, act, fps, timeout
         self.hold = None if hold is None else as_numbers(hold, "hold", ("action_dim",))
-        self.max_failures, self.failures, self.num_late = max_failures, [], 0
+        self.max_failures, self.failures, self.num_late, self.num_skipped = max_failures, [], 0, 0
         self._now, self._wait, self._executor, self._stopped = now, wait, executor, Event()
+        self._robot = Lock()  # held while `observe` or `act` uses the robot
+        self._waiting_for = "observe"
 
     def stop(self) -> None:
-        """Send no further action: from any thread, and from within `act` too. [`run`] returns within 1 / fps."""
+        """Send no further action but `hold`: from any thread, and from within `act` too.
+
+        [`run`] returns within 1 / fps, or as soon as an observation that has begun is finished.
+        """
         self._stopped.set()
 
     def run(self, max_steps: int | None = None) -> int:
-        """Drive until [`stop`] is called, or for `max_steps`; returns how many steps were driven.
+        """Drive until [`stop`] is called, or for `max_steps`; returns how many steps were driven, skipped ones too.
+
+        When it returns, no `observe` or `act` is running, and none will begin.
 
         Raises:
             Exception: What `act` raises, and at last what observations and predictions do.
+            TimeoutError: Observations or predictions that took too long; or an observation that had not returned
+                `timeout` seconds after the end, so that `hold` was not sent.
         """
-        executor = self._executor or ThreadPoolExecutor(1, "policy")
-        begin, first, coming, failed, last = self._now(), self.schedule.step, None, 0, None
+        if max_steps is not None:
+            check_whole(max_steps, "max_steps", 0, 2**53)
+        worker, first, is_over = self._executor or _Worker(), self.schedule.step, Event()
         try:
-            while not self._stopped.is_set():
-                step = self.schedule.step - first
-                if max_steps is not None and step >= max_steps:
-                    break
-                if coming is not None and coming.done():
-                    failed = 0 if self._take(coming) else failed + 1
-                    coming = None
-                    if failed >= self.max_failures:
-                        raise self.failures[-1]
-                if coming is None and self.schedule.is_due():
-                    coming = executor.submit(self._look_and_predict, begin, first)
-                action = self.schedule.next_action()
-                if action is None:
-                    self.num_late += last is not None
-                    action = last if self.hold is None else self.hold
-                if action is not None:
-                    self.act(action)
-                    last = action
-                # Steps that were missed, since `act` took long, are left out.
-                due = begin + (step + 1) / self.fps
-                late = int(max(0.0, self._now() - due) * self.fps)
-                for _ in range(late):
-                    self.schedule.next_action()
-                self._wait(self._stopped, max(0.0, due + late / self.fps - self._now()))
+            self._drive(worker, max_steps, is_over)
+        except BaseException as error:
+            try:
+                self._leave_robot(is_over)
+            except Exception as at_end:
+                logger.error(f"At the end of the loop: {type(at_end).__name__}: {at_end}")
+                if isinstance(error, TimeoutError):
+                    raise TimeoutError(f"{error} {at_end}") from error
+                raise error from at_end
+            raise
+        else:
+            self._leave_robot(is_over)
         finally:
             if self._executor is None:
-                executor.shutdown(wait=False, cancel_futures=True)
+                worker.close()
         return self.schedule.step - first
 
-    def _look_and_predict(self, begin: float, first: int) -> tuple[np.ndarray, int]:
-        observation = self.observe()
+    def _drive(self, executor: Executor, max_steps: int | None, is_over: Event) -> None:
+        begin, first = self._now(), self.schedule.step
+        coming, asked_at, num_timeouts, num_failed, last = None, 0.0, 0, 0, None
+        while not self._stopped.is_set():
+            step = self.schedule.step - first
+            if max_steps is not None and step >= max_steps:
+                break
+            due = begin + (step + 1) / self.fps
+            if coming is not None and coming.done():
+                if not self._take(coming):
+                    num_failed += 1
+                elif num_timeouts == 0:
+                    num_failed = 0
+                coming = None
+            elif coming is not None and self._now() - asked_at >= (num_timeouts + 1) * self.timeout:
+                num_timeouts, num_failed = num_timeouts + 1, num_failed + 1
+                waited = f"{num_timeouts * self.timeout:g} s after an observation was due (timeout={self.timeout:g})"
+                fix = "Check the camera and the load of this computer, or raise timeout."
+                self._note(TimeoutError(f"{self._waiting_for} has not returned, {waited}. {fix}"))
+            if num_failed >= self.max_failures:
+                raise self.failures[-1]
+            is_due = coming is None and self.schedule.is_due()
+            action = self.schedule.next_action()
+            is_late = action is None
+            if is_late:
+                action = last if self.hold is None else self.hold
+            if action is not None:
+                if self._robot.acquire(timeout=max(0.0, due - self._now())):
+                    try:
+                        self.act(action)
+                    finally:
+                        self._robot.release()
+                    self.num_late += is_late and last is not None
+                    last = last if is_late else action
+                else:
+                    self.num_skipped += 1
+            if is_due and not self._stopped.is_set():
+                asked_at, num_timeouts = self._now(), 0
+                coming = executor.submit(self._look_and_predict, begin, first, is_over)
+            # Steps that are past, since `act` took long, are left out.
+            num_past = int(max(0.0, self._now() - due) * self.fps)
+            if max_steps is not None:
+                num_past = min(num_past, max_steps - step - 1)
+            if not self._stopped.is_set():
+                for _ in range(num_past):
+                    self.schedule.next_action()
+                self.num_skipped += num_past
+            self._wait(self._stopped, max(0.0, due + num_past / self.fps - self._now()))
+
+    def _look_and_predict(self, begin: float, first: int, is_over: Event) -> tuple[np.ndarray, int] | None:
+        self._waiting_for = "observe"
+        with self._robot:
+            if is_over.is_set():
+                return None
+            observation = self.observe()
         observed_at = int((self._now() - begin) * self.fps + 1e-6)  # a clock is not exact
+        self._waiting_for = "predict"
         chunk = np.asarray(self.predict(observation))
-        chunk = as_numbers(chunk[0] if chunk.ndim == 3 and len(chunk) == 1 else chunk, "chunk", ("H", "action_dim"))
+        chunk = chunk[0] if chunk.ndim == 3 and len(chunk) == 1 else chunk
+        chunk = as_numbers(chunk, "chunk", ("H", "action_dim" if self.hold is None else len(self.hold)))
         if len(chunk) < (needed := self.schedule.n_action_steps):
             raise ValueError(f"predict returned {len(chunk)} actions, expected at least n_action_steps, {needed}.")
         return chunk, first + observed_at
@@ -175,6 +261,49 @@ class ControlLoop:
             self.schedule.arrive(chunk, observed_at)
             return True
         except Exception as error:
-            self.failures.append(error)
-            logger.warning(f"No chunk: {type(error).__name__}: {error}")
+            self._note(error)
             return False
+
+    def _note(self, error: Exception) -> None:
+        self.failures.append(error)
+        logger.warning(f"No chunk: {type(error).__name__}: {error}")
+
+    def _leave_robot(self, is_over: Event) -> None:
+        """Let an observation that has begun finish, begin no other, and send `hold`."""
+        is_over.set()
+        if not self._robot.acquire(timeout=self.timeout):
+            unsent = "it still uses the robot" if self.hold is None else "hold was not sent and the robot may move on"
+            raise TimeoutError(
+                f"The loop has ended, but observe has not returned for {self.timeout:g} s: {unsent}. Stop the robot "
+                "by its own means, and give the camera a time-out."
+            )
+        try:
+            if self.hold is not None:
+                self.act(self.hold)
+        finally:
+            self._robot.release()
+
+
+class _Worker:
+    """An executor of one thread that does not keep the interpreter from exiting, as `ThreadPoolExecutor`'s do."""
+
+    def __init__(self):
+        self._calls: SimpleQueue = SimpleQueue()
+        Thread(target=self._work, name="smolandfast policy", daemon=True).start()
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        future: Future = Future()
+        self._calls.put((future, function, args))
+        return future
+
+    def close(self) -> None:
+        """End the thread after the calls that were submitted."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, args = call
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)

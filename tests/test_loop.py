@@ -1,8 +1,14 @@
-"""Chunks that take time become one action a control step, on a simulated clock: nothing here sleeps."""
+"""Chunks that take time become one action a control step: on a simulated clock, and for moments on the real one."""
 
 import heapq
 import itertools
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,10 +72,7 @@ def make_loop(clock, sent, predict=None, **options):
         lambda action: sent.append(action.item()),
         FPS,
         N_ACTION_STEPS,
-        now=clock.now,
-        wait=clock.wait,
-        executor=clock,
-        **options,
+        **{"policy_fps": FPS, "now": clock.now, "wait": clock.wait, "executor": clock} | options,
     )
 
 
@@ -100,7 +103,7 @@ def test_waiting_stands_still_and_begins_at_the_first_action():
 def test_velocities_are_held_by_the_action_for_it_from_the_first_step():
     sent = []
     make_loop(SimulatedTime([0.2]), sent, strategy="wait", hold=[-1.0]).run(max_steps=8)
-    assert sent == [-1, -1, 100, 101, 102, 103, -1, -1]
+    assert sent == [-1, -1, 100, 101, 102, 103, -1, -1, -1]  # the last at the end
 
 
 def test_a_chunk_that_is_late_is_waited_for_along_the_one_before_then_standing_still():
@@ -165,8 +168,24 @@ def test_steps_that_the_robot_took_too_long_for_are_left_out():
             clock.time += 0.25
 
     loop.act = slow
-    loop.run(max_steps=7)
-    assert sent == [101, 102, 104, 201, 202]  # step 3 was missed
+    assert loop.run(max_steps=7) == 7
+    assert sent == [101, 102, 104, 201, 202] and loop.num_skipped == 1  # step 3 was missed
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.04, 0.1, 0.13, 0.35, 2.0])
+@pytest.mark.parametrize("max_steps", [0, 1, 2, 7, 51])
+def test_the_loop_drives_exactly_max_steps_and_counts_those_that_are_skipped(seconds, max_steps):
+    clock, times = SimulatedTime(), []
+
+    def act(action):
+        times.append(clock.time)
+        clock.time += seconds
+
+    loop = make_loop(clock, [])
+    loop.act = act
+    assert loop.run(max_steps) == max_steps
+    assert len(times) + loop.num_skipped == max(0, max_steps - 1)  # the first step has no chunk yet
+    assert seconds <= 1 / FPS or loop.num_skipped > 0 or max_steps <= 2
 
 
 @settings(max_examples=200, deadline=None)
@@ -185,6 +204,7 @@ def test_whatever_the_delays_an_action_belongs_to_its_step(delays, strategy, n_a
         FPS,
         n_action_steps,
         strategy,
+        policy_fps=FPS,
         now=clock.now,
         wait=clock.wait,
         executor=clock,
@@ -205,8 +225,195 @@ def test_whatever_the_delays_an_action_belongs_to_its_step(delays, strategy, n_a
 def test_a_thread_predicts_while_the_loop_goes_on():
     """The real clock and a real thread, for a fifth of a second."""
     sent = []
-    loop = ControlLoop(lambda: None, lambda seen: np.zeros((1, HORIZON, 1)), sent.append, 100, N_ACTION_STEPS)
+    predict = lambda seen: np.zeros((1, HORIZON, 1))  # noqa: E731
+    loop = ControlLoop(lambda: None, predict, sent.append, 100, N_ACTION_STEPS, policy_fps=None)
     assert loop.run(max_steps=20) == 20 and len(sent) >= 15 and not loop.failures
+
+
+class Robot:
+    """One connection for everything: it remembers what was sent, and whether two calls ever overlapped."""
+
+    def __init__(self, observe_seconds=0.0, act_seconds=0.0):
+        self.seconds, self.sent, self.overlapped = (observe_seconds, act_seconds), [], False
+        self.connection = threading.Lock()
+
+    def use(self, seconds):
+        if not self.connection.acquire(blocking=False):
+            self.overlapped = True
+            raise OSError("Port is in use!")
+        time.sleep(seconds)
+        self.connection.release()
+
+    def observe(self):
+        self.use(self.seconds[0])
+
+    def act(self, action):
+        self.use(self.seconds[1])
+        self.sent.append(action.item())
+
+
+def drive(robot, predict=None, fps=200, **options):
+    """A loop on the real clock."""
+    predict = predict or (lambda seen: np.ones((HORIZON, 1)))
+    return ControlLoop(robot.observe, predict, robot.act, fps, N_ACTION_STEPS, policy_fps=None, **options)
+
+
+@pytest.mark.parametrize(("observe_seconds", "act_seconds"), [(0.002, 0.001), (0.012, 0.001), (0.001, 0.012)])
+def test_observing_and_acting_never_overlap(observe_seconds, act_seconds):
+    robot = Robot(observe_seconds, act_seconds)
+    loop = drive(robot, strategy="switch", hold=[0.0])
+    assert loop.run(60) == 60
+    assert not robot.overlapped and not loop.failures and robot.sent[-1] == 0
+    assert len(robot.sent) - 1 + loop.num_skipped == 60
+    assert loop.num_skipped > 0 or max(observe_seconds, act_seconds) < 1 / 200
+
+
+def fail_to_observe():
+    raise OSError("the camera is gone")
+
+
+@pytest.mark.parametrize("ending", ["max_steps", "stop", "failures", "act", "KeyboardInterrupt", "SystemExit"])
+def test_hold_is_the_last_action_however_the_loop_ends(ending):
+    clock, sent, tries = SimulatedTime(), [], []
+    loop = make_loop(clock, sent, hold=[-1.0])
+    act, error = loop.act, {"act": OSError, "failures": OSError}.get(ending, ValueError)
+    error = {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}.get(ending, error)
+
+    def break_down(action):
+        tries.append(action.item())
+        if len(tries) == 3 and ending == "stop":
+            loop.stop()
+        elif len(tries) == 3 and ending not in ("max_steps", "failures"):
+            raise error(ending)
+        act(action)
+
+    loop.act = break_down
+    if ending == "failures":
+        loop.observe = fail_to_observe
+    if ending in ("max_steps", "stop"):
+        assert loop.run(max_steps=5) == (3 if ending == "stop" else 5)
+    else:
+        with pytest.raises(error):
+            loop.run(max_steps=5)
+    assert sent[-1] == tries[-1] == -1
+    assert len(tries) == {"max_steps": 6, "failures": 4}.get(ending, 4)
+
+
+def test_hold_is_tried_once_on_a_robot_that_is_gone():
+    tries = []
+
+    def act(action):
+        tries.append(action.item())
+        raise ConnectionError(f"{len(tries)}")
+
+    loop = make_loop(SimulatedTime(), [], hold=[-1.0])
+    loop.act = act
+    with pytest.raises(ConnectionError, match="1") as raised:
+        loop.run(max_steps=5)
+    assert tries == [-1, -1] and str(raised.value.__cause__) == "2"
+
+
+def test_velocities_of_another_size_than_hold_are_refused():
+    loop, sent = make_loop(SimulatedTime(), [], hold=[-1.0, -1.0], max_failures=1), []
+    loop.act = lambda action: sent.append(action.tolist())
+    with pytest.raises(ValueError, match=r"expected \(H, 2\)"):
+        loop.run(max_steps=5)
+    assert sent == [[-1, -1]] * 2
+
+
+@pytest.fixture
+def blocked():
+    """Blocks whoever waits for it, until the test is over."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_camera_that_blocks_ends_the_loop_with_an_error_that_says_so(blocked):
+    robot, start = Robot(), time.monotonic()
+    robot.observe = blocked.wait
+    loop = drive(robot, hold=[0.0], timeout=0.1, max_failures=2)
+    with pytest.raises(TimeoutError, match="observe has not returned, 0.2 s.*hold was not sent"):
+        loop.run()
+    assert time.monotonic() - start < 2 and len(loop.failures) == 2 and loop.num_skipped > 10
+    # Another run waits for the same camera.
+    with pytest.raises(TimeoutError):
+        loop.run()
+    assert not robot.overlapped
+
+
+def test_a_camera_that_blocks_does_not_keep_a_loop_that_has_ended(blocked):
+    robot, observations = Robot(), iter([True, True])
+    robot.observe = lambda: next(observations, None) or blocked.wait()
+    for options in ({}, {"hold": [0.0]}):
+        with pytest.raises(TimeoutError, match="The loop has ended, but observe has not returned for 0.1 s"):
+            drive(robot, timeout=0.1, **options).run(10)
+
+
+def test_a_prediction_that_blocks_ends_the_loop_and_hold_is_sent(blocked):
+    robot = Robot()
+    loop = drive(robot, lambda seen: blocked.wait(), hold=[0.0], timeout=0.05, max_failures=3)
+    with pytest.raises(TimeoutError, match="predict has not returned, 0.15 s"):
+        loop.run()
+    assert len(loop.failures) == 3 and set(robot.sent) == {0.0} and not robot.overlapped
+
+
+def test_predictions_that_take_too_long_are_failures_though_their_chunks_are_used():
+    sent = []
+    loop = make_loop(SimulatedTime([0.4]), sent, strategy="wait", timeout=0.25, max_failures=3)
+    with pytest.raises(TimeoutError, match="0.25 s"):
+        loop.run(max_steps=100)
+    assert [type(error) for error in loop.failures] == [TimeoutError] * 3 and sent[0] == 100 and 203 in sent
+    loop = make_loop(SimulatedTime([0.4, 0.1]), [], timeout=0.25, max_failures=2)
+    assert loop.run(max_steps=100) == 100 and len(loop.failures) > 5  # never two in a row
+
+
+def test_no_observation_begins_once_the_loop_has_ended():
+    robot = Robot(observe_seconds=0.03)
+    loop = drive(robot, fps=100)
+    loop.run(2)
+    assert robot.connection.acquire(blocking=False)  # nobody uses it, and nobody will
+    time.sleep(0.05)
+    assert not robot.overlapped
+
+
+BLOCKED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from smolandfast_runtime.loop_smolandfast import ControlLoop
+loop = ControlLoop(lambda: time.sleep(600), None, print, 100, 4, policy_fps=None, timeout=0.1, max_failures=1)
+try:
+    loop.run()
+except TimeoutError as error:
+    print(error)
+"""
+
+
+def test_a_camera_that_blocks_does_not_keep_the_interpreter_from_exiting(tmp_path):
+    package = tmp_path / "smolandfast_runtime"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("loop_smolandfast.py", "checks_smolandfast.py"):
+        shutil.copyfile(Path(__file__).parents[1] / name, package / name)
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "observe has not returned" in result.stdout
+
+
+def test_a_robot_is_not_driven_at_another_rate_than_that_of_the_demonstrations():
+    for fps, policy_fps in ((30, 10), (10, 30), (10, 9.9)):
+        with pytest.raises(ValueError, match=f"fps is {fps}.*policy_fps={policy_fps}.*allow_other_fps=True"):
+            ControlLoop(None, None, None, fps, 4, policy_fps=policy_fps)
+        assert ControlLoop(None, None, None, fps, 4, policy_fps=policy_fps, allow_other_fps=True).fps == fps
+    for policy_fps in (None, 10, 10.0, np.float64(10)):
+        assert ControlLoop(None, None, None, 10, 4, policy_fps=policy_fps).fps == 10
+    with pytest.raises(TypeError, match="policy_fps"):
+        ControlLoop(None, None, None, 10, 4)
+    for allow in (False, True):
+        with pytest.raises(ValueError, match="policy_fps is nan"):
+            ControlLoop(None, None, None, 10, 4, policy_fps=float("nan"), allow_other_fps=allow)
 
 
 def test_options_that_cannot_be_are_refused():
@@ -215,7 +422,13 @@ def test_options_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="n_action_steps is 0"):
         Schedule(0)
     with pytest.raises(ValueError, match="fps is 0"):
-        make_loop(SimulatedTime(), []).__class__(None, None, None, 0, 4)
+        ControlLoop(None, None, None, 0, 4, policy_fps=None)
+    for timeout in (0, -1, float("nan"), float("inf"), "5", None):
+        with pytest.raises(ValueError, match="timeout is"):
+            ControlLoop(None, None, None, 10, 4, policy_fps=None, timeout=timeout)
+    for max_steps in (-1, 1.5, "10"):
+        with pytest.raises(ValueError, match="max_steps is"):
+            make_loop(SimulatedTime(), []).run(max_steps)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
