@@ -76,7 +76,7 @@ class DeployedPolicy:
         unlisted = set(FILES) - set(read_checksums(folder / SUMS))
         if unlisted:
             raise OSError(f"{folder / SUMS} does not list {sorted(unlisted)[0]}. {AGAIN}")
-        check_checksums(folder)
+        check_checksums(folder, FILES)
         about = read_json(folder / POLICY, AGAIN)
         if about.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {about.get('format')!r}, this code reads {FORMAT}. {AGAIN}")

@@ -17,7 +17,15 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import find_backend, installed_versions, load_predict, rollout_in_processes, summary, write_json
+from evaluate import (
+    find_backend,
+    installed_versions,
+    load_predict,
+    make_output_dir,
+    rollout_in_processes,
+    summary,
+    write_json,
+)
 from metaworld_tasks import BENCHMARK, TASKS
 from PIL import Image
 from rollouts import Episode, write_contact_sheet, write_end_sheet
@@ -53,6 +61,8 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=3, help="filmed failures of each kind (3)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/metaworld-report"))
     args = parser.parse_args()
+    names = ["metaworld.json", "metaworld.png", "metaworld_failures.png"]
+    make_output_dir(parser, args.output_dir, names)
     load_options = {"backend": find_backend(args.checkpoint)}
     n_action_steps = load_predict(args.checkpoint, **load_options).n_action_steps
     options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.num_envs, "record": 1}
@@ -69,9 +79,8 @@ def main() -> None:
         "kinds": kinds,
         "counts": dict(Counter(kinds).most_common()),
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "metaworld.json", metrics)
-    print(summary(metrics, result.num_chunks), metrics["counts"], sep="\n")
+    print(summary(metrics), metrics["counts"], sep="\n")
     rates = {task: f"{rate['pc_success'] / 100 * rate['n_episodes']:.0f}/{rate['n_episodes']}"
              for task, rate in metrics["by_task"].items()}  # fmt: skip
     write_end_sheet(args.output_dir / "metaworld.png", result.recordings, BENCHMARK, rates)
@@ -81,7 +90,7 @@ def main() -> None:
         titles = [f"{episode.task}: {kind}" for kind, episode in chosen]
         sheet = args.output_dir / "metaworld_failures.png"
         write_contact_sheet(sheet, [episode for _, episode in chosen], BENCHMARK, titles=titles)
-    for path in args.output_dir.glob("*.png"):  # a quarter of the size, for the docs
+    for path in args.output_dir.glob("metaworld*.png"):  # a quarter of the size, for the docs
         Image.open(path).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 

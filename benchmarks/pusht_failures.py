@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import load_policy, make_predict
+from evaluate import load_policy, make_output_dir, make_predict
 from pusht import BENCHMARK as PUSHT
 from pusht import CONTROL_HZ
 from rollouts import Episode, rollout, write_contact_sheet
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=2, help="filmed episodes of each kind")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/failures"))
     args = parser.parse_args()
+    make_output_dir(parser, args.output_dir, ["failures.json", "failures.png"])
     model, processor = load_policy(args.checkpoint)
     predict = make_predict(model, processor)
     steps = model.config.n_action_steps
@@ -54,7 +55,6 @@ def main() -> None:
         [seed for seed, kind in zip(result.seeds, kinds, strict=True) if kind == name][: args.examples]
         for name in sorted(set(kinds) - {"solved"})
     ]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     counts = dict(Counter(kinds).most_common())
     (args.output_dir / "failures.json").write_text(
         json.dumps({"counts": counts, "seeds": result.seeds, "kinds": kinds}, indent=2) + "\n"

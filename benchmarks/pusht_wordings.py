@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import installed_versions, load_policy, make_predict, write_json
+from evaluate import installed_versions, load_policy, make_output_dir, make_predict, write_json
 from pusht import BENCHMARK as PUSHT
 from pusht import TASK
 from rollouts import rollout
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/wordings"))
     args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_output_dir(parser, args.output_dir, ["wordings.json"])
     model, processor = load_policy(args.checkpoint)
     results = {"checkpoint": args.checkpoint, "episodes": args.episodes, "seed": args.seed}
     results |= {"versions": installed_versions(PUSHT), "sentences": {}}

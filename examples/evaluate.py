@@ -6,7 +6,8 @@
 
 Writes `metrics.json`, and `rollouts.mp4` and `rollouts.png` of the first episodes, into the output folder. Episode i
 resets its environment with seed + i. On one machine, the same command gives the same result; another `--num_envs` may
-not, since samples of a batch share one random stream, and rounding inside the model can depend on the batch.
+not, since samples of a batch share one random stream, and rounding inside the model can depend on the batch. An output
+folder that holds anything else is refused.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -29,6 +32,7 @@ from rollouts import (
     Benchmark,
     Predict,
     RolloutResult,
+    check_policy,
     get_benchmark,
     rollout,
     write_contact_sheet,
@@ -37,9 +41,20 @@ from rollouts import (
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
-from smolandfast.files_smolandfast import atomic_write
+from smolandfast.files_smolandfast import atomic_write, check_output_dir
 from smolandfast.loop_smolandfast import STRATEGIES
 from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
+
+NAMES = ["metrics.json", "rollouts.mp4", "rollouts.png"]  # all that is written
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; Ctrl-C ends it with one line and the exit status that shells expect."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
 
 
 def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
@@ -77,12 +92,15 @@ def find_backend(checkpoint: str | Path) -> str | None:
 
 
 class LoadedPolicy(NamedTuple):
-    """What a [`rollouts.rollout`] needs of a policy."""
+    """What [`rollouts.rollout`] and [`rollouts.check_policy`] need of a policy."""
 
     predict: Predict
     chunk_size: int
     n_action_steps: int
     action_dim: int
+    state_dim: int
+    image_keys: list[str]
+    fps: float | None
 
 
 def load_predict(
@@ -93,7 +111,7 @@ def load_predict(
     max_tokens: int | None = None,
     **options: Any,
 ) -> LoadedPolicy:
-    """A checkpoint's or a deployed policy's `predict`, and its sizes.
+    """A checkpoint's or a deployed policy's `predict`, its sizes, cameras and control rate.
 
     Args:
         backend, max_tokens: Of a deployed policy, see [`DeployedPolicy`]; None for a checkpoint.
@@ -105,12 +123,12 @@ def load_predict(
         def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
             return policy.predict(images, texts, states, max_tokens=max_tokens)
 
-        sizes = (getattr(policy, name) for name in LoadedPolicy._fields[1:])
-        return LoadedPolicy(predict, *sizes)
+        return LoadedPolicy(predict, *(getattr(policy, name) for name in LoadedPolicy._fields[1:]))
     model, processor = load_policy(checkpoint, dtype=dtype)
     model.to(device)
     sizes = (getattr(model.config, name) for name in ("chunk_size", "n_action_steps", "action_dim"))
-    return LoadedPolicy(make_predict(model, processor, **options), *sizes)
+    robot = processor.normalizer.state_dim, processor.image_keys, processor.fps
+    return LoadedPolicy(make_predict(model, processor, **options), *sizes, *robot)
 
 
 def rollout_in_processes(
@@ -130,8 +148,19 @@ def rollout_in_processes(
     one = partial(_rollout_task, checkpoint, benchmark, load_options, options)
     spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn or computed may hang
     with ProcessPoolExecutor(min(num_processes, len(tasks)), spawn, torch.set_num_threads, (1,)) as pool:
-        results = list(tqdm(pool.map(one, tasks), total=len(tasks), unit="task"))
-    counts = ("num_requested", "num_chunks", "predict_seconds")
+        # Ctrl-C reaches all processes at once. The new ones inherit that they ignore it, and are ended by this one.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            found = pool.map(one, tasks)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        try:
+            results = list(tqdm(found, total=len(tasks), unit="task"))
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    counts = ("num_chunks", "predict_seconds")
     episodes = [episode for result in results for episode in result.episodes]
     return RolloutResult(benchmark, episodes, *(sum(getattr(r, name) for r in results) for name in counts))
 
@@ -184,6 +213,17 @@ def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, 
         )
 
 
+def make_output_dir(parser: argparse.ArgumentParser, folder: Path, names: list[str]) -> None:
+    """Make the folder; stop with an error line if it holds anything but an earlier output of these names."""
+    try:
+        check_output_dir(folder, names)
+        folder.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        parser.error(f"--output_dir: {error}")
+    except OSError as error:
+        parser.error(f"--output_dir {folder} cannot be created ({error.strerror}). Name another one.")
+
+
 def load_checkpoint(
     parser: argparse.ArgumentParser, args: argparse.Namespace, load: Callable = load_policy, **kwargs: Any
 ) -> tuple:
@@ -210,7 +250,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         unfinished.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def summary(metrics: dict[str, Any], num_chunks: int) -> str:
+def summary(metrics: dict[str, Any]) -> str:
     """The scores for people."""
 
     def line(name: str, text: str) -> str:
@@ -235,7 +275,6 @@ def summary(metrics: dict[str, Any], num_chunks: int) -> str:
     lines.append(line("sum reward", f"{metrics['avg_sum_reward']:.1f}"))
     setting = "{ms_per_chunk:.1f} ms  (up to {num_envs} at once, {device}, {dtype}, {num_threads} threads)"
     lines.append(line("time per chunk", setting.format(**metrics)))
-    lines.append(line("malformed", f"{metrics['malformed_chunks']} of {num_chunks} chunks"))
     return "\n".join(lines)
 
 
@@ -289,19 +328,16 @@ def main(argv: list[str] | None = None) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} does not work here: {first_line(error)} Try --device cpu.")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output_dir {args.output_dir} cannot be created ({error.strerror}). Name another one.")
+    make_output_dir(parser, args.output_dir, NAMES)
 
     sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
     load_options = {name: getattr(args, name) for name in ("backend", "device", "max_tokens")} | sampling
     load_options["dtype"] = getattr(torch, args.dtype)
     policy = load_checkpoint(parser, args, load_predict, **load_options)
-    if policy.action_dim != benchmark.action_dim:
-        parser.error(
-            f"--checkpoint has {policy.action_dim} action dimensions, {benchmark.name} {benchmark.action_dim}."
-        )
+    try:
+        check_policy(benchmark, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
+    except ValueError as error:
+        parser.error(f"--checkpoint {args.checkpoint}: {error}")
     n_action_steps = args.n_action_steps or policy.n_action_steps
     if n_action_steps > policy.chunk_size:
         parser.error(
@@ -335,8 +371,10 @@ def main(argv: list[str] | None = None) -> None:
         "versions": installed_versions(benchmark),
         **result.metrics(),
     }
+    for name in NAMES[1:]:  # of an earlier evaluation
+        (args.output_dir / name).unlink(missing_ok=True)
     write_json(args.output_dir / "metrics.json", metrics)
-    print(summary(metrics, result.num_chunks))
+    print(summary(metrics))
     if args.record:
         write_contact_sheet(args.output_dir / "rollouts.png", result.recordings, benchmark)
         write_video(args.output_dir / "rollouts.mp4", result.recordings, benchmark)
@@ -345,4 +383,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

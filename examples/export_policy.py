@@ -5,7 +5,8 @@
 
 The folder holds two ONNX graphs (vision with connector; the language model, for the prompt and for each token), the
 tokenizers, the statistics, a README, and the code that runs them: `docs/deployment.md`. What was exported is compared
-with the checkpoint before it takes the folder's place. Needs `pip install -e ".[deployment]"`.
+with the checkpoint before it is put there. A folder that holds anything else than an earlier export is refused. Needs
+`pip install -e ".[deployment]"`.
 """
 
 import argparse
@@ -19,13 +20,13 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from evaluate import load_policy
+from evaluate import load_policy, run_script
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache
 
-from smolandfast.files_smolandfast import atomic_write, write_checksums
+from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, write_checksums
 from smolandfast.runtime_smolandfast import (
     DECODER,
     EMBEDDINGS,
@@ -43,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = [
     f"{name}_smolandfast.py" for name in ("checks", "files", "loop", "normalization", "prompt", "runtime", "strings")
 ]
+# All that is written; the first names the folder as an export.
+NAMES = [*FILES, SUMS, "README.md", "pyproject.toml", "smolandfast_runtime/*.py"]
 OPSET = 23  # the first with attention, rotary embeddings and RMS norms as operators
 NUM_OBSERVATIONS = 8  # that the two policies are compared on
 # Largest difference of a chunk's mean log-probability that rounding in float32 explains.
@@ -249,12 +252,14 @@ def compare(policy: DeployedPolicy, model: Any, processor: Any) -> tuple[int, fl
 
 
 def export_policy(checkpoint: str | Path, output_dir: Path, weights: str = "float32") -> tuple[int, float]:
-    """Write the folder anew; what stood there goes only once the new one is whole. Returns what [`compare`] does.
+    """Write the folder, or replace an earlier export once the new one is complete. Returns what [`compare`] does.
 
     Raises:
         OSError: Files of the checkpoint are missing or damaged, or the folder cannot be written.
-        ValueError: A checkpoint of another kind, or an exported policy that is not the same.
+        ValueError: A folder that holds anything else, a checkpoint of another kind, or an exported policy that is not
+            the same.
     """
+    check_output_dir(output_dir, NAMES, sealed=True)
     model, processor = load_policy(checkpoint, dtype=torch.float32, attn_implementation="sdpa")
     about = describe(model, processor)
     with atomic_write(output_dir) as folder:
@@ -264,7 +269,7 @@ def export_policy(checkpoint: str | Path, output_dir: Path, weights: str = "floa
             quantize(folder)
         (folder / POLICY).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         (folder / TOKENIZER).write_text(processor.tokenizer.backend_tokenizer.to_str(), encoding="utf-8")
-        write_checksums(folder, FILES)
+        write_checksums(folder, FILES)  # for the comparison below
         package = folder / "smolandfast_runtime"
         package.mkdir()
         for name in CODE:
@@ -290,6 +295,8 @@ def export_policy(checkpoint: str | Path, output_dir: Path, weights: str = "floa
             n_action_steps=model.config.n_action_steps,
         )
         (folder / "README.md").write_text(readme, encoding="utf-8")
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        write_checksums(folder, names - {SUMS})
     return num_equal, difference
 
 
@@ -311,4 +318,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,7 +30,7 @@ METRICS = {
 }
 NUMBERS = ("pc_success", "pc_success_low", "pc_success_high", "avg_sum_reward", "ms_per_chunk")
 REWARD = ("avg_max_reward", "avg_max_reward_low", "avg_max_reward_high")
-COUNTS = ("n_episodes", "seed", "n_action_steps", "num_threads", "num_envs", "malformed_chunks")
+COUNTS = ("n_episodes", "seed", "n_action_steps", "num_threads", "num_envs")
 KINDS = (
     dict.fromkeys(NUMBERS, (int, float))
     | dict.fromkeys(COUNTS, (int,))

@@ -104,6 +104,27 @@ def get_benchmark(name: str) -> Benchmark:
         raise ValueError(str(error)) from error
 
 
+def check_policy(
+    benchmark: Benchmark, action_dim: int, state_dim: int, image_keys: Sequence[str], fps: float | None
+) -> None:
+    """Refuse a policy of another robot, or of another control rate (`None`: not known).
+
+    Raises:
+        ValueError: The message names what differs.
+    """
+    for what, found, expected in (
+        ("action dimensions", action_dim, benchmark.action_dim),
+        ("state dimensions", state_dim, benchmark.state_dim),
+        (f"cameras ({', '.join(image_keys)})", len(image_keys), 1),
+        ("control steps a second (fps)", fps, benchmark.fps),
+    ):
+        if found is not None and found != expected:
+            raise ValueError(
+                f"The policy has {found:g} {what}, {benchmark.name} {expected}. Use one that was trained for "
+                f"{benchmark.name}."
+            )
+
+
 @dataclass
 class Episode:
     """One episode and its scores; if filmed, also its scenes, as PNG: six episodes of raw pixels would take 800 MB."""
@@ -134,8 +155,7 @@ class RolloutResult:
 
     benchmark: Benchmark
     episodes: list[Episode]
-    num_requested: int  # chunks the policy was asked for
-    num_chunks: int  # chunks that came back complete and finite
+    num_chunks: int  # that the policy predicted
     predict_seconds: float  # wall time inside `predict`
 
     @property
@@ -203,7 +223,6 @@ class RolloutResult:
             "avg_sum_reward": float(np.mean(self.sum_rewards)),
             "seed": self.seeds[0],
             "ms_per_chunk": 1000.0 * self.predict_seconds / self.num_chunks,
-            "malformed_chunks": self.num_requested - self.num_chunks,
         }
         by_task = {task: [e.success for e in self.episodes if e.task == task] for task in self.tasks}
         if len(by_task) > 1:
@@ -303,7 +322,7 @@ def rollout(
     for episode in episodes:
         to_come.setdefault(episode.task, deque()).append(episode)
     slots = [_Slot() for _ in range(min(num_envs, len(episodes)))]
-    num_requested, num_chunks, predict_seconds = 0, 0, 0.0
+    num_chunks, predict_seconds = 0, 0.0
     with contextlib.ExitStack() as stack, tqdm(total=len(episodes), unit="episode", disable=not progress) as bar:
         for slot in slots:
             stack.callback(slot.close)
@@ -318,7 +337,6 @@ def rollout(
 
             waiting = [s for s in playing if s.episode.coming is None and s.episode.schedule.is_due()]
             if waiting:
-                num_requested += len(waiting)
                 images = [slot.scene.image() for slot in waiting]
                 states = np.stack([slot.scene.state for slot in waiting])
                 start = time.perf_counter()
@@ -352,7 +370,7 @@ def rollout(
                 if episode.done:
                     slot.episode = None
                     bar.update()
-    return RolloutResult(benchmark, episodes, num_requested, num_chunks, predict_seconds)
+    return RolloutResult(benchmark, episodes, num_chunks, predict_seconds)
 
 
 class _Slot:

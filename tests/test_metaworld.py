@@ -268,7 +268,7 @@ def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cach
     arguments = "--benchmark metaworld --tasks reach push --episodes 1 --record 1 --n_action_steps 12 --num_envs 1"
     evaluate.main([*arguments.split(), "--checkpoint", str(output), "--output_dir", str(tmp_path / "eval")])
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
-    assert list(metrics["by_task"]) == ["reach", "push"] and metrics["malformed_chunks"] == 0
+    assert list(metrics["by_task"]) == ["reach", "push"]
     assert {"rollouts.png", "rollouts.mp4"} <= {path.name for path in (tmp_path / "eval").iterdir()}
     assert "mean over groups" in capsys.readouterr().out
     again = [*arguments.split(), "--checkpoint", str(output), "--num_processes", "2", "--output_dir"]

@@ -49,7 +49,6 @@ METRICS = {
     "n_episodes": 4,
     "seed": 70,
     "ms_per_chunk": 12.5,
-    "malformed_chunks": 0,
     "max_rewards": [1.0, 0.5, 0.25, 0.25],
     "successes": [True, False, False, False],
 }

@@ -2,8 +2,10 @@
 
 import ctypes.util
 import json
+import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -119,8 +121,7 @@ def test_one_batched_call_a_step_asks_for_those_episodes_only_that_need_a_chunk(
 
     result = rollout(PUSHT, predict, SEEDS, n_action_steps=4, num_envs=2, max_steps=8)
     assert batches == [2, 2, 2, 2, 1, 1]  # episodes 0 and 1, then 2 and 3, then 4 alone; two chunks each
-    assert result.num_chunks == result.num_requested == 10
-    assert result.metrics()["malformed_chunks"] == 0
+    assert result.num_chunks == 10
 
 
 def test_a_solved_episode_ends_and_makes_room_for_the_next_seed(monkeypatch):
@@ -227,6 +228,8 @@ class StandInProcessor:
     def post_process_actions(self, ids):
         return ids[:, None].repeat(1, 10, 1).numpy()
 
+    normalizer, image_keys, fps = SimpleNamespace(state_dim=2), ["observation.image"], 10
+
     def check_model(self, model):
         assert isinstance(model, StandInModel)
 
@@ -280,7 +283,7 @@ def test_an_evaluation_writes_metrics_video_and_sheet(checkpoint, tmp_path, caps
     assert sorted(path.name for path in output_dir.iterdir()) == ["metrics.json", "rollouts.mp4", "rollouts.png"]
     metrics = json.loads((output_dir / "metrics.json").read_text())
     assert metrics["seeds"] == [40, 41, 42] and metrics["seed"] == 40 and metrics["n_episodes"] == 3
-    assert len(metrics["max_rewards"]) == 3 and metrics["malformed_chunks"] == 0
+    assert len(metrics["max_rewards"]) == 3
     assert metrics["n_action_steps"] == 5 and metrics["checkpoint"] == str(folder)
     assert metrics["versions"]["torch"] == version("torch") and metrics["num_threads"] >= 1
     assert model.generate_kwargs == [{"do_sample": False}] * 2  # one batch of three, twice
@@ -311,6 +314,7 @@ def test_sampling_and_n_action_steps_reach_the_policy(checkpoint, tmp_path):
         (["--checkpoint", "{tmp}/arm"], "has 7 action dimensions, pusht 2"),
         (["--checkpoint", "{tmp}/torn"], "cannot be read"),
         (["--output_dir", "{tmp}/other/config.json"], "Name another one."),
+        (["--output_dir", "{tmp}/other"], "exists and holds config.json, which this script did not write"),
     ],
 )
 def test_a_wrong_argument_is_an_error_line_that_says_how_to_fix_it(checkpoint, tmp_path, capsys, arguments, message):
@@ -328,6 +332,61 @@ def test_a_wrong_argument_is_an_error_line_that_says_how_to_fix_it(checkpoint, t
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in error and message in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fps": 30}, "has 30 control steps a second (fps), pusht 10"),
+        ({"image_keys": ["a", "b"]}, "has 2 cameras (a, b), pusht 1"),
+        ({"normalizer": SimpleNamespace(state_dim=6)}, "has 6 state dimensions, pusht 2"),
+    ],
+)
+def test_a_policy_of_another_robot_or_rate_is_refused_before_it_plays(
+    checkpoint, tmp_path, capsys, monkeypatch, changes, message
+):
+    for name, value in changes.items():
+        monkeypatch.setattr(StandInProcessor, name, value)
+    monkeypatch.setattr(evaluate, "rollout", None)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--checkpoint", str(checkpoint[0]), "--output_dir", str(tmp_path / "eval"), "--device", "cpu"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_evaluation_replaces_an_earlier_one_and_nothing_else(checkpoint, tmp_path, capsys):
+    folder, output_dir = checkpoint[0], tmp_path / "eval"
+    arguments = ["--checkpoint", str(folder), "--episodes", "1", "--device", "cpu", "--output_dir", str(output_dir)]
+    evaluate.main(arguments)
+    evaluate.main([*arguments, "--record", "0"])
+    assert [path.name for path in output_dir.iterdir()] == ["metrics.json"]  # no film of other episodes
+    (output_dir / "notes.txt").write_text("precious")
+    with pytest.raises(SystemExit):
+        evaluate.main(arguments)
+    assert "holds notes.txt" in capsys.readouterr().err
+    assert sorted(path.name for path in output_dir.iterdir()) == ["metrics.json", "notes.txt"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import evaluate
+
+def main():
+    os.kill(os.getpid(), signal.SIGINT)
+
+evaluate.run_script(main)
+"""
+
+
+def test_ctrl_c_ends_a_script_with_one_line():
+    examples = Path(evaluate.__file__).parent
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED, examples], capture_output=True, text=True)
+    assert result.returncode == 130 and result.stderr.strip() == "Interrupted."
+
+
+def test_every_script_ends_quietly_on_ctrl_c():
+    for name in ("evaluate", "export_policy", "export_checkpoint", "push_to_hub", "serve"):
+        assert "run_script(main)" in Path(evaluate.__file__).with_name(f"{name}.py").read_text(), name
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from PIL import Image
 from test_fuzz import fuzz, junk, odd_arrays, odd_images
 
 from smolandfast import SmolAndFastProcessor, compute_statistics, runtime_smolandfast
-from smolandfast.files_smolandfast import SUMS, write_checksums
+from smolandfast.files_smolandfast import SUMS, read_checksums, write_checksums
 from smolandfast.runtime_smolandfast import DECODER, FILES, POLICY, VISION, DeployedPolicy
 from smolandfast.training import make_tiny_processor
 
@@ -306,6 +306,33 @@ def test_a_policy_that_came_out_different_is_not_left_behind(checkpoint, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_replaces_an_earlier_one_and_nothing_else(deployed, checkpoint, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(deployed, tmp_path / "policy")
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(read_checksums(folder / SUMS)) == written - {SUMS}
+    assert export_policy.export_policy(checkpoint, folder)[0] == export_policy.NUM_OBSERVATIONS
+    monkeypatch.setattr(export_policy, "load_policy", None)  # refused before it is loaded
+    own = shutil.copytree(checkpoint, tmp_path / "own")
+
+    def refused(output_dir):
+        with pytest.raises(SystemExit) as stop:
+            export_policy.main(["--checkpoint", str(own), "--output_dir", str(output_dir)])
+        return stop.value.code == 2 and capsys.readouterr().err.strip().splitlines()[-1]
+
+    for name in ("notes.txt", "recordings/episode_0", "smolandfast_runtime/mine.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("precious")
+        assert name in refused(folder) and (folder / name).read_text() == "precious"
+        (folder / name).unlink()
+    (folder / "README.md").write_text("my notes")
+    assert "README.md" in refused(folder) and (folder / "README.md").read_text() == "my notes"
+    DeployedPolicy(folder)  # the notes are not read
+    monkeypatch.chdir(own)
+    for output_dir in (own, ".", "..", "../policy"):
+        assert "did not write" in refused(output_dir)
+    assert (own / "model.safetensors").is_file()
+
+
 def test_a_policy_that_splits_images_is_refused(checkpoint, tmp_path, capsys):
     folder = shutil.copytree(checkpoint, tmp_path / "splitting")
     settings_file = folder / "processor_config.json"
@@ -324,7 +351,7 @@ def test_the_simulator_plays_a_deployed_policy(deployed, tmp_path, capsys):
     options = ["--episodes", "1", "--record", "0", "--output_dir", str(tmp_path)]
     evaluate.main(["--checkpoint", str(deployed), *options])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert (metrics["backend"], metrics["malformed_chunks"], metrics["n_episodes"]) == ("onnxruntime", 0, 1)
+    assert (metrics["backend"], metrics["n_episodes"]) == ("onnxruntime", 1)
     for wrong in (["--do_sample"], ["--dtype", "bfloat16"]):
         with pytest.raises(SystemExit):
             evaluate.main(["--checkpoint", str(deployed), *options, *wrong])
