@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .checks_smolandfast import check_whole, naming_errors
+from .checks_smolandfast import check_length, check_whole, naming_errors
 from .files_smolandfast import SUMS, check_checksums, read_checksums, read_json
 from .normalization_smolandfast import Normalizer
 from .prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
@@ -98,6 +98,7 @@ class DeployedPolicy:
         self.normalizer = Normalizer(**about["normalizer"])
         self.state_dim, self.action_dim = self.normalizer.state_dim, self.normalizer.action_dim
         self._prompt, self._cache_shape = about["prompt"], about["cache"]
+        self._max_positions = about["max_position_embeddings"]
         pixels = about["pixels"]
         self._image_size, self._resample = (pixels["side"],) * 2, Image.Resampling(pixels["resample"])
         values = (np.arange(256) * pixels["rescale_factor"]).astype(np.float32)
@@ -109,7 +110,9 @@ class DeployedPolicy:
         self._token_bytes = [None if token is None else bytes.fromhex(token) for token in tokens["token_bytes"]]
         self.token_lengths = tokens["token_lengths"]
         self._num_coefficients = self.chunk_size * self.action_dim
-        started, next_state, _ = grammar_tables(self._num_coefficients, tokens["token_lengths"], tokens["token_bytes"])
+        started, next_state, self._max_new_tokens = grammar_tables(
+            self._num_coefficients, tokens["token_lengths"], tokens["token_bytes"]
+        )
         # In the order of the scores, which is the vocabulary's: the last token first.
         self._started, self._next_state = started[::-1].copy(), next_state[:, ::-1].copy()
         self._may_follow = self._next_state != INVALID
@@ -131,7 +134,8 @@ class DeployedPolicy:
             the first `n_action_steps` of a chunk, then look again.
 
         Raises:
-            ValueError: Input that is missing, of the wrong shape or kind, or not finite; scores that are not finite.
+            ValueError: Input that is missing, of the wrong shape or kind, or not finite; a prompt that leaves no
+                positions for a chunk; scores that are not finite.
         """
         return self.report(images, text, state, **limits)["actions"]
 
@@ -171,6 +175,7 @@ class DeployedPolicy:
             self._has_warned = True
             logger.warning(warning)
         prompts = [self._write_prompt(*sample) for sample in zip(tasks, bins, strict=True)]
+        check_length(max(map(len, prompts)), self._max_new_tokens, self._max_positions)
         written = [self._write(ids, sample, *limits) for ids, sample in zip(prompts, images, strict=True)]
         coefficients, log_probability, is_whole, written_tokens = zip(*written, strict=True)
         chunks = inverse_dct(np.stack(coefficients) / self._scale)

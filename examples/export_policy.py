@@ -12,6 +12,7 @@ with the checkpoint before it is put there. A folder that holds anything else th
 import argparse
 import json
 import logging
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -52,19 +53,22 @@ NUM_OBSERVATIONS = 8  # that the two policies are compared on
 TOLERANCE = 1e-3
 README = """# A deployed SmolAndFast policy
 
-    pip install ./{folder}
+    pip install {install_path}
 
 ```python
 import numpy as np
 from smolandfast_runtime import DeployedPolicy
 
 policy = DeployedPolicy({folder!r})
-image = np.zeros(({side}, {side}, 3), dtype=np.uint8)  # your camera's picture, RGB, of any size
-actions = policy.predict(images=image, text={task!r}, state={state})
+images = {{  # your cameras' images, RGB, of any size
+{images}}}
+actions = policy.predict(images=images, text={task!r}, state={state})
 print(actions.shape)  # (1, {chunk_size}, {action_dim})
 ```
 
 Execute the first {n_action_steps} actions, then look again. `policy.report` also says how far to trust them.
+`ControlLoop(observe, predict, act, fps={fps}, n_action_steps={n_action_steps}, policy_fps=policy.fps)` drives a robot
+at the control rate of the demonstrations{unknown}.
 Weights: {weights}. {comparison}.
 """
 INIT = """from .loop_smolandfast import ControlLoop
@@ -204,6 +208,7 @@ def describe(model: Any, processor: Any) -> dict[str, Any]:
             "n_state_bins": processor.n_state_bins,
             "use_relative_actions": processor.use_relative_actions,
         },
+        "max_position_embeddings": config.text_config.max_position_embeddings,
         "cache": [
             config.text_config.num_hidden_layers,
             config.text_config.num_key_value_heads,
@@ -232,12 +237,17 @@ def quantize(folder: Path) -> None:
     quantizer.model.save_model_to_file(str(folder / DECODER))
 
 
+def task_of(processor: Any) -> str:
+    """A task that the policy takes."""
+    return (processor.training_tasks or [processor.default_task or "Do it."])[0]
+
+
 def compare(policy: DeployedPolicy, model: Any, processor: Any) -> tuple[int, float]:
     """Of [`NUM_OBSERVATIONS`] made-up observations, how many chunks are equal bit by bit, and the largest difference
     of a mean log-probability among those."""
     rng, side = np.random.default_rng(0), processor.image_processor.max_image_size["longest_edge"]
     low, high = processor.normalizer.state_bounds
-    task = (processor.training_tasks or [processor.default_task or "Do it."])[0]
+    task = task_of(processor)
     num_equal, difference = 0, 0.0
     for _ in range(NUM_OBSERVATIONS):
         images = list(rng.integers(0, 256, (len(processor.image_keys), side, side, 3), dtype=np.uint8))
@@ -283,10 +293,16 @@ def export_policy(checkpoint: str | Path, output_dir: Path, weights: str = "floa
                 f"The exported policy is not the same: {comparison}, and mean log-probabilities differ by up to "
                 f"{difference:.2g}. This is torch {torch.__version__}; try the locked releases."
             )
+        name, side = output_dir.resolve().name, about["pixels"]["side"]
         readme = README.format(
-            folder=output_dir.name,
-            side=about["pixels"]["side"],
-            task=(processor.training_tasks or [processor.default_task])[0],
+            folder=name,
+            install_path=shlex.quote(f"./{name}"),
+            images="".join(
+                f"    {key!r}: np.zeros(({side}, {side}, 3), dtype=np.uint8),\n" for key in about["image_keys"]
+            ),
+            task=task_of(processor),
+            fps="policy.fps" if processor.fps else "...",
+            unknown="" if processor.fps else ", which this policy does not know: `policy.fps` is None",
             state=np.mean(processor.normalizer.state_bounds, axis=0).round(2).tolist(),
             action_dim=model.config.action_dim,
             weights=weights,

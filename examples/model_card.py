@@ -175,6 +175,7 @@ def write_card(
         benchmark=benchmark,
         num_tasks=max(len(told), 1),
         task=processor.default_task or benchmark.tasks[task],
+        task_literal=repr(processor.default_task or benchmark.tasks[task]),
         state=state,
         action_low=low.tolist(),
         action_high=high.tolist(),

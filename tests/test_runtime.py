@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,8 +103,9 @@ def check_equal(policy, model, processor):
 def test_chunks_of_two_cameras_are_too(demonstrations, tmp_path):
     keys = ["observation.images.front", "observation.images.wrist"]
     checkpoint = make_checkpoint(tmp_path / "checkpoint", make_processor(demonstrations, image_keys=keys))
-    export_policy.export_policy(checkpoint, tmp_path / "policy")
-    policy, (model, processor) = DeployedPolicy(tmp_path / "policy"), evaluate.load_policy(checkpoint)
+    folder = tmp_path / "it's a policy"
+    export_policy.export_policy(checkpoint, folder)
+    policy, (model, processor) = DeployedPolicy(folder), evaluate.load_policy(checkpoint)
     front, wrist = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
     for images in ([front, wrist], {keys[1]: wrist, keys[0]: front}):
         ids = model.generate(**processor(images=images, state=[200.0, 300.0]))
@@ -112,6 +114,39 @@ def test_chunks_of_two_cameras_are_too(demonstrations, tmp_path):
     assert policy.image_keys == keys and policy.fps is None
     with pytest.raises(ValueError, match="has 1 images, expected 2.*front, observation.images.wrist"):
         policy.predict(front, state=[200.0, 300.0])
+    check_readme(folder, keys)
+
+
+def check_readme(folder, image_keys):
+    """Its commands name the folder whatever its name, and its example runs and shows the policy's cameras."""
+    readme = (folder / "README.md").read_text()
+    install = next(line for line in readme.splitlines() if "pip install" in line)
+    assert shlex.split(install) == ["pip", "install", f"./{folder.name}"]
+    code = readme.split("```python\n")[1].split("```")[0]
+    assert all(repr(key) in code for key in image_keys)
+    start = f"import sys\nsys.path.insert(0, {str(folder)!r})\n"
+    result = subprocess.run([sys.executable, "-c", start + code], cwd=folder.parent, capture_output=True, text=True)
+    assert result.stdout.strip() == f"(1, {CHUNK_SIZE}, 2)", result.stderr
+
+
+def test_the_readme_names_the_control_rate(deployed):
+    readme = (deployed / "README.md").read_text()
+    assert "fps=policy.fps, n_action_steps=4, policy_fps=policy.fps" in readme
+    check_readme(deployed, ["observation.image"])
+
+
+def test_a_prompt_that_leaves_no_positions_for_a_chunk_is_refused(deployed, stock, monkeypatch):
+    policy, (model, processor) = DeployedPolicy(deployed), stock
+    limit = model.config.text_config.max_position_embeddings
+    assert policy._max_positions == limit
+    monkeypatch.setattr(policy, "_decoder", None)
+    for text in ("word " * limit, ["short", "word " * limit]):
+        observation = {"images": np.zeros((96, 96, 3), np.uint8), "text": text, "state": [200.0, 300.0]}
+        if isinstance(text, list):
+            observation |= {"images": [observation["images"]] * 2, "state": [observation["state"]] * 2}
+        refused = outcome(policy.predict, **observation)
+        assert f"more than the model's {limit} positions (max_position_embeddings)" in refused
+        assert refused == outcome(processor, **observation)
 
 
 def test_what_the_model_config_says_is_there(deployed, stock):
