@@ -2,13 +2,12 @@
 
     python examples/export_policy.py --checkpoint checkpoints/pusht-tiny --output_dir deployed
     python benchmarks/delay.py --checkpoint deployed --episodes 50 --num_processes 2
-    python benchmarks/delay.py --checkpoint deployed-told --episodes 50 --strategies switch
     python benchmarks/delay.py --checkpoint deployed --max_tokens 1 2 3 4 6 8 --delays 0 --strategies switch
 
-Each delay, in control steps of 0.1 s, with each strategy (`loop_smolandfast.STRATEGIES`), on the same seeds; a policy
-that is trained with `max_delay` is told what is executed meanwhile. And the same for chunks that are cut short after
-some tokens, and how long these take; for that, nothing else should run on the machine. What is played is kept: started
-again, it goes on. Writes `benchmarks/results/delay.json` and `assets/delay.png`, or `anytime.json`.
+Each delay, in control steps of 0.1 s, with each strategy (`loop_smolandfast.STRATEGIES`), on the same seeds. And the
+same for chunks that are cut short after some tokens, and how long these take; for that, nothing else should run on the
+machine. What is played is kept: started again, it goes on. Writes `benchmarks/results/delay.json` and
+`assets/delay.png`, or `anytime.json`.
 """
 
 import argparse
@@ -80,9 +79,8 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     """Success, and the jumps between commanded actions, against the delay."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lines = {}
-    for case in sorted(cases, key=lambda case: (case["max_delay"], case["delay"])):
-        told = " (told so)" if case["max_delay"] > 0 else ""
-        lines.setdefault(NAMES[case["strategy"]] + told, []).append(case)
+    for case in sorted(cases, key=lambda case: case["delay"]):
+        lines.setdefault(NAMES[case["strategy"]], []).append(case)
     for label, points in lines.items():
         seconds = [case["delay"] / CONTROL_HZ for case in points]
         success = np.array([case["pc_success"] for case in points])
@@ -129,7 +127,8 @@ def main() -> None:
             write_json(path, found)
             print({name: value for name, value in case.items() if name != "successes"}, flush=True)
     if args.max_tokens == [None]:
-        draw(found["cases"], RESULTS.parents[1] / "assets/delay.png")
+        own = [case for case in found["cases"] if case["checkpoint"] == args.checkpoint]
+        draw(own, RESULTS.parents[1] / "assets/delay.png")
     else:
         found["ms_of_a_chunk"] = time_chunks(args.checkpoint, backend, [*args.max_tokens, None], args.seed)
         write_json(path, found)

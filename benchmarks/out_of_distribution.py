@@ -49,6 +49,7 @@ def main() -> None:
         known = found if known is None else known
         results[kind] = {
             "log_probability": round(float(found.mean()), 3),
+            "percentile_5": round(float(np.quantile(found, 0.05)), 3),
             "pairs_ranked_right": round(float((known[:, None] > found).mean()), 3),
             "clipped_actions": round(float(report["clipped_actions"].mean()), 3),
         }

@@ -9,6 +9,7 @@ variable `CHECKPOINT` names the policy's repository on the Hub.
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -123,8 +124,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # System fonts: the theme's own are loaded from another site.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    make_page(load_page_policy(args.checkpoint)).launch(theme=theme, footer_links=[])
+    try:
+        policy = load_page_policy(args.checkpoint)
+    except (OSError, ValueError) as error:
+        parser.error(f"--checkpoint {args.checkpoint} cannot be played: {error}")
+    make_page(policy).launch(theme=theme, footer_links=[])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

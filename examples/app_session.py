@@ -8,8 +8,8 @@ import gymnasium
 import numpy as np
 import torch
 from app_views import draw_coverage, draw_image, draw_scene, draw_tokens
-from pusht import ACTION_DIM, CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, WORLD_SIZE
-from rollouts import check_chunks
+from pusht import ACTION_DIM, BENCHMARK, CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, WORLD_SIZE
+from rollouts import check_chunks, check_policy
 from transformers import AutoModel, AutoProcessor
 
 from smolandfast.loop_smolandfast import Schedule
@@ -20,7 +20,12 @@ AGENT_MARGIN, BLOCK_MARGIN = 25, 60  # least distance from the walls at which th
 
 
 def load_page_policy(checkpoint: str) -> "Policy | DeployedPagePolicy":
-    """The policy that all visitors share: a checkpoint, or what `export_policy.py` wrote."""
+    """The policy that all visitors share: a checkpoint, or what `export_policy.py` wrote.
+
+    Raises:
+        OSError: Files are missing or damaged.
+        ValueError: A checkpoint of another kind, or a policy of another robot.
+    """
     return (DeployedPagePolicy if Path(checkpoint, POLICY).is_file() else Policy)(checkpoint)
 
 
@@ -29,6 +34,8 @@ class DeployedPagePolicy:
 
     def __init__(self, folder: str):
         self.policy = DeployedPolicy(folder)
+        robot = (getattr(self.policy, name) for name in ("action_dim", "state_dim", "image_keys", "fps"))
+        check_policy(BENCHMARK, *robot)
         self.n_action_steps = self.policy.n_action_steps
         self._one_at_a_time = threading.Lock()
 
@@ -48,6 +55,10 @@ class Policy:
         self.model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
         self.processor.check_model(self.model)
+        normalizer = self.processor.normalizer
+        check_policy(
+            BENCHMARK, normalizer.action_dim, normalizer.state_dim, self.processor.image_keys, self.processor.fps
+        )
         self.n_action_steps = self.model.config.n_action_steps
         self._one_at_a_time = threading.Lock()
 
