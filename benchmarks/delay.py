@@ -13,9 +13,7 @@ machine. What is played is kept: started again, it goes on. Writes `benchmarks/r
 import argparse
 import itertools
 import json
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from bench import RESULTS, seconds
-from evaluate import find_backend, installed_versions, load_predict, write_json
+from evaluate import find_backend, installed_versions, load_predict, map_in_processes, run_script, write_json
 from pusht import BENCHMARK, CONTROL_HZ
 from rollouts import rollout
 
@@ -42,7 +40,6 @@ NAMES = {
 def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | None, seeds: range) -> dict[str, Any]:
     """Play one strategy, delay and limit of tokens."""
     strategy, delay, max_tokens = case
-    torch.set_num_threads(1)
     policy = load_predict(checkpoint, backend, max_tokens=max_tokens)
     options = {"n_action_steps": policy.n_action_steps, "num_envs": 1}
     result = rollout(BENCHMARK, policy.predict, seeds, delay=delay, strategy=strategy, **options)
@@ -120,12 +117,10 @@ def main() -> None:
     cases = [c for c in itertools.product(args.strategies, args.delays, args.max_tokens) if c not in done]
     seeds = range(args.seed, args.seed + args.episodes)
     one = partial(measure, checkpoint=args.checkpoint, backend=backend, seeds=seeds)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.num_processes, spawn) as pool:
-        for case in pool.map(one, sorted(cases, key=lambda case: case[1])):
-            found["cases"].append(case)
-            write_json(path, found)
-            print({name: value for name, value in case.items() if name != "successes"}, flush=True)
+    for case in map_in_processes(args.num_processes, one, sorted(cases, key=lambda case: case[1])) if cases else ():
+        found["cases"].append(case)
+        write_json(path, found)
+        print({name: value for name, value in case.items() if name != "successes"}, flush=True)
     if args.max_tokens == [None]:
         own = [case for case in found["cases"] if case["checkpoint"] == args.checkpoint]
         draw(own, RESULTS.parents[1] / "assets/delay.png")
@@ -136,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

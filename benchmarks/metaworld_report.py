@@ -23,6 +23,7 @@ from evaluate import (
     load_predict,
     make_output_dir,
     rollout_in_processes,
+    run_script,
     summary,
     write_json,
 )
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -146,23 +146,28 @@ def rollout_in_processes(
         options: For [`rollouts.rollout`].
     """
     one = partial(_rollout_task, checkpoint, benchmark, load_options, options)
-    spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn or computed may hang
-    with ProcessPoolExecutor(min(num_processes, len(tasks)), spawn, torch.set_num_threads, (1,)) as pool:
-        # Ctrl-C reaches all processes at once. The new ones inherit that they ignore it, and are ended by this one.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            found = pool.map(one, tasks)
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        try:
-            results = list(tqdm(found, total=len(tasks), unit="task"))
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    results = list(tqdm(map_in_processes(num_processes, one, tasks), total=len(tasks), unit="task"))
     counts = ("num_chunks", "predict_seconds")
     episodes = [episode for result in results for episode in result.episodes]
     return RolloutResult(benchmark, episodes, *(sum(getattr(r, name) for r in results) for name in counts))
+
+
+def map_in_processes(num_processes: int, function: Callable, items: Sequence) -> Iterator:
+    """The results of a function for each item, in new processes of one thread each. Ctrl-C ends them all at once."""
+    spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn or computed may hang
+    with ProcessPoolExecutor(min(num_processes, len(items)), spawn, torch.set_num_threads, (1,)) as pool:
+        # Ctrl-C reaches all processes at once. The new ones inherit that they ignore it, and are ended by this one.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            results = pool.map(function, items)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        try:
+            yield from results
+        except (KeyboardInterrupt, GeneratorExit):  # do not wait for what they have begun
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _rollout_task(

@@ -1,6 +1,7 @@
 """The page: what its sessions do without a browser, and in headless Chromium what a visitor does."""
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -50,6 +51,20 @@ def test_visitors_do_not_meet(policy):
         second.step()
     np.testing.assert_allclose(first.path, alone.path)
     assert np.abs(np.array(second.path) - alone.path).max() > 1
+
+
+def test_a_policy_of_another_control_rate_is_an_error_line(tmp_path, capsys):
+    app = pytest.importorskip("app", reason="the page needs pip install -e '.[app]'")
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "policy")
+    for name, changes in {
+        "processor_config.json": {"fps": 30},
+        "config.json": {"processor_fingerprint": None},
+    }.items():
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stop:
+        app.main(["--checkpoint", str(folder)])
+    assert stop.value.code == 2 and "has 30 control steps a second (fps), pusht 10" in capsys.readouterr().err
 
 
 def test_pieces_stand_where_they_were_put(policy):

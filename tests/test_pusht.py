@@ -2,8 +2,11 @@
 
 import ctypes.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -387,6 +390,43 @@ def test_ctrl_c_ends_a_script_with_one_line():
 def test_every_script_ends_quietly_on_ctrl_c():
     for name in ("evaluate", "export_policy", "export_checkpoint", "push_to_hub", "serve"):
         assert "run_script(main)" in Path(evaluate.__file__).with_name(f"{name}.py").read_text(), name
+
+
+WORKERS = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import time
+import evaluate
+
+def play(seconds):
+    print("playing", flush=True)
+    time.sleep(seconds)
+
+def main():
+    print("begin", flush=True)
+    list(evaluate.map_in_processes(2, play, [600, 600]))
+
+if __name__ == "__main__":
+    evaluate.run_script(main)
+"""
+
+
+@pytest.mark.parametrize("is_playing", [False, True])
+def test_ctrl_c_ends_all_processes_with_one_line(tmp_path, is_playing):
+    """The terminal sends it to each of them, whatever they are doing."""
+    (tmp_path / "workers.py").write_text(WORKERS)
+    command = [sys.executable, str(tmp_path / "workers.py"), str(Path(evaluate.__file__).parent)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    try:
+        for _ in range(3 if is_playing else 1):
+            process.stdout.readline()
+        time.sleep(0 if is_playing else 1)  # they import
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and errors.strip() == "Interrupted."
 
 
 @pytest.mark.parametrize(
