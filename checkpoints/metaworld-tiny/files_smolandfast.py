@@ -85,7 +85,9 @@ def check_output_dir(folder: str | os.PathLike, names: Iterable[str], sealed: bo
         raise ValueError(f"{folder} is a file, expected a folder to write to. Name another one.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    found = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
     foreign = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
     if not foreign and not fnmatch.filter(found, names[0]):
         foreign = found or ["folders"]
@@ -121,10 +123,15 @@ def read_checksums(path: Path) -> dict[str, str]:
     return {match[2]: match[1] for match in matches}
 
 
-def check_checksums(folder: Path) -> None:
-    """Compare every file that the folder's `SHA256SUMS` lists. Raises `OSError` that names the first that differs."""
-    for name, expected in read_checksums(folder / SUMS).items():
-        check_file(folder / name, expected)
+def check_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compare these files, by default all, with the folder's `SHA256SUMS`.
+
+    Raises:
+        OSError: The message names the first file that differs, or is not listed.
+    """
+    sums = read_checksums(folder / SUMS)
+    for name in sums if names is None else names:
+        check_file(folder / name, sums.get(name))
 
 
 def check_file(path: Path, expected: str | None) -> None:
