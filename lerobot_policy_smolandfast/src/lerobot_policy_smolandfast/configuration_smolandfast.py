@@ -159,7 +159,7 @@ def _joint_names(feature: dict[str, Any]) -> list[str] | None:
         groups = [group if isinstance(group, list) else [group] for group in names.values()]
         names = sorted(names, key=names.get) if is_index else sum(groups, [])
     size = (len(names),) if names else None
-    return [str(name) for name in names] if size == tuple(feature["shape"]) else None
+    return [str(name) for name in names] if size == tuple(feature.get("shape", ())) else None
 
 
 def model_options(config: SMOLANDFASTConfig | SmolAndFastConfig) -> dict[str, Any]:
