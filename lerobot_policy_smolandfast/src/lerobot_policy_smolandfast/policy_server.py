@@ -45,13 +45,12 @@ class SmolAndFastServerConfig(PolicyServerConfig):
 
     @property
     def address(self) -> str:
-        host = self.host.strip("[]")
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def _is_loopback(host: str) -> bool:
     try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name, which may be any machine's
         return False
 
