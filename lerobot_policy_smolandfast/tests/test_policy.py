@@ -149,6 +149,29 @@ def test_a_data_sets_only_task_is_its_default_task(dataset):
     assert policy.processor.training_tasks and set(policy.processor.training_tasks) == set(TASKS)
 
 
+def test_a_fine_tuned_policy_learns_the_tasks_of_its_new_data(make_policy, dataset, tmp_path):
+    make_policy(default_task=TASKS[0]).save_pretrained(tmp_path)
+
+    def load(*tasks, **options):
+        meta = SimpleNamespace(**{**vars(dataset), "tasks": make_tasks(*tasks)})
+        config = PreTrainedConfig.from_pretrained(
+            tmp_path, cli_overrides=[f"--{name}={value}" for name, value in options.items()]
+        )
+        return SMOLANDFASTPolicy.from_pretrained(tmp_path, config=config, dataset_meta=meta)
+
+    for tasks, options, default_task in (
+        (["Wave."], {}, "Wave."),
+        (["Wave.", "Bow."], {}, ""),
+        (["Wave.", TASKS[0]], {}, TASKS[0]),
+        (["Wave.", "Bow."], {"default_task": "Greet."}, "Greet."),
+    ):
+        policy = load(*tasks, **options)
+        assert policy.config.default_task == policy.processor.default_task == default_task
+        assert set(policy.processor.training_tasks) == {*TASKS, *tasks}
+    with pytest.raises(ValueError, match="The data set has an empty task"):
+        load("Wave.", "")
+
+
 def test_a_state_outside_the_data_warns_once_with_the_joints_name(make_policy, dataset, batch, tmp_path, caplog):
     make_policy(normalization="quantiles").save_pretrained(tmp_path)
     policy = SMOLANDFASTPolicy.from_pretrained(tmp_path)
@@ -202,7 +225,7 @@ def test_relaxed_decoding_is_an_option(make_policy, batch):
     assert policy.predict_action_chunk(batch).isfinite().all()
 
 
-def test_what_is_uploaded_to_the_hub_loads_with_the_same_actions(make_policy, batch, tmp_path, monkeypatch):
+def test_what_is_uploaded_to_the_hub_loads_with_the_same_actions(make_policy, batch, tmp_path, monkeypatch, caplog):
     policy = make_policy(n_action_steps=3)
     policy.save_pretrained(tmp_path / "saved")
     for path in (tmp_path / "saved").rglob("*.*"):
@@ -211,7 +234,9 @@ def test_what_is_uploaded_to_the_hub_loads_with_the_same_actions(make_policy, ba
             (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, tmp_path / "hub" / name)
     monkeypatch.setattr(modeling_smolandfast, "snapshot_download", lambda *args, **kwargs: tmp_path / "hub")
+    caplog.set_level("INFO")
     loaded = SMOLANDFASTPolicy.from_pretrained("somebody/policy")
+    assert f"--fps={FPS}" in caplog.text
     assert torch.equal(loaded.predict_action_chunk(batch), policy.predict_action_chunk(batch))
     assert loaded.config.n_action_steps == 3
 

@@ -21,7 +21,7 @@ from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, SmolA
 from smolandfast.training import make_tiny_model, parameter_groups
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig, model_options
-from .processor_smolandfast import is_blank, load_processor, make_processor, processor_options
+from .processor_smolandfast import is_blank, learn_tasks, load_processor, make_processor, processor_options
 
 FOLDER = "smolandfast"  # in a LeRobot checkpoint: the model's configuration and the processor
 
@@ -92,8 +92,8 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
     ) -> "SMOLANDFASTPolicy":
         """Load a checkpoint that LeRobot saved: a folder (`.../pretrained_model`) or hub id.
 
-        `dataset_stats` and `dataset_meta` are ignored: also when fine-tuned on another data set, the policy keeps the
-        statistics and the tokenizer that its weights were trained with.
+        `dataset_stats` is ignored: also when fine-tuned on another data set, the policy keeps the statistics and the
+        tokenizer that its weights were trained with. Of `dataset_meta`, it learns the tasks.
 
         Args:
             config: Options to use instead of the checkpoint's.
@@ -112,8 +112,12 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         model_config = SmolAndFastConfig.from_pretrained(folder / FOLDER, **model_options(config))
         model = SmolAndFastForActionPrediction(model_config)
         model.generation_config = GenerationConfig.from_pretrained(folder / FOLDER)
-        parts = model, load_processor(folder / FOLDER)
-        return super().from_pretrained(folder, config=config, strict=True, parts=parts)
+        processor = load_processor(folder / FOLDER)
+        if processor.fps is not None:  # LeRobot does not pass --fps on to policies, so it cannot be checked here
+            logging.info("The policy was trained at %g actions a second: run it with --fps=%g", *[processor.fps] * 2)
+        if dataset_meta is not None:
+            learn_tasks(processor, config, list(dataset_meta.tasks.index))
+        return super().from_pretrained(folder, config=config, strict=True, parts=(model, processor))
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
         super()._save_pretrained(save_directory, **kwargs)

@@ -76,6 +76,19 @@ def choose_tasks(tasks: list[str], default_task: str | None) -> tuple[list[str],
     return named, default_task
 
 
+def learn_tasks(processor: SmolAndFastProcessor, config: SMOLANDFASTConfig, tasks: list[str]) -> None:
+    """Add the tasks of a data set that a loaded policy is trained on, and choose its default task among them.
+
+    A default task that was asked for, or that the data set has, stays.
+    """
+    default_task = config.default_task
+    if default_task in (None, processor.default_task):
+        default_task = processor.default_task if processor.default_task in tasks else None
+    named, config.default_task = choose_tasks(tasks, default_task)
+    if processor.training_tasks is not None:
+        processor.training_tasks = list(dict.fromkeys([*processor.training_tasks, *named]))
+
+
 def is_blank(task: object) -> bool:
     """Whether a task is missing or empty."""
     return task is None or (isinstance(task, str) and not task.strip())
