@@ -1,5 +1,6 @@
 """LeRobot's asynchronous server with this policy, a simulated robot as its client, and a connection that is cut."""
 
+import importlib
 import pickle
 import socket
 import subprocess
@@ -20,8 +21,6 @@ grpc = pytest.importorskip("grpc", reason='the server needs pip install "lerobot
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedObservation  # noqa: E402
 from lerobot.transport import services_pb2, services_pb2_grpc  # noqa: E402
 from lerobot.transport.utils import send_bytes_in_chunks  # noqa: E402
-
-from lerobot_policy_smolandfast import policy_server  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints/pusht-tiny"
 TASK = "Push the T-shaped block onto the T-shaped target."
@@ -122,8 +121,10 @@ def test_images_reach_the_policy_in_the_robots_own_size(address, policy, log):
 
 
 @pytest.fixture
-def bound(monkeypatch):
+def bound(monkeypatch, tmp_path):
     """Run the server's command without starting it, and return the addresses that it binds to."""
+    monkeypatch.chdir(tmp_path)  # LeRobot's module makes a folder for its log when it is imported
+    policy_server = importlib.import_module("lerobot_policy_smolandfast.policy_server")
 
     def run(*arguments: str) -> list[str]:
         addresses = []
