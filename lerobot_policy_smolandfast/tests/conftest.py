@@ -17,6 +17,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 TASKS = ["Stack the cups.", "Fold the towel."]
 CAMERAS = ("observation.images.front", "observation.images.wrist")
 STATE_DIM, ACTION_DIM, CHUNK_SIZE = 3, 4, 6
+STATE_NAMES, ACTION_NAMES, FPS = ["shoulder.pos", "elbow.pos", "gripper.pos"], ["a", "b", "c", "d"], 20
 LENGTHS = (40, 25, 35)  # frames of the episodes
 
 
@@ -49,8 +50,27 @@ def dataset(tmp_path_factory) -> SimpleNamespace:
         }
         for key, values in (("observation.state", states), ("action", actions))
     }
-    tasks = pd.DataFrame({"task_index": range(len(TASKS))}, index=TASKS)
-    return SimpleNamespace(root=root, stats=stats, tasks=tasks, states=states, actions=actions)
+    image = {"dtype": "video", "shape": (48, 64, 3), "names": ["height", "width", "channels"]}
+    features = {
+        CAMERAS[0]: image,
+        "observation.state": {"dtype": "float32", "shape": (STATE_DIM,), "names": STATE_NAMES},
+        CAMERAS[1]: image,
+        "action": {"dtype": "float32", "shape": (ACTION_DIM,), "names": {"motors": ACTION_NAMES}},
+    }
+    return SimpleNamespace(
+        root=root,
+        stats=stats,
+        tasks=make_tasks(*TASKS),
+        features=features,
+        fps=FPS,
+        states=states,
+        actions=actions,
+    )
+
+
+def make_tasks(*tasks: str) -> pd.DataFrame:
+    """A data set's table of tasks."""
+    return pd.DataFrame({"task_index": range(len(tasks))}, index=list(tasks))
 
 
 def make_config(**options) -> SMOLANDFASTConfig:
@@ -92,5 +112,5 @@ def batch(dataset) -> dict:
         **dict(zip(CAMERAS, images, strict=True)),
         "observation.state": torch.tensor(dataset.states[:3], dtype=torch.float32),
         "action": torch.tensor(chunks, dtype=torch.float32),
-        "task": [TASKS[0], TASKS[1], ""],
+        "task": [TASKS[0], TASKS[1], TASKS[0]],
     }

@@ -2,20 +2,43 @@
 
 import fnmatch
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ACTION_DIM, CAMERAS, CHUNK_SIZE, LENGTHS, TASKS, make_config
+from conftest import (
+    ACTION_DIM,
+    ACTION_NAMES,
+    CAMERAS,
+    CHUNK_SIZE,
+    FPS,
+    LENGTHS,
+    STATE_DIM,
+    STATE_NAMES,
+    TASKS,
+    make_config,
+    make_tasks,
+)
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
+from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.factory import make_policy as make_lerobot_policy
+from lerobot.rollout.context import _wrap_predict_action_chunk_with_torch_compile
+from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot.utils.import_utils import register_third_party_plugins
 from transformers import AutoModel, AutoProcessor
 
-from lerobot_policy_smolandfast import SMOLANDFASTConfig, SMOLANDFASTPolicy, modeling_smolandfast
+from lerobot_policy_smolandfast import (
+    SMOLANDFASTConfig,
+    SMOLANDFASTPolicy,
+    modeling_smolandfast,
+    processor_smolandfast,
+)
 from lerobot_policy_smolandfast.convert_checkpoint import to_lerobot, to_transformers
-from lerobot_policy_smolandfast.processor_smolandfast import read_demonstrations
+from lerobot_policy_smolandfast.processor_smolandfast import read_demonstrations, read_frames, relative_statistics
+from smolandfast import compute_statistics
 
 UPLOADED = ("*.safetensors", "*.json", "*.yaml", "*.md")  # the files that push_model_to_hub takes
 
@@ -81,14 +104,110 @@ def test_states_and_actions_are_normalised_once(make_policy, dataset, batch):
     assert (chunk.numpy() >= dataset.stats["action"]["min"] - 1e-5).all()
 
 
-def test_an_empty_task_is_the_default_task(make_policy, batch):
-    policy = make_policy(default_task=TASKS[1])
-    empty, named = ({**batch, "task": [task] * 3} for task in ("", TASKS[1]))
-    missing = {key: value for key, value in batch.items() if key != "task"}
-    expected = policy.predict_action_chunk(named)
+EMPTY_TASKS = ["", " ", None, [""] * 3, [TASKS[0], None, TASKS[1]]]
+
+
+@pytest.mark.parametrize("task", EMPTY_TASKS, ids=repr)
+def test_an_empty_task_is_the_default_task_or_refused(make_policy, batch, task):
+    policy, strict = make_policy(default_task=TASKS[1]), make_policy()
+    empty = {**batch, "task": task}
+    named = task if isinstance(task, list) else [task] * 3
+    named = {**batch, "task": [name if name in TASKS else TASKS[1] for name in named]}
+    assert torch.equal(policy.predict_action_chunk(empty), policy.predict_action_chunk(named))
+    assert torch.equal(policy(empty)[0], policy(named)[0])
+    assert not strict.config.default_task
+    for call in (strict.forward, strict.predict_action_chunk, strict.select_action):
+        with pytest.raises(ValueError, match=f"is empty.*{TASKS[0]}.*{TASKS[1]}"):
+            call(empty)
+    del empty["task"]
+    policy.predict_action_chunk(empty)
+    with pytest.raises(ValueError, match=f"is empty.*{TASKS[0]}.*{TASKS[1]}"):
+        strict.predict_action_chunk(empty)
+
+
+def test_a_default_task_given_on_the_command_line_helps_a_loaded_policy(make_policy, batch, tmp_path):
+    make_policy().save_pretrained(tmp_path)
+    empty = {**batch, "task": ""}
+    with pytest.raises(ValueError, match="is empty"):
+        SMOLANDFASTPolicy.from_pretrained(tmp_path).predict_action_chunk(empty)
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=[f"--default_task={TASKS[1]}"])
+    policy = SMOLANDFASTPolicy.from_pretrained(tmp_path, config=config)
+    expected = policy.predict_action_chunk({**batch, "task": [TASKS[1]] * 3})
     assert torch.equal(policy.predict_action_chunk(empty), expected)
-    assert torch.equal(policy.predict_action_chunk(missing), expected)
-    assert make_policy().config.default_task == TASKS[0]
+
+
+def test_a_data_sets_only_task_is_its_default_task(dataset):
+    def make(tasks, **options):
+        meta = SimpleNamespace(**{**vars(dataset), "tasks": make_tasks(*tasks)})
+        return SMOLANDFASTPolicy(make_config(**options), dataset_stats=dataset.stats, dataset_meta=meta)
+
+    assert make(TASKS[:1]).config.default_task == make(TASKS[:1]).processor.default_task == TASKS[0]
+    for tasks in ([*TASKS, ""], [TASKS[0], " "], [""]):
+        with pytest.raises(ValueError, match="The data set has an empty task"):
+            make(tasks)
+    policy = make([*TASKS, ""], default_task=TASKS[1])
+    assert policy.processor.training_tasks and set(policy.processor.training_tasks) == set(TASKS)
+
+
+def test_a_fine_tuned_policy_learns_the_tasks_of_its_new_data(make_policy, dataset, tmp_path):
+    make_policy(default_task=TASKS[0]).save_pretrained(tmp_path)
+
+    def load(*tasks, **options):
+        meta = SimpleNamespace(**{**vars(dataset), "tasks": make_tasks(*tasks)})
+        config = PreTrainedConfig.from_pretrained(
+            tmp_path, cli_overrides=[f"--{name}={value}" for name, value in options.items()]
+        )
+        return SMOLANDFASTPolicy.from_pretrained(tmp_path, config=config, dataset_meta=meta)
+
+    for tasks, options, default_task in (
+        (["Wave."], {}, "Wave."),
+        (["Wave.", "Bow."], {}, ""),
+        (["Wave.", TASKS[0]], {}, TASKS[0]),
+        (["Wave.", "Bow."], {"default_task": "Greet."}, "Greet."),
+    ):
+        policy = load(*tasks, **options)
+        assert policy.config.default_task == policy.processor.default_task == default_task
+        assert set(policy.processor.training_tasks) == {*TASKS, *tasks}
+    with pytest.raises(ValueError, match="The data set has an empty task"):
+        load("Wave.", "")
+
+
+def test_a_state_outside_the_data_warns_once_with_the_joints_name(make_policy, dataset, batch, tmp_path, caplog):
+    make_policy(normalization="quantiles").save_pretrained(tmp_path)
+    policy = SMOLANDFASTPolicy.from_pretrained(tmp_path)
+    low, high = (dataset.stats["observation.state"][name] for name in ("min", "max"))
+    caplog.set_level("WARNING")
+    policy.predict_action_chunk({**batch, "observation.state": torch.tensor(np.stack([low, high, low]))})
+    assert "outside" not in caplog.text  # nor by the rounding of the state to float32
+    outside = batch["observation.state"].clone()
+    outside[1, 1] = high[1] + 12.5
+    for _ in range(2):
+        policy.predict_action_chunk({**batch, "observation.state": outside})
+    [record] = [record for record in caplog.records if "outside" in record.message]
+    numbers = [f"{x:.6g}" for x in np.float32([high[1] + 12.5, low[1], high[1]])]
+    assert all(text in record.message for text in (STATE_NAMES[1], *numbers))
+    assert not any(name in record.message for name in (STATE_NAMES[0], STATE_NAMES[2]))
+    policy.config.state_names = None
+    policy.predict_action_chunk({**batch, "observation.state": outside - 100})
+    assert "observation.state[0]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["x", "y"], {"motors": ["x", "y"]}, {"axes": ["x", "y"]}, {"y": 1, "x": 0}, {"left": ["x"], "right": ["y"]}],
+    ids=repr,
+)
+def test_joints_have_the_data_sets_names(names):
+    config = SMOLANDFASTConfig(device="cpu")
+    config.read_dataset_features({"observation.state": {"shape": [2], "names": names}})
+    assert config.state_names == ["x", "y"] and config.action_names is None
+
+
+@pytest.mark.parametrize("names", [None, ["x"], {"motors": ["x", "y", "z"]}, []], ids=repr)
+def test_joints_without_fitting_names_have_none(names):
+    config = SMOLANDFASTConfig(device="cpu")
+    config.read_dataset_features({"observation.state": {"shape": [2], "names": names}})
+    assert config.state_names is None
 
 
 def test_each_part_has_its_learning_rate_and_frozen_parts_have_none(make_policy):
@@ -106,7 +225,7 @@ def test_relaxed_decoding_is_an_option(make_policy, batch):
     assert policy.predict_action_chunk(batch).isfinite().all()
 
 
-def test_what_is_uploaded_to_the_hub_loads_with_the_same_actions(make_policy, batch, tmp_path, monkeypatch):
+def test_what_is_uploaded_to_the_hub_loads_with_the_same_actions(make_policy, batch, tmp_path, monkeypatch, caplog):
     policy = make_policy(n_action_steps=3)
     policy.save_pretrained(tmp_path / "saved")
     for path in (tmp_path / "saved").rglob("*.*"):
@@ -115,7 +234,9 @@ def test_what_is_uploaded_to_the_hub_loads_with_the_same_actions(make_policy, ba
             (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, tmp_path / "hub" / name)
     monkeypatch.setattr(modeling_smolandfast, "snapshot_download", lambda *args, **kwargs: tmp_path / "hub")
+    caplog.set_level("INFO")
     loaded = SMOLANDFASTPolicy.from_pretrained("somebody/policy")
+    assert f"--fps={FPS}" in caplog.text
     assert torch.equal(loaded.predict_action_chunk(batch), policy.predict_action_chunk(batch))
     assert loaded.config.n_action_steps == 3
 
@@ -130,10 +251,58 @@ def test_conversion_to_transformers_and_back_keeps_the_actions(make_policy, batc
     images = list(zip(*(batch[key] for key in CAMERAS), strict=True))
     inputs = processor(images=images, text=batch["task"], state=batch["observation.state"])
     np.testing.assert_array_equal(processor.post_process_actions(model.generate(**inputs)), expected)
-    to_lerobot(tmp_path / "transformers", tmp_path / "again", CAMERAS)
+    assert processor.image_keys == list(CAMERAS) and processor.fps == FPS
+    (tmp_path / "again").mkdir()  # an empty folder is as good as a new one
+    to_lerobot(tmp_path / "transformers", tmp_path / "again")
     again = SMOLANDFASTPolicy.from_pretrained(tmp_path / "again")
     assert torch.equal(again.predict_action_chunk(batch), expected)
-    assert list(again.config.image_features) == list(CAMERAS)
+    assert again.config.image_features == policy.config.image_features  # their sizes too
+    assert (again.config.state_names, again.config.action_names) == (STATE_NAMES, ACTION_NAMES)
+    assert again.processor.fps == FPS and not again.config.gradient_checkpointing
+
+
+def test_conversion_can_rename_cameras(make_policy, batch, tmp_path):
+    names = ["observation.images.left", "observation.images.right"]
+    policy = make_policy()
+    policy.save_pretrained(tmp_path / "lerobot")
+    for image_keys in (["one"], [*names, "three"], [names[0]] * 2):
+        with pytest.raises(ValueError, match="image_keys is"):
+            to_transformers(tmp_path / "lerobot", tmp_path / "renamed", image_keys)
+    to_transformers(tmp_path / "lerobot", tmp_path / "transformers")
+    renamed = {name: batch.pop(camera) for name, camera in zip(names, CAMERAS, strict=True)}
+    expected = policy.predict_action_chunk({**batch, **dict(zip(CAMERAS, renamed.values(), strict=True))})
+    to_lerobot(tmp_path / "transformers", tmp_path / "renamed", names)
+    again = SMOLANDFASTPolicy.from_pretrained(tmp_path / "renamed")
+    assert list(again.config.image_features) == again.processor.image_keys == names
+    assert [x.shape for x in again.config.image_features.values()] == [(3, 48, 64)] * 2
+    assert torch.equal(again.predict_action_chunk({**batch, **renamed}), expected)
+    again.processor.check_model(again.model)
+
+
+@pytest.mark.parametrize("convert", [to_transformers, to_lerobot])
+def test_conversion_writes_to_a_new_folder_or_not_at_all(convert, make_policy, tmp_path):
+    make_policy().save_pretrained(tmp_path / "lerobot")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    for output_dir in (tmp_path / "full", tmp_path / "full/notes.txt"):
+        with pytest.raises(ValueError, match="output_dir"):
+            convert(tmp_path / "lerobot", output_dir)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError):
+        convert(tmp_path / "full", tmp_path / "new")  # no checkpoint
+    assert not (tmp_path / "new").exists()
+
+
+def test_torch_compile_changes_nothing_and_says_so(make_policy, batch, caplog):
+    policy = make_policy()
+    expected = policy.predict_action_chunk(batch)
+    assert "torch.compile" not in caplog.text
+    assert _wrap_predict_action_chunk_with_torch_compile(policy, backend="inductor", mode="default")
+    for delay in range(10):
+        assert torch.equal(policy.predict_action_chunk(batch, inference_delay=delay), expected)
+    with torch.inference_mode():
+        assert torch.equal(policy.select_action(batch), expected[:, 0])
+    assert len([record for record in caplog.records if "no effect" in record.message]) == 1
 
 
 def test_a_fitted_tokenizer_serves_the_next_policy(make_policy, tmp_path):
@@ -149,6 +318,78 @@ def test_chunks_end_with_their_episode(dataset):
     np.testing.assert_array_equal(chunks[0], dataset.actions[:CHUNK_SIZE])
     np.testing.assert_array_equal(chunks[38], dataset.actions[[38, 39, 39, 39, 39, 39]])
     np.testing.assert_array_equal(chunks[-1], dataset.actions[[-1] * CHUNK_SIZE])
+
+
+def test_statistics_of_relative_actions_cover_all_frames(dataset, monkeypatch):
+    states, chunks = read_demonstrations(dataset.root, CHUNK_SIZE)
+    expected = compute_statistics(states, chunks[..., :STATE_DIM])["relative_action"]
+    monkeypatch.setattr(processor_smolandfast, "MAX_FITTED_CHUNKS", 5)
+    states, actions, last = read_frames(dataset.root)
+    found = relative_statistics(states, actions[:, :STATE_DIM], last, CHUNK_SIZE)
+    assert list(found) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-12)
+
+
+def test_a_tokenizer_is_fitted_to_as_many_frames_as_fit_into_memory(dataset, monkeypatch):
+    monkeypatch.setattr(processor_smolandfast, "MAX_FITTED_VALUES", 10 * CHUNK_SIZE * ACTION_DIM)
+    states, chunks = read_demonstrations(dataset.root, CHUNK_SIZE)
+    assert len(states) == len(chunks) == 10
+    np.testing.assert_array_equal(states[[0, -1]], dataset.states[[0, -1]])
+    np.testing.assert_array_equal(
+        chunks[:, 0], dataset.actions[np.linspace(0, sum(LENGTHS) - 1, 10).round().astype(int)]
+    )
+
+
+def test_cameras_have_the_data_sets_order_and_depth_maps_are_none(dataset, batch, tmp_path):
+    depth = {"dtype": "video", "shape": (48, 64, 1), "names": ["height", "width", "channels"]}
+    flagged = {**depth, "shape": (48, 64, 3), "info": {"is_depth_map": True}}
+    features = {"observation.images.depth": depth, "observation.images.old_depth": flagged, **dataset.features}
+    meta = SimpleNamespace(**{**vars(dataset), "features": features})
+    config = make_config()
+    config.input_features = dict(reversed(dataset_to_policy_features(features).items()))
+    config.input_features.pop("action")
+    policy = SMOLANDFASTPolicy(config, dataset_stats=dataset.stats, dataset_meta=meta)
+    assert list(policy.config.image_features) == policy.processor.image_keys == list(CAMERAS)
+    policy.save_pretrained(tmp_path)
+    loaded = SMOLANDFASTPolicy.from_pretrained(tmp_path)
+    assert torch.equal(loaded.predict_action_chunk(batch), policy.predict_action_chunk(batch))
+
+
+@pytest.mark.parametrize("cameras", [CAMERAS[::-1], CAMERAS[:1], ("observation.images.top", CAMERAS[1])])
+def test_other_cameras_than_the_weights_were_trained_with_are_refused(make_policy, tmp_path, cameras):
+    make_policy().save_pretrained(tmp_path)
+    config = PreTrainedConfig.from_pretrained(tmp_path)
+    image, state = config.input_features[CAMERAS[0]], config.input_features["observation.state"]
+    config.input_features = {"observation.state": state, **dict.fromkeys(cameras, image)}
+    with pytest.raises(ValueError) as error:
+        SMOLANDFASTPolicy.from_pretrained(tmp_path, config=config)
+    assert str(list(cameras)) in str(error.value) and str(list(CAMERAS)) in str(error.value)
+
+
+def test_cameras_are_renamed_by_lerobots_rename_map(make_policy, batch, tmp_path):
+    policy = make_policy()
+    policy.save_pretrained(tmp_path)
+    for pipeline in make_pre_post_processors(policy.config):
+        pipeline.save_pretrained(tmp_path)
+    overrides = {"rename_observations_processor": {"rename_map": {"observation.images.top": CAMERAS[0]}}}
+    before, _ = make_pre_post_processors(policy.config, tmp_path, preprocessor_overrides=overrides)
+    expected = policy.predict_action_chunk(batch)
+    batch["observation.images.top"] = batch.pop(CAMERAS[0])
+    assert torch.equal(policy.predict_action_chunk(before(batch)), expected)
+
+
+def test_a_real_robots_data_set_gives_cameras_joints_tasks_and_rate(shared):
+    meta = LeRobotDatasetMetadata("somebody/so101", root=shared / "data/so101")
+    config = SMOLANDFASTConfig(vlm_model_name="tiny", device="cpu", relative_actions=True, push_to_hub=False)
+    policy = make_lerobot_policy(config, ds_meta=meta)
+    assert policy.processor.image_keys == meta.camera_keys and policy.processor.fps == meta.fps == 25
+    assert policy.config.state_names == policy.config.action_names == meta.features["action"]["names"]
+    assert policy.config.default_task == "" and len(policy.processor.training_tasks) == 3
+    states, chunks = read_demonstrations(meta.root, 10)
+    expected = compute_statistics(states, chunks)["relative_action"]
+    found = policy.processor.statistics["relative_action"]
+    np.testing.assert_allclose([found[name] for name in expected], list(expected.values()), rtol=1e-9)
 
 
 def test_chunks_are_those_of_lerobots_loader(shared):

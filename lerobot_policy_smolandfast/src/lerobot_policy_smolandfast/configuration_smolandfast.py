@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
@@ -44,7 +44,10 @@ class SMOLANDFASTConfig(PreTrainedConfig):
     fast_scale: float = 10.0  # scale of a fitted FAST tokenizer: larger is finer and needs more tokens
     fast_vocab_size: int = 1024  # largest vocabulary of a fitted FAST tokenizer
     relaxed_decoding: bool = False  # write freely, then pad or cut; by default the model can only write whole chunks
-    default_task: str | None = None  # stands in for an empty task; None: the first task of the data set
+    # stands in for an empty task; None: the data set's only task, or with several none, and an empty task is refused
+    default_task: str | None = None
+    state_names: list[str] | None = None  # of the joints; None: those of the data set
+    action_names: list[str] | None = None  # of the joints; None: those of the data set
 
     vision_learning_rate: float = 2e-5  # peak learning rate of the vision tower
     connector_learning_rate: float = 2e-4  # peak learning rate of the connector
@@ -85,6 +88,26 @@ class SMOLANDFASTConfig(PreTrainedConfig):
         if self.scale_factor is None:
             self.scale_factor = 3 if self.vlm_model_name == TINY else 1
 
+    @property
+    def image_features(self) -> dict[str, PolicyFeature]:
+        """The cameras that the policy sees, in their order. Depth maps, which have one channel, are not among them."""
+        return {key: feature for key, feature in super().image_features.items() if 1 not in feature.shape[::2]}
+
+    def read_dataset_features(self, features: dict[str, dict[str, Any]]) -> None:
+        """Take the order of the cameras and the names of the joints from a data set's `meta/info.json`."""
+        inputs = self.input_features or {}
+        order = [key for key in features if key in inputs and not _is_depth_map(features[key])]
+        unknown = [key for key in self.image_features if key not in features]
+        if unknown:
+            raise ValueError(
+                f"input_features has the cameras {unknown}, which the data set does not: it has {list(features)}. "
+                "Leave --policy.input_features out, or name the data set's own."
+            )
+        self.input_features = {key: inputs[key] for key in order}
+        names = {key: _joint_names(features.get(key, {})) for key in (OBS_STATE, ACTION)}
+        self.state_names = self.state_names or names[OBS_STATE]
+        self.action_names = self.action_names or names[ACTION]
+
     def validate_features(self) -> None:
         """Refuse data without a camera, a flat state or a flat action. LeRobot fills in the features beforehand."""
         features = {**(self.input_features or {}), **(self.output_features or {})}
@@ -94,6 +117,10 @@ class SMOLANDFASTConfig(PreTrainedConfig):
                 f"The data has {shapes}, expected at least one camera, and {OBS_STATE} and {ACTION} of shape (dim,). "
                 "Rename features to match, or use another data set."
             )
+        for name, key in (("state_names", OBS_STATE), ("action_names", ACTION)):
+            names = getattr(self, name)
+            if names is not None and len(names) != shapes[key][0]:
+                raise ValueError(f"{name} is {names}, expected one for each dimension of {key}, {shapes[key][0]}.")
         if self.relative_actions and shapes[OBS_STATE] != shapes[ACTION]:
             raise ValueError(
                 f"relative_actions is set, but {OBS_STATE} has shape {shapes[OBS_STATE]} and {ACTION} has "
@@ -116,6 +143,23 @@ class SMOLANDFASTConfig(PreTrainedConfig):
             num_warmup_steps=self.scheduler_warmup_steps,
             num_decay_steps=self.scheduler_decay_steps,
         )
+
+
+def _is_depth_map(feature: dict[str, Any]) -> bool:
+    """What LeRobot's `LeRobotDatasetMetadata.depth_keys` says of one feature."""
+    information = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    return bool(information.get("is_depth_map") or information.get("video.is_depth_map"))
+
+
+def _joint_names(feature: dict[str, Any]) -> list[str] | None:
+    """The names of a vector's dimensions: `[...]`, `{"motors": [...]}` or `{name: index}` in LeRobot's data sets."""
+    names = feature.get("names")
+    if isinstance(names, dict):
+        is_index = all(isinstance(value, int) for value in names.values())
+        groups = [group if isinstance(group, list) else [group] for group in names.values()]
+        names = sorted(names, key=names.get) if is_index else sum(groups, [])
+    size = (len(names),) if names else None
+    return [str(name) for name in names] if size == tuple(feature.get("shape", ())) else None
 
 
 def model_options(config: SMOLANDFASTConfig | SmolAndFastConfig) -> dict[str, Any]:

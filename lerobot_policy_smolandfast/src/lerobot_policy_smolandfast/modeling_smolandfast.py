@@ -1,11 +1,13 @@
 """SmolAndFast behind LeRobot's policy interface: everything is left to the model and its processor."""
 
 import json
+import logging
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
@@ -19,7 +21,7 @@ from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, SmolA
 from smolandfast.training import make_tiny_model, parameter_groups
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig, model_options
-from .processor_smolandfast import load_processor, make_processor, processor_options
+from .processor_smolandfast import is_blank, learn_tasks, load_processor, make_processor, processor_options
 
 FOLDER = "smolandfast"  # in a LeRobot checkpoint: the model's configuration and the processor
 
@@ -41,6 +43,8 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         parts: tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor] | None = None,
     ):
         super().__init__(config)
+        if parts is None and dataset_meta is not None:
+            config.read_dataset_features(dataset_meta.features)
         config.validate_features()
         if parts is not None:
             self.model, self.processor = parts
@@ -56,6 +60,8 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
             config.default_task = self.processor.default_task
         self.processor.default_task = config.default_task
         self._check_processor()
+        self._joints_warned_of: set[str] = set()
+        self._has_warned_of_compilation = False
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.reset()
@@ -66,6 +72,7 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         pairs = {name: (getattr(config, name), value) for name, value in processor_options(self.processor).items()}
         pairs[f"the dimension of {OBS_STATE}"] = config.robot_state_feature.shape[0], normalizer.state_dim
         pairs[f"the dimension of {ACTION}"] = config.action_feature.shape[0], normalizer.action_dim
+        pairs["the list of cameras"] = list(config.image_features), self.processor.image_keys
         for name, (asked, trained) in pairs.items():
             if asked != trained:
                 raise ValueError(
@@ -85,8 +92,8 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
     ) -> "SMOLANDFASTPolicy":
         """Load a checkpoint that LeRobot saved: a folder (`.../pretrained_model`) or hub id.
 
-        `dataset_stats` and `dataset_meta` are ignored: also when fine-tuned on another data set, the policy keeps the
-        statistics and the tokenizer that its weights were trained with.
+        `dataset_stats` is ignored: also when fine-tuned on another data set, the policy keeps the statistics and the
+        tokenizer that its weights were trained with. Of `dataset_meta`, it learns the tasks.
 
         Args:
             config: Options to use instead of the checkpoint's.
@@ -105,8 +112,12 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         model_config = SmolAndFastConfig.from_pretrained(folder / FOLDER, **model_options(config))
         model = SmolAndFastForActionPrediction(model_config)
         model.generation_config = GenerationConfig.from_pretrained(folder / FOLDER)
-        parts = model, load_processor(folder / FOLDER)
-        return super().from_pretrained(folder, config=config, strict=True, parts=parts)
+        processor = load_processor(folder / FOLDER)
+        if processor.fps is not None:  # LeRobot does not pass --fps on to policies, so it cannot be checked here
+            logging.info("The policy was trained at %g actions a second: run it with --fps=%g", *[processor.fps] * 2)
+        if dataset_meta is not None:
+            learn_tasks(processor, config, list(dataset_meta.tasks.index))
+        return super().from_pretrained(folder, config=config, strict=True, parts=(model, processor))
 
     def _save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
         super()._save_pretrained(save_directory, **kwargs)
@@ -133,8 +144,11 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
 
         Args:
             batch: For each camera `(B, 3, H, W)` floats in [0, 1], `observation.state` `(B, state_dim)`, `action`
-                `(B, chunk_size, action_dim)` and `task`, B sentences; the default task stands in for an empty or
-                missing one.
+                `(B, chunk_size, action_dim)` and `task`, B sentences; the default task, if there is one, stands in for
+                an empty or missing one.
+
+        Raises:
+            ValueError: Features that are missing, or an empty task without a default task.
         """
         inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.model.device)
         with self._autocast():
@@ -162,11 +176,18 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
                 [`supports_rtc`].
             kwargs: For `generate()`.
         """
+        return self._generate_chunk(batch, torch.compiler.is_compiling(), kwargs)
+
+    @torch.compiler.disable  # neither the processor nor constrained decoding can be traced
+    def _generate_chunk(self, batch: dict[str, Any], is_compiled: bool, options: dict[str, Any]) -> Tensor:
+        if is_compiled and not self._has_warned_of_compilation:
+            self._has_warned_of_compilation = True
+            logging.warning("SmolAndFast runs without torch.compile: --use_torch_compile=true has no effect.")
         self.eval()
         inputs = self.processor(**self._read_observation(batch)).to(self.model.device)
         relaxed = self.config.relaxed_decoding
         with self._autocast():
-            ids = self.model.generate(**inputs, relaxed=relaxed, **kwargs)
+            ids = self.model.generate(**inputs, relaxed=relaxed, **options)
         return torch.from_numpy(self.processor.post_process_actions(ids, relaxed)).to(self.model.device)
 
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -183,8 +204,44 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
                 f"The batch has no {', '.join(missing)}, only {sorted(batch)}. Rename features with --rename_map, or "
                 "train a policy for these."
             )
+        self._warn_of_unseen_states(batch[OBS_STATE])
         images = zip(*(batch[key] for key in self.config.image_features), strict=True)  # one tuple a sample
-        return {"images": list(images), "text": batch.get("task"), "state": batch[OBS_STATE]}
+        return {"images": list(images), "text": self._read_tasks(batch), "state": batch[OBS_STATE]}
+
+    def _read_tasks(self, batch: dict[str, Any]) -> list[str]:
+        """One task a sample, the default task in place of an empty one."""
+        tasks, default_task = batch.get("task"), self.config.default_task
+        tasks = [tasks] * len(batch[OBS_STATE]) if tasks is None or isinstance(tasks, str) else list(tasks)
+        empty = [i for i, task in enumerate(tasks) if is_blank(task)]
+        if empty and is_blank(default_task):
+            trained = ", ".join(map(repr, self.processor.training_tasks or []))
+            raise ValueError(
+                f"task[{empty[0]}] is empty, and the policy has no default_task. Pass one of the tasks that it was "
+                f"trained on (lerobot-rollout --task=...): {trained}. Or choose one with --policy.default_task=...."
+            )
+        return [default_task if is_blank(task) else task for task in tasks]
+
+    def _warn_of_unseen_states(self, states: Tensor) -> None:
+        """Warn once of each joint that lies outside the data, as it does where a robot reports other units."""
+        statistics = self.processor.statistics[OBS_STATE]
+        low, high = (np.asarray(statistics[name], np.float32) for name in ("min", "max"))
+        states = states.detach().float().cpu().numpy()
+        if states.shape[1:] != low.shape:
+            return  # the processor refuses it
+        warned = []
+        for joint in np.flatnonzero(((states < low) | (states > high)).any(axis=0)):
+            name = self.config.state_names[joint] if self.config.state_names else f"{OBS_STATE}[{joint}]"
+            if name not in self._joints_warned_of:
+                self._joints_warned_of.add(name)
+                values = states[:, joint]
+                value = values[np.argmax(np.maximum(low[joint] - values, values - high[joint]))]
+                warned.append(f"{name} is {value:.6g}, the data has {low[joint]:.6g} to {high[joint]:.6g}")
+        if warned:
+            logging.warning(
+                "The robot's state lies outside the data that the policy was trained on, and is clamped: %s. If much "
+                "of it does, check the robot's units (degrees or percent) and its calibration.",
+                "; ".join(warned),
+            )
 
     def _autocast(self) -> AbstractContextManager:
         if self.config.dtype == "bfloat16":

@@ -12,14 +12,17 @@ from lerobot.processor import make_default_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil
 
-from smolandfast import FastActionTokenizer, Normalizer, SmolAndFastProcessor, compute_statistics
+from smolandfast import FastActionTokenizer, Normalizer, SmolAndFastProcessor
+from smolandfast.checks_smolandfast import as_numbers
 from smolandfast.normalization_smolandfast import RELATIVE_ACTION
 from smolandfast.training import make_tiny_processor
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig
 
 STATISTICS = ("min", "max", "q01", "q99")
-MAX_FITTED_CHUNKS = 100_000  # enough to fit a tokenizer; of a larger data set, evenly spaced frames
+# Enough to fit a tokenizer; of a larger data set, evenly spaced frames.
+MAX_FITTED_CHUNKS = 100_000
+MAX_FITTED_VALUES = 20_000_000  # chunk_size * action_dim a chunk; fitting takes about 150 bytes a value
 
 # LeRobot looks for this name. Its pipelines do not normalise: `normalization_mapping` is IDENTITY throughout.
 make_smolandfast_pre_post_processors = make_default_pre_post_processors
@@ -29,6 +32,7 @@ def make_processor(
     config: SMOLANDFASTConfig, dataset_stats: dict[str, dict[str, Any]], dataset_meta: LeRobotDatasetMetadata
 ) -> SmolAndFastProcessor:
     """The processor of a new policy: the data set's statistics and tasks, and a FAST tokenizer, loaded or fitted."""
+    tasks, default_task = choose_tasks(list(dataset_meta.tasks.index), config.default_task)
     statistics = {
         key: {name: value.tolist() for name, value in dataset_stats.get(key, {}).items() if name in STATISTICS}
         for key in (OBS_STATE, ACTION)
@@ -38,12 +42,11 @@ def make_processor(
         "n_state_bins": config.n_state_bins,
         "use_relative_actions": config.relative_actions,
     }
-    if config.relative_actions or config.action_tokenizer is None:
-        states, chunks = read_demonstrations(dataset_meta.root, config.chunk_size)
     if config.relative_actions:
-        statistics[RELATIVE_ACTION] = compute_statistics(states, chunks)[RELATIVE_ACTION]
+        statistics[RELATIVE_ACTION] = relative_statistics(*read_frames(dataset_meta.root), config.chunk_size)
     if config.action_tokenizer is None:
         normalizer = Normalizer(statistics, **options)
+        states, chunks = read_demonstrations(dataset_meta.root, config.chunk_size)
         chunks = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
         action_tokenizer = FastActionTokenizer.fit(
             chunks, config.fast_scale, config.fast_vocab_size, normalizer.action_scale
@@ -51,9 +54,6 @@ def make_processor(
         logging.info("Fitted a FAST tokenizer: %s", action_tokenizer.fit_report)
     else:
         action_tokenizer = FastActionTokenizer.from_pretrained(config.action_tokenizer)
-    tasks = list(dataset_meta.tasks.index)
-    default_task = tasks[0] if config.default_task is None else config.default_task
-    logging.info("An empty task is read as %r", default_task)
     options |= {name: getattr(config, name) for name in ("chunk_size", "scale_factor")}
     options |= {"image_keys": list(config.image_features), "fps": dataset_meta.fps}
     if config.vlm_model_name == TINY:
@@ -62,13 +62,44 @@ def make_processor(
     return SmolAndFastProcessor.from_vlm(config.vlm_model_name, action_tokenizer, statistics, **options)
 
 
-def read_demonstrations(root: Path, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """States and the action chunks that start at them, from the parquet files of a LeRobot v3.0 data set.
+def choose_tasks(tasks: list[str], default_task: str | None) -> tuple[list[str], str]:
+    """The tasks of a data set that a policy learns, and the one that stands in for an empty task, "" for none."""
+    named = [task for task in tasks if not is_blank(task)]
+    if default_task is None:
+        default_task = named[0] if len(tasks) == len(named) == 1 else ""
+    if len(named) < len(tasks) and not default_task:
+        raise ValueError(
+            f"The data set has an empty task next to {named}, and there is no default_task to stand in for it. Name "
+            "the task with --policy.default_task=..., or write it into the data set."
+        )
+    logging.info("An empty task is %s", f"read as {default_task!r}" if default_task else "refused")
+    return named, default_task
 
-    Past the end of an episode its last action is repeated, as LeRobot's loader does.
+
+def learn_tasks(processor: SmolAndFastProcessor, config: SMOLANDFASTConfig, tasks: list[str]) -> None:
+    """Add the tasks of a data set that a loaded policy is trained on, and choose its default task among them.
+
+    A default task that was asked for, or that the data set has, stays.
+    """
+    default_task = config.default_task
+    if default_task in (None, processor.default_task):
+        default_task = processor.default_task if processor.default_task in tasks else None
+    named, config.default_task = choose_tasks(tasks, default_task)
+    if processor.training_tasks is not None:
+        processor.training_tasks = list(dict.fromkeys([*processor.training_tasks, *named]))
+
+
+def is_blank(task: object) -> bool:
+    """Whether a task is missing or empty."""
+    return task is None or (isinstance(task, str) and not task.strip())
+
+
+def read_frames(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All frames of a LeRobot v3.0 data set, from its parquet files, in the order of their index.
 
     Returns:
-        `(N, state_dim)` and `(N, chunk_size, action_dim)`, robot units, of at most 100,000 evenly spaced frames.
+        States `(N, state_dim)` and actions `(N, action_dim)` in robot units, float64, and for each frame the row of
+        the last frame of its episode, `(N,)`.
     """
     folder = root / "data"
     if not any(folder.rglob("*.parquet")):
@@ -78,13 +109,42 @@ def read_demonstrations(root: Path, chunk_size: int) -> tuple[np.ndarray, np.nda
         )
     table = pq.read_table(folder, columns=["index", "episode_index", OBS_STATE, ACTION]).sort_by("index")
     # A vector of one number is stored as a scalar.
-    columns = [table[key].combine_chunks() for key in (OBS_STATE, ACTION)]
-    columns = [column.flatten() if pa.types.is_nested(column.type) else column for column in columns]
-    states, actions = (np.asarray(column).reshape(len(table), -1) for column in columns)
+    columns = {key: table[key].combine_chunks() for key in (OBS_STATE, ACTION)}
+    columns = {key: x.flatten() if pa.types.is_nested(x.type) else x for key, x in columns.items()}
+    states, actions = (as_numbers(np.asarray(x).reshape(len(table), -1), key) for key, x in columns.items())
     episodes = table["episode_index"].to_numpy()
-    rows = np.linspace(0, len(table) - 1, min(len(table), MAX_FITTED_CHUNKS)).round().astype(int)
-    last = np.searchsorted(episodes, episodes[rows], side="right") - 1  # the row where its episode ends
-    return states[rows], actions[np.minimum(rows[:, None] + np.arange(chunk_size), last[:, None])]
+    return states, actions, np.searchsorted(episodes, episodes, side="right") - 1
+
+
+def read_demonstrations(root: Path, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """States and the action chunks that start at them, to fit a FAST tokenizer to.
+
+    Past the end of an episode its last action is repeated, as LeRobot's loader does.
+
+    Returns:
+        `(N, state_dim)` and `(N, chunk_size, action_dim)`, robot units: all frames, or as many, evenly spaced, as
+        `MAX_FITTED_CHUNKS` and `MAX_FITTED_VALUES` allow.
+    """
+    states, actions, last = read_frames(root)
+    size = min(len(states), MAX_FITTED_CHUNKS, max(1, MAX_FITTED_VALUES // (chunk_size * actions.shape[1])))
+    rows = np.linspace(0, len(states) - 1, size).round().astype(int)
+    return states[rows], actions[np.minimum(rows[:, None] + np.arange(chunk_size), last[rows, None])]
+
+
+def relative_statistics(
+    states: np.ndarray, actions: np.ndarray, last: np.ndarray, chunk_size: int
+) -> dict[str, list[float]]:
+    """What [`compute_statistics`] says of `relative_action`, of the chunks of all frames, one dimension at a time."""
+    rows, statistics = np.arange(len(states)), {name: [] for name in STATISTICS}
+    differences = np.empty((len(states), chunk_size))
+    for state, action in zip(states.T, actions.T, strict=True):
+        for step in range(chunk_size):
+            differences[:, step] = action[np.minimum(rows + step, last)] - state
+        low, high = differences.min(), differences.max()
+        quantiles = np.quantile(differences, [0.01, 0.99], overwrite_input=True)
+        for name, value in zip(STATISTICS, (low, high, *quantiles), strict=True):
+            statistics[name].append(float(value))
+    return statistics
 
 
 def processor_options(processor: SmolAndFastProcessor) -> dict[str, Any]:
