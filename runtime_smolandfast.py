@@ -32,6 +32,7 @@ POLICY, VISION, DECODER, EMBEDDINGS, TOKENIZER = FILES = (
     "embeddings.npy",
     "tokenizer.json",
 )
+KEPT = ("n_action_steps", "default_task", "training_tasks", "image_keys", "fps", "state_names", "action_names")
 AGAIN = "Export the policy again."
 
 
@@ -49,6 +50,7 @@ class DeployedPolicy:
         chunk_size, n_action_steps, action_dim, state_dim: As in the configuration of the policy.
         token_lengths: Coefficients in each FAST token; `None` with FAST+.
         image_keys, fps: The cameras and the control rate of the demonstrations, see [`SmolAndFastProcessor`].
+        state_names, action_names: Names of the dimensions of state and action; `None` where the data had none.
         training_tasks: The sentences that it was trained on. Told another one, it warns once.
 
     Raises:
@@ -93,7 +95,16 @@ class DeployedPolicy:
             self.predict([image] * len(self.image_keys), task, np.zeros(self.state_dim))
 
     def _read(self, about: dict[str, Any]) -> None:
-        for name in ("n_action_steps", "default_task", "training_tasks", "image_keys", "fps"):
+        names = (
+            "n_action_steps",
+            "default_task",
+            "training_tasks",
+            "image_keys",
+            "fps",
+            "state_names",
+            "action_names",
+        )
+        for name in names:
             setattr(self, name, about[name])
         self.normalizer = Normalizer(**about["normalizer"])
         self.state_dim, self.action_dim = self.normalizer.state_dim, self.normalizer.action_dim

@@ -190,6 +190,8 @@ def describe(model: Any, processor: Any) -> dict[str, Any]:
         "training_tasks": processor.training_tasks,
         "image_keys": processor.image_keys,
         "fps": processor.fps,
+        "state_names": processor.state_names,
+        "action_names": processor.action_names,
         "prompt": {
             "around": processor.prompt_around(),
             "special_tokens": sorted(processor.tokenizer.get_added_vocab()),

@@ -78,6 +78,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
     Attributes:
         info: `meta/info.json`.
         image_keys, state_dim, action_dim, fps: What a sample looks like.
+        state_names, action_names: Names of the dimensions; None where the data set has none.
         image_sizes: Height and width of each camera's images, by image key.
         states, actions: `(N, state_dim)` and `(N, action_dim)` float32 of the chosen frames.
         tasks: The sentences of the chosen frames, each once.
@@ -107,6 +108,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         features = self.info["features"]
         self.image_keys = _choose_image_keys(image_keys, features)
         self.state_dim, self.action_dim = (_vector_dim(features, key) for key in (STATE, ACTION))
+        self.state_names, self.action_names = (_axis_names(features[key]) for key in (STATE, ACTION))
 
         table = self._read_episodes()
         chosen = _choose_episodes(episodes, len(table["length"]))
@@ -339,10 +341,10 @@ class JoinedChunkDatasets(torch.utils.data.ConcatDataset):
 def _check_same_kind(first: LeRobotChunkDataset, other: LeRobotChunkDataset) -> None:
     fields = ["fps", "state_dim", "action_dim", "image_keys", "image_sizes", "chunk_size", "frame_stride"]
     values = {name: (getattr(first, name), getattr(other, name)) for name in fields}
-    for key in (STATE, ACTION):
-        names = [_axis_names(dataset.info["features"][key]) for dataset in (first, other)]
+    for name in ("state_names", "action_names"):
+        names = getattr(first, name), getattr(other, name)
         if None not in names:
-            values[f"names of {key}"] = names
+            values[name] = names
     for name, (mine, theirs) in values.items():
         _expect(
             mine == theirs,
@@ -357,8 +359,8 @@ def _axis_names(feature: dict) -> list[str] | None:
     if isinstance(names, dict):
         is_grouped = all(isinstance(group, list) for group in names.values())
         names = [name for group in names.values() for name in group] if is_grouped else list(names)
-    is_named = isinstance(names, list) and [len(names)] == feature["shape"]
-    return names if is_named else None
+    is_named = isinstance(names, list) and [len(names)] == feature["shape"] and len(set(map(str, names))) == len(names)
+    return list(map(str, names)) if is_named else None
 
 
 def _expect(holds: object, message: str) -> None:

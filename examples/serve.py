@@ -8,7 +8,7 @@ The client is openpi's `WebsocketClientPolicy("127.0.0.1", 8000)` (`pip install 
 with an image of each camera, `observation/state`, and `prompt`, the task. The key of a camera is its name in
 `policy.image_keys` with slashes: `observation/images/front` for `observation.images.front`, or shorter
 `observation/front`; a single camera may be called `observation/image`. What the server expects is in the metadata that
-it sends at first: `message_keys`, along with `image_keys`, `fps` and sizes.
+it sends at first: `message_keys`, along with `image_keys`, `fps`, names and sizes.
 
 Back come `actions` `(chunk_size, action_dim)` and what the policy's `report` says of them. A wrong observation is
 answered by a text that says what is wrong, at which the client raises.
@@ -154,6 +154,7 @@ def make_server(policy: DeployedPolicy, host: str, port: int, connections: set |
     is_busy, keys = threading.Lock(), camera_keys(policy.image_keys)
     connections = set() if connections is None else connections
     names = ("chunk_size", "n_action_steps", "action_dim", "state_dim", "image_keys", "fps", "training_tasks")
+    names += ("state_names", "action_names")
     metadata = {name: getattr(policy, name) for name in names}
     metadata["message_keys"] = [*list(keys)[: len(policy.image_keys)], STATE, PROMPT]
 

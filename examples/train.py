@@ -391,6 +391,8 @@ def make_policy(
         "use_relative_actions": args.use_relative_actions,
         "image_keys": dataset.image_keys,
         "fps": dataset.fps,
+        "state_names": dataset.state_names,
+        "action_names": dataset.action_names,
         "training_tasks": list(dict.fromkeys([*dataset.tasks, *wordings])),
     }
     frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}

@@ -202,7 +202,7 @@ def name_axes(root: Path, *names) -> None:
         (lambda r: narrow(r, "action", 3), {}, ["action_dim is 3", "and 2"]),
         (lambda r: narrow(r, "observation.state", 2), {}, ["state_dim is 2", "and 1"]),
         (lambda r: rewrite_videos(r, size=16), {}, ["image_sizes", "(32, 32)", "(16, 16)"]),
-        (lambda r: name_axes(r, "y", "x", "z"), {}, ["names of action", "'x', 'y', 'z'", "'y', 'x', 'z'"]),
+        (lambda r: name_axes(r, "y", "x", "z"), {}, ["action_names", "'x', 'y', 'z'", "'y', 'x', 'z'"]),
     ],
     ids=["chunk", "stride", "cameras", "camera_order", "fps", "action", "state", "sizes", "names"],
 )

@@ -200,6 +200,13 @@ def test_cameras_and_control_rate_are_saved_and_part_of_the_meaning(demonstratio
     for keys in ([], "front", ["a", "a"], [1], None):
         with pytest.raises(ValueError, match="image_keys is"):
             make_processor(demonstrations, image_keys=keys)
+    named = make_processor(demonstrations, state_names=["x", "y"], action_names=("x.pos", "y.pos"))
+    named.save_pretrained(tmp_path / "named")
+    loaded = SmolAndFastProcessor.from_pretrained(tmp_path / "named")
+    assert (loaded.state_names, loaded.action_names) == (["x", "y"], ["x.pos", "y.pos"])
+    for names in (["x"], ["x", "x"], "xy", [1, 2]):
+        with pytest.raises(ValueError, match="action_names is .*expected 2 different names"):
+            make_processor(demonstrations, action_names=names)
     for fps in (0, -1, float("nan"), "10", True):
         with pytest.raises(ValueError, match="fps is"):
             make_processor(demonstrations, fps=fps)

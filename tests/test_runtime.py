@@ -39,7 +39,7 @@ def make_checkpoint(folder: Path, processor: SmolAndFastProcessor) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(demonstrations, tmp_path_factory) -> Path:
-    processor = make_processor(demonstrations, use_relative_actions=True, fps=10)
+    processor = make_processor(demonstrations, use_relative_actions=True, fps=10, state_names=["x", "y"])
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "policy", processor)
 
 
@@ -156,6 +156,7 @@ def test_what_the_model_config_says_is_there(deployed, stock):
         policy.image_keys == stock[1].image_keys
         and policy.fps == 10
         and policy.state_dim == 2
+        and (policy.state_names, policy.action_names) == (["x", "y"], None)
         and policy.training_tasks == stock[1].training_tasks
     )
 

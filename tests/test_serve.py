@@ -25,6 +25,7 @@ class StandInPolicy:
 
     chunk_size, n_action_steps, action_dim, state_dim, training_tasks = 4, 2, 2, 2, ["Push it."]
     image_keys, fps = ["observation.image", "observation.images.wrist_image"], 10
+    state_names = action_names = ["x", "y"]
 
     def report(self, images, text, state):
         self.asked = images, text, state

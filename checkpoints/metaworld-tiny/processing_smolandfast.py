@@ -57,6 +57,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         image_keys (`list[str]`, defaults to `["observation.image"]`):
             The cameras that the policy sees, in their order, under the names of the data set.
         fps (`float`, *optional*): Control steps a second of the demonstrations. `None`: not known.
+        state_names, action_names (`list[str]`, *optional*):
+            Names of the dimensions of state and action, such as the robot's joints. Only kept, for who drives a robot.
         max_position_embeddings (`int`, *optional*):
             Positions of the language model. With it, prompts that leave no room for a chunk are refused here.
         default_task (`str`, defaults to `""`): Stands in for an empty task, which is refused if this is empty too.
@@ -85,6 +87,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         patch_size: int = 16,
         image_keys: Sequence[str] = (DEFAULT_IMAGE_KEY,),
         fps: float | None = None,
+        state_names: list[str] | None = None,
+        action_names: list[str] | None = None,
         max_position_embeddings: int | None = None,
         default_task: str = "",
         training_tasks: list[str] | None = None,
@@ -111,6 +115,8 @@ class SmolAndFastProcessor(ProcessorMixin):
             raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of sentences, or None.")
         self.training_tasks = training_tasks
         self.normalizer = Normalizer(statistics, normalization, n_state_bins, use_relative_actions)
+        self.state_names = _check_names(state_names, "state_names", self.normalizer.state_dim)
+        self.action_names = _check_names(action_names, "action_names", self.normalizer.action_dim)
         self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
         if self.chunk_size is None:
             raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
@@ -542,6 +548,17 @@ class SmolAndFastProcessor(ProcessorMixin):
                 )
             rows.append(bins)
         return np.array(rows)
+
+
+def _check_names(names: list[str] | None, name: str, size: int) -> list[str] | None:
+    """Refuse anything but different names, one for each dimension."""
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(item, str) and item for item in names)
+    if names is not None and not (is_list and len(set(names)) == len(names) == size):
+        raise ValueError(
+            f"{name} is {names!r}, expected {size} different names, one for each dimension, or None. Take them from "
+            "the data set."
+        )
+    return None if names is None else list(names)
 
 
 def _mean_log_probability(output, index: int, start: int, end: int) -> float:

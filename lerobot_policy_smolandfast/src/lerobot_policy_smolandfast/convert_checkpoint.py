@@ -6,8 +6,8 @@
         --checkpoint policy --output_dir policy_lerobot
 
 Cameras, control rate and tasks are kept; `--image_keys` renames the cameras, for a robot that names them differently.
-What only LeRobot knows, the names of the joints and the sizes of the cameras' images, lies in `lerobot_features.json`
-of the Transformers folder. One folder cannot be both: LeRobot and Transformers each want a `config.json`.
+What only LeRobot knows, the sizes of the cameras' images, lies in `lerobot_features.json` of the Transformers folder.
+One folder cannot be both: LeRobot and Transformers each want a `config.json`.
 """
 
 import argparse
@@ -24,10 +24,9 @@ from smolandfast.prompt_smolandfast import check_image_keys
 
 from .configuration_smolandfast import SMOLANDFASTConfig, model_options
 from .modeling_smolandfast import SMOLANDFASTPolicy
-from .processor_smolandfast import load_processor, make_smolandfast_pre_post_processors, processor_options
+from .processor_smolandfast import make_smolandfast_pre_post_processors, processor_options
 
 FEATURES_FILE = "lerobot_features.json"
-JOINT_NAMES = ("state_names", "action_names")
 
 
 def to_transformers(checkpoint: str | Path, output_dir: Path, image_keys: Sequence[str] | None = None) -> None:
@@ -38,10 +37,9 @@ def to_transformers(checkpoint: str | Path, output_dir: Path, image_keys: Sequen
     """
     _check_output_dir(output_dir)
     policy = SMOLANDFASTPolicy.from_pretrained(checkpoint)
-    config, shapes = policy.config, [feature.shape for feature in policy.config.image_features.values()]
+    shapes = [feature.shape for feature in policy.config.image_features.values()]
     _rename_cameras(policy.model, policy.processor, image_keys)
-    features = {name: getattr(config, name) for name in JOINT_NAMES}
-    features["image_shapes"] = dict(zip(policy.processor.image_keys, map(list, shapes), strict=True))
+    features = {"image_shapes": dict(zip(policy.processor.image_keys, map(list, shapes), strict=True))}
     with atomic_write(output_dir) as folder:
         policy.model.save_pretrained(folder)
         policy.processor.save_pretrained(folder)
@@ -62,7 +60,7 @@ def to_lerobot(checkpoint: str | Path, output_dir: Path, image_keys: Sequence[st
             "that model and processor were saved in."
         )
     model = SmolAndFastForActionPrediction.from_pretrained(checkpoint)
-    processor = load_processor(checkpoint)
+    processor = SmolAndFastProcessor.from_pretrained(checkpoint)
     features = read_json(checkpoint / FEATURES_FILE) if (checkpoint / FEATURES_FILE).is_file() else {}
     # Sizes that are not known are those that the processor resizes to.
     side = processor.image_processor.max_image_size["longest_edge"]
@@ -82,7 +80,8 @@ def to_lerobot(checkpoint: str | Path, output_dir: Path, image_keys: Sequence[st
         gradient_checkpointing=False,
         default_task=processor.default_task,
         push_to_hub=False,
-        **{name: features.get(name) for name in JOINT_NAMES},
+        state_names=processor.state_names,
+        action_names=processor.action_names,
         **model_options(model.config),
         **processor_options(processor),
     )

@@ -21,7 +21,7 @@ from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, SmolA
 from smolandfast.training import make_tiny_model, parameter_groups
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig, model_options
-from .processor_smolandfast import is_blank, learn_tasks, load_processor, make_processor, processor_options
+from .processor_smolandfast import is_blank, learn_tasks, make_processor, processor_options
 
 FOLDER = "smolandfast"  # in a LeRobot checkpoint: the model's configuration and the processor
 
@@ -112,7 +112,7 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         model_config = SmolAndFastConfig.from_pretrained(folder / FOLDER, **model_options(config))
         model = SmolAndFastForActionPrediction(model_config)
         model.generation_config = GenerationConfig.from_pretrained(folder / FOLDER)
-        processor = load_processor(folder / FOLDER)
+        processor = SmolAndFastProcessor.from_pretrained(folder / FOLDER)
         if processor.fps is not None:  # LeRobot does not pass --fps on to policies, so it cannot be checked here
             logging.info("The policy was trained at %g actions a second: run it with --fps=%g", *[processor.fps] * 2)
         if dataset_meta is not None:

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.processor import make_default_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
-from transformers import PreTrainedTokenizerFast, SmolVLMImageProcessorPil
 
 from smolandfast import FastActionTokenizer, Normalizer, SmolAndFastProcessor
 from smolandfast.checks_smolandfast import as_numbers
@@ -56,6 +55,7 @@ def make_processor(
         action_tokenizer = FastActionTokenizer.from_pretrained(config.action_tokenizer)
     options |= {name: getattr(config, name) for name in ("chunk_size", "scale_factor")}
     options |= {"image_keys": list(config.image_features), "fps": dataset_meta.fps}
+    options |= {name: getattr(config, name) for name in ("state_names", "action_names")}
     if config.vlm_model_name == TINY:
         return make_tiny_processor(action_tokenizer, statistics, default_task, tasks, **options)
     options |= {"default_task": default_task, "training_tasks": tasks, "do_image_splitting": config.do_image_splitting}
@@ -157,14 +157,3 @@ def processor_options(processor: SmolAndFastProcessor) -> dict[str, Any]:
         "normalization": processor.normalization,
         "relative_actions": processor.use_relative_actions,
     }
-
-
-def load_processor(folder: Path) -> SmolAndFastProcessor:
-    """Load a processor with the installed classes, whatever code is saved beside it."""
-    options, _ = SmolAndFastProcessor.get_processor_dict(folder)
-    parts = [
-        SmolVLMImageProcessorPil.from_pretrained(folder),
-        PreTrainedTokenizerFast.from_pretrained(folder),
-        FastActionTokenizer.from_pretrained(folder / "action_tokenizer"),
-    ]
-    return SmolAndFastProcessor.from_args_and_dict(parts, options)
