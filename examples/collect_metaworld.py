@@ -4,9 +4,11 @@
     python examples/collect_metaworld.py --output_dir outputs/corrections --episodes 10 --policy outputs/metaworld-tiny
 
 Uses all cores. Each finished demonstration is a file in `<output_dir>.parts`; started again, it goes on from there,
-and with more `--episodes` it adds to them. Only demonstrations that succeed within `--max_steps` are kept, up to the
-first success. In two of three the arm is shoved once or twice: for 5 to 12 steps the hand is driven in a random
-direction. The recorded actions are the expert's throughout, so the data show how to come back.
+and with more `--episodes` it adds to them. The data set itself is never overwritten: rename it first.
+
+Only demonstrations that succeed within `--max_steps` are kept, up to the first success. In two of three the arm is
+shoved once or twice: for 5 to 12 steps the hand is driven in a random direction. The recorded actions are the expert's
+throughout, so the data show how to come back.
 
 Drawing takes most of the time. With `--draw_every 4` the camera has a quarter of the control's rate: the frames
 between show its last picture, and `train.py --sample_every 4` starts no sample from them.
@@ -18,6 +20,7 @@ corrections of what the policy gets wrong (Kelly et al. 2019, arXiv 1810.02890).
 import argparse
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,12 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluate import load_policy, make_predict, write_json
-from lerobot_writer import write_dataset
+from lerobot_writer import check_new_folder, write_dataset
 from metaworld_tasks import CONTROL_HZ, IMAGE_SIZE, MT10, TASKS, MetaworldScene
 from rollouts import Predict
 from tqdm import tqdm
 
-from smolandfast.files_smolandfast import atomic_write, read_json
+from smolandfast.files_smolandfast import atomic_write, check_output_dir, read_json
 
 FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluation seeds are below
 NUM_SHOVES = 3  # 0, 1 or 2 in a demonstration
@@ -160,7 +163,12 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name} is {getattr(args, name)}. Give at least 1.")
     tasks = MT10 if args.tasks == ["MT10"] else args.tasks
     folder = args.output_dir.with_name(args.output_dir.name + ".parts")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        check_new_folder(args.output_dir)
+        check_output_dir(folder, ["options.json", "*.npz", ".*"])  # the last are unfinished files
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(f"--output_dir: {error}")
     options = {"max_steps": args.max_steps, "draw_every": args.draw_every, "policy": args.policy}
     begun = folder / "options.json"
     if not begun.exists():
@@ -173,15 +181,21 @@ def main(argv: list[str] | None = None) -> None:
         (job for job in jobs if not part_path(folder, *job).exists()), key=lambda job: tasks.index(job[0])
     )
     spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn hangs
-    with ProcessPoolExecutor(args.num_processes, spawn, load, (args.policy,)) as pool:
-        work = pool.map(partial(collect, folder=folder, max_steps=args.max_steps, draw_every=args.draw_every), missing)
-        for _ in tqdm(work, total=len(jobs), initial=len(jobs) - len(missing), unit="demonstration"):
-            pass
+    play = partial(collect, folder=folder, max_steps=args.max_steps, draw_every=args.draw_every)
     episodes = (dict(np.load(part_path(folder, *job))) | {"task": TASKS[job[0]]} for job in jobs)
     try:
+        with ProcessPoolExecutor(args.num_processes, spawn, load, (args.policy,)) as pool:
+            # Processes that are started now ignore Ctrl-C: they finish the demonstration that they play.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            work = pool.map(play, missing)
+            signal.signal(signal.SIGINT, handler)
+            for _ in tqdm(work, total=len(jobs), initial=len(jobs) - len(missing), unit="demonstration"):
+                pass
         info = write_dataset(args.output_dir, tqdm(episodes, total=len(jobs), unit="demonstration"), **DATASET)
     except FileExistsError as error:
         parser.error(f"--output_dir: {error}")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nInterrupted. {folder} keeps what is finished: the same command goes on from there.\n")
     print(f"{info['total_episodes']} demonstrations, {info['total_frames']} frames in {args.output_dir}")
 
 

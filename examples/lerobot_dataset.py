@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,12 +23,19 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from PIL import Image
+from transformers.utils import logging
 
-from smolandfast.checks_smolandfast import check_whole, naming_errors
+from smolandfast.checks_smolandfast import as_rgb_images, check_whole, naming_errors
 from smolandfast.files_smolandfast import atomic_write, read_json
 from smolandfast.normalization_smolandfast import ACTION, STATE
 
+logger = logging.get_logger(__name__)
+
 AGAIN = "Download or convert the data set again."
+INFO = "meta/info.json"
+# LeRobot's defaults of the two templates in meta/info.json.
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
 
 def download_dataset(repo_id: str, revision: str | None = None) -> Path:
@@ -57,10 +65,11 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
     choose a `chunk_size` that is short beside the episodes.
 
     Args:
-        root: Folder of the data set. It is only read.
+        root: Folder of the data set. It is only read. Only the files of the chosen episodes need to be there.
         chunk_size: Actions in a chunk, at least 1.
         episodes: Indices of the episodes to read, in the order wanted; all by default.
-        image_keys: Features to read as images, in the order wanted; all of dtype `video` or `image` by default.
+        image_keys: Features to read as images, in the order wanted; all of dtype `video` or `image` by default, except
+            depth maps, which are not read.
         frame_stride: Frames from one action of a chunk to the next. With 2, a policy that executes an action every
             1 / fps seconds moves at twice the demonstrated speed.
         cache_dir: Where decoded frames are kept; `smolandfast` in `$XDG_CACHE_HOME` or `~/.cache` by default. It may
@@ -69,6 +78,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
     Attributes:
         info: `meta/info.json`.
         image_keys, state_dim, action_dim, fps: What a sample looks like.
+        image_sizes: Height and width of each camera's images, by image key.
         states, actions: `(N, state_dim)` and `(N, action_dim)` float32 of the chosen frames.
         tasks: The sentences of the chosen frames, each once.
         episode_index, frame_index: `(N,)`, the episode of each frame and its place there.
@@ -90,8 +100,8 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         check_whole(chunk_size, "chunk_size")
         check_whole(frame_stride, "frame_stride")
         self.root = Path(root).expanduser()
-        self.chunk_size = int(chunk_size)
-        self._offsets = np.arange(chunk_size) * int(frame_stride)  # in frames: (chunk_size,)
+        self.chunk_size, self.frame_stride = int(chunk_size), int(frame_stride)
+        self._offsets = np.arange(self.chunk_size) * self.frame_stride  # in frames: (chunk_size,)
         self.info = _read_info(self.root)
         self.fps = self.info["fps"]
         features = self.info["features"]
@@ -103,9 +113,19 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         self._read_rows(table, chosen)
         folder = _cache_folder(cache_dir, self.root)
         self._clips = {}  # (length, H, W, 3) frames by image key and episode
+        self.image_sizes = {}
         for key in self.image_keys:
             paths, starts, n_frames = self._locate_images(key, table)
-            frames = {path: _open_frames(path, key, n_frames[path], folder) for path in {paths[e] for e in chosen}}
+            fps = self.fps if self._is_video(key) else None
+            needed = self._check_there([paths[e] for e in chosen])
+            frames = {path: _open_frames(path, key, n_frames[path], fps, folder) for path in needed}
+            size = self.image_sizes[key] = frames[needed[0]].shape[1:3]
+            for path in needed:
+                _expect(
+                    frames[path].shape[1:3] == size,
+                    f"Images of {key!r} are {frames[path].shape[1:3]} in {path} and {size} in {needed[0]} (height, "
+                    f"width), expected one size. {AGAIN}",
+                )
             for e in chosen.tolist():
                 self._clips[key, e] = frames[paths[e]][starts[e] : starts[e] + table["length"][e]]
 
@@ -129,15 +149,17 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         """One camera's frame, by default the first's: uint8 `(H, W, 3)`."""
         return np.array(self._clips[key or self.image_keys[0], self.episode_index[i]][self.frame_index[i]])
 
-    def action_chunks(self) -> np.ndarray:
-        """The chunks of all frames, `(N, chunk_size, action_dim)` float32: what a tokenizer is fitted to."""
-        rows = np.arange(len(self))[:, None] + self._offsets  # (N, chunk_size)
-        return self.actions[np.minimum(rows, self._last[:, None])]
+    def action_chunks(self, indices: Sequence[int] | None = None) -> np.ndarray:
+        """The chunks of these samples, of all by default: `(n, chunk_size, action_dim)` float32."""
+        chosen = _choose_samples(indices, len(self))
+        rows = chosen[:, None] + self._offsets  # (n, chunk_size)
+        return self.actions[np.minimum(rows, self._last[chosen, None])]
 
     def vectors(self, name: str) -> np.ndarray:
         """Another feature of the frames, such as `observation.environment_state`: `(N, dim)` float32."""
         width = _vector_dim(self.info["features"], name)
-        return _read_numbers(self._data_paths, {name: width})[name][self._rows].astype(np.float32)
+        parts = [_read_numbers(path, {name: width})[name] for path in self._data_paths]
+        return np.concatenate(parts)[self._rows].astype(np.float32)
 
     def _read_episodes(self) -> dict[str, np.ndarray]:
         """The columns of the episodes table that locate rows and images, in order of the episodes."""
@@ -147,7 +169,8 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
         paths = sorted(folder.glob("chunk-*/file-*.parquet"))
         _expect(paths, f"{folder} has no chunk-*/file-*.parquet, the table of episodes. {AGAIN}")
-        table = _read_numbers(paths, dict.fromkeys(columns, 1))
+        tables = [_read_numbers(path, dict.fromkeys(columns, 1)) for path in paths]
+        table = {name: np.concatenate([table[name] for table in tables]) for name in columns}
         order = np.argsort(table["episode_index"][:, 0], kind="stable")
         kinds = {name: np.float64 if name.endswith("timestamp") else np.int64 for name in columns}
         table = {name: table[name][order, 0].astype(kind) for name, kind in kinds.items()}
@@ -155,33 +178,30 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             np.array_equal(table["episode_index"], np.arange(len(order))) and (table["length"] > 0).all(),
             f"{folder} lists {len(order)} episodes, expected 0 to {len(order) - 1}, each once and not empty. {AGAIN}",
         )
+        for name, found in (("total_episodes", len(order)), ("total_frames", table["length"].sum())):
+            _expect(
+                self.info[name] == found,
+                f"{name} in {self.root / INFO} is {self.info[name]}, but it is {found} by the lengths in {folder}, "
+                f"expected the same. {AGAIN}",
+            )
         return table
 
     def _read_rows(self, table: dict[str, np.ndarray], chosen: np.ndarray) -> None:
-        """Read `data/`, check it against the episodes table and keep the chosen rows."""
-        folder, lengths, total = self.root / "data", table["length"], self.info["total_frames"]
-        widths = {STATE: self.state_dim, ACTION: self.action_dim, "episode_index": 1, "frame_index": 1}
-        self._data_paths = list(dict.fromkeys(self._files("data", table)))
-        data = _read_numbers(self._data_paths, {**widths, "task_index": 1})
-        n_rows = len(data["task_index"])
-        _expect(
-            n_rows == total == lengths.sum(),
-            f"{folder} has {n_rows} rows, total_frames in meta/info.json is {total}, the lengths in meta/episodes add "
-            f"up to {lengths.sum()}; expected the same. {AGAIN}",
-        )
-        first = np.cumsum(lengths) - lengths  # the row where each episode starts
-        frames = np.arange(n_rows) - np.repeat(first, lengths)
-        expected = np.stack([np.repeat(table["episode_index"], lengths), frames], axis=1)  # (rows, 2)
-        found = np.hstack([data["episode_index"], data["frame_index"]])
-        row = (found != expected).any(axis=1).argmax()  # the first that differs, if any
-        _expect(
-            (found[row] == expected[row]).all(),
-            f"Row {row} of {folder} is [episode, frame] {found[row].tolist()}, expected {expected[row].tolist()} by "
-            f"the lengths in meta/episodes. {AGAIN}",
-        )
+        """Read the chosen episodes' files in `data/`, check them and keep the chosen rows."""
+        folder, lengths, paths = self.root / "data", table["length"], self._files(table)
+        self._data_paths = self._check_there([paths[e] for e in chosen])
+        members = {path: [] for path in self._data_paths}  # the episodes of each file, one after the other
+        for e, path in enumerate(paths):
+            if path in members:
+                members[path].append(e)
+        parts = [self._read_file(path, np.array(episodes), lengths) for path, episodes in members.items()]
+        data = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        read = np.concatenate(list(members.values()))
+        first = np.zeros(len(lengths), np.int64)  # the row where each episode starts
+        first[read] = np.cumsum(lengths[read]) - lengths[read]
         rows = np.concatenate([np.arange(first[e], first[e] + lengths[e]) for e in chosen])
         self._rows = rows
-        self.episode_index, self.frame_index = expected[rows].T
+        self.episode_index, self.frame_index = (data[name][rows, 0] for name in ("episode_index", "frame_index"))
         self.states, self.actions = (data[key][rows].astype(np.float32) for key in (STATE, ACTION))
         for key, values in ((STATE, self.states), (ACTION, self.actions)):
             i = (~np.isfinite(values)).any(axis=1).argmax()
@@ -194,9 +214,40 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
         self._texts = _read_texts(self.root / "meta/tasks.parquet", data["task_index"][rows, 0].tolist())
         self.tasks = list(dict.fromkeys(self._texts))
 
+    def _read_file(self, path: Path, episodes: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns of a file in `data/`, which has these episodes."""
+        widths = {STATE: self.state_dim, ACTION: self.action_dim, "task_index": 1}
+        widths |= {"episode_index": 1, "frame_index": 1}
+        if "timestamp" in self.info["features"]:
+            widths["timestamp"] = 1
+        data = _read_numbers(path, widths)
+        n_rows, lengths = len(data["task_index"]), lengths[episodes]
+        _expect(
+            n_rows == lengths.sum(),
+            f"{path} has {n_rows} rows, expected {lengths.sum()} by the lengths in meta/episodes. {AGAIN}",
+        )
+        frames = np.arange(n_rows) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        expected = np.stack([np.repeat(episodes, lengths), frames], axis=1)  # (rows, 2)
+        found = np.hstack([data["episode_index"], data["frame_index"]])
+        row = (found != expected).any(axis=1).argmax()  # the first that differs, if any
+        _expect(
+            (found[row] == expected[row]).all(),
+            f"Row {row} of {path} is [episode, frame] {found[row].tolist()}, expected {expected[row].tolist()} by "
+            f"the lengths in meta/episodes. {AGAIN}",
+        )
+        seconds = data.pop("timestamp", frames[:, None] / self.fps)[:, 0]
+        is_off = ~(np.abs(seconds * self.fps - frames) < 0.5)  # so that NaN is off
+        _expect(
+            not is_off.any(),
+            f"timestamp is {seconds[is_off.argmax()]} in row {is_off.argmax()} of {path}, frame "
+            f"{frames[is_off.argmax()]} of its episode, which does not fit the fps {self.fps} in {self.root / INFO}. "
+            f"Correct the fps, or {AGAIN[0].lower()}{AGAIN[1:]}",
+        )
+        return data | {"episode_index": expected[:, :1], "frame_index": expected[:, 1:]}
+
     def _locate_images(self, key: str, table: dict[str, np.ndarray]) -> tuple[list[Path], np.ndarray, dict[Path, int]]:
         """The file of each episode, the index of its first frame there, and the number of frames of each file."""
-        paths = self._files(f"videos/{key}" if self._is_video(key) else "data", table)
+        paths = self._files(table, key if self._is_video(key) else None)
         starts, n_frames = np.zeros(len(paths), np.int64), dict.fromkeys(paths, 0)
         seconds = table.get(f"videos/{key}/from_timestamp")  # images in parquet have none: they lie row by row
         for e in range(len(paths)) if seconds is None else np.argsort(seconds, kind="stable"):
@@ -209,21 +260,51 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             )
         return paths, starts, n_frames
 
-    def _files(self, prefix: str, table: dict[str, np.ndarray]) -> list[Path]:
-        indices = zip(table[f"{prefix}/chunk_index"], table[f"{prefix}/file_index"], strict=True)
-        suffix = "parquet" if prefix == "data" else "mp4"
-        return [self.root / f"{prefix}/chunk-{int(c):03d}/file-{int(f):03d}.{suffix}" for c, f in indices]
+    def _files(self, table: dict[str, np.ndarray], video_key: str | None = None) -> list[Path]:
+        """The file of each episode: its rows', or that of a camera's video."""
+        if video_key is None:
+            name, default, prefix, fields = "data_path", DATA_PATH, "data", {}
+        else:
+            name, default, prefix = "video_path", VIDEO_PATH, f"videos/{video_key}"
+            fields = {"video_key": video_key}
+        template = self.info.get(name, default)
+        what = f"{name} in {self.root / INFO} is {template!r}, which"
+        with naming_errors(what, f"Expected a path such as {default!r}. {AGAIN}"):
+            indices = zip(table[f"{prefix}/chunk_index"], table[f"{prefix}/file_index"], strict=True)
+            fill = template.format
+            return [self.root / fill(**fields, chunk_index=int(c), file_index=int(f)) for c, f in indices]
+
+    def _check_there(self, paths: list[Path]) -> list[Path]:
+        """These files, each once."""
+        for path in (paths := list(dict.fromkeys(paths))):
+            if not os.path.isfile(path):
+                raise FileNotFoundError(
+                    f"{path} is missing, where {INFO} and meta/episodes locate chosen episodes. Download it, or "
+                    "choose other `episodes`."
+                )
+        return paths
 
     def _is_video(self, key: str) -> bool:
         return self.info["features"][key]["dtype"] == "video"
 
 
 class JoinedChunkDatasets(torch.utils.data.ConcatDataset):
-    """Several data sets as one, with all that training asks a [`LeRobotChunkDataset`] for."""
+    """Several data sets as one, with all that training asks a [`LeRobotChunkDataset`] for.
+
+    Raises:
+        ValueError: The data sets are not of one kind: they differ in the control rate, the dimensions of states or
+            actions, the cameras, the image sizes or the chunks.
+    """
 
     def __init__(self, datasets: Sequence[LeRobotChunkDataset]):
+        _expect(datasets, "datasets is empty, expected at least one LeRobotChunkDataset.")
         super().__init__(datasets)
-        self.image_keys, self.fps = datasets[0].image_keys, datasets[0].fps
+        first, *others = datasets
+        for other in others:
+            _check_same_kind(first, other)
+        self.image_keys, self.image_sizes, self.fps = first.image_keys, first.image_sizes, first.fps
+        self.state_dim, self.action_dim = first.state_dim, first.action_dim
+        self.chunk_size, self.frame_stride = first.chunk_size, first.frame_stride
         self.states = np.concatenate([dataset.states for dataset in datasets])
         self.frame_index = np.concatenate([dataset.frame_index for dataset in datasets])
         firsts = np.cumsum([0, *(dataset.info["total_episodes"] for dataset in datasets)])
@@ -233,12 +314,44 @@ class JoinedChunkDatasets(torch.utils.data.ConcatDataset):
 
     def text(self, i: int) -> str:
         """A frame's task."""
+        i = range(len(self))[i]
         number = bisect.bisect_right(self.cumulative_sizes, i)
         return self.datasets[number].text(i - (self.cumulative_sizes[number - 1] if number else 0))
 
-    def action_chunks(self) -> np.ndarray:
-        """The chunks of all frames, `(N, chunk_size, action_dim)` float32."""
-        return np.concatenate([dataset.action_chunks() for dataset in self.datasets])
+    def action_chunks(self, indices: Sequence[int] | None = None) -> np.ndarray:
+        """The chunks of these samples, of all by default: `(n, chunk_size, action_dim)` float32."""
+        chosen = _choose_samples(indices, len(self))
+        chunks = np.empty((len(chosen), self.chunk_size, self.action_dim), np.float32)
+        for dataset, end in zip(self.datasets, self.cumulative_sizes, strict=True):
+            start = end - len(dataset)
+            is_here = (start <= chosen) & (chosen < end)
+            chunks[is_here] = dataset.action_chunks(chosen[is_here] - start)
+        return chunks
+
+
+def _check_same_kind(first: LeRobotChunkDataset, other: LeRobotChunkDataset) -> None:
+    fields = ["fps", "state_dim", "action_dim", "image_keys", "image_sizes", "chunk_size", "frame_stride"]
+    values = {name: (getattr(first, name), getattr(other, name)) for name in fields}
+    for key in (STATE, ACTION):
+        names = [_axis_names(dataset.info["features"][key]) for dataset in (first, other)]
+        if None not in names:
+            values[f"names of {key}"] = names
+    for name, (mine, theirs) in values.items():
+        _expect(
+            mine == theirs,
+            f"{name} is {mine} in {first.root} and {theirs} in {other.root}, expected the same. Join only data sets "
+            "of one robot, read with the same arguments.",
+        )
+
+
+def _axis_names(feature: dict) -> list[str] | None:
+    """The names of a vector's dimensions. LeRobot writes a list, or a dictionary of lists or of positions."""
+    names = feature.get("names")
+    if isinstance(names, dict):
+        is_grouped = all(isinstance(group, list) for group in names.values())
+        names = [name for group in names.values() for name in group] if is_grouped else list(names)
+    is_named = isinstance(names, list) and [len(names)] == feature["shape"]
+    return names if is_named else None
 
 
 def _expect(holds: object, message: str) -> None:
@@ -256,14 +369,39 @@ def _choose_episodes(episodes: Sequence[int] | None, n_episodes: int) -> np.ndar
     return chosen
 
 
+def _choose_samples(indices: Sequence[int] | None, n_samples: int) -> np.ndarray:
+    rows = np.arange(n_samples) if indices is None else np.asarray(indices)
+    rows = rows if rows.size else rows.astype(np.int64)  # an empty list has the dtype float64
+    is_index = rows.ndim == 1 and rows.dtype.kind in "iu"
+    _expect(
+        is_index and (rows >= 0).all() and (rows < n_samples).all(),
+        f"indices is {indices!r}, expected indices of samples up to {n_samples - 1}, or None for all.",
+    )
+    return rows.astype(np.int64)
+
+
 def _choose_image_keys(image_keys: Sequence[str] | None, features: dict) -> list[str]:
-    known = [key for key, feature in features.items() if feature.get("dtype") in ("video", "image")]
+    cameras = [key for key, feature in features.items() if feature.get("dtype") in ("video", "image")]
+    depth = [key for key in cameras if _is_depth(features[key])]
+    known = [key for key in cameras if key not in depth]
     chosen = known if image_keys is None else list(image_keys)
+    _expect(
+        not set(chosen) & set(depth),
+        f"image_keys is {image_keys!r}, and {depth} are depth maps (is_depth_map in {INFO}), expected RGB images. "
+        f"Choose of {known}.",
+    )
     _expect(
         chosen and len(set(chosen)) == len(chosen) and set(chosen) <= set(known),
         f"image_keys is {image_keys!r}, expected one or more, each once, of this data set's {known}.",
     )
     return chosen
+
+
+def _is_depth(feature: dict) -> bool:
+    """Whether LeRobot marks a feature as depth maps, today or in earlier releases."""
+    places = (feature, feature.get("info"), feature.get("video_info"))
+    marks = ("is_depth_map", "video.is_depth_map")
+    return any(isinstance(place, dict) and any(place.get(mark) for mark in marks) for place in places)
 
 
 def _vector_dim(features: dict, key: str) -> int:
@@ -278,15 +416,17 @@ def _vector_dim(features: dict, key: str) -> int:
 
 def _read_info(root: Path) -> dict:
     _expect(root.is_dir(), f"root is {root}, which is no folder. Pass a data set's, or use `download_dataset`.")
-    path = root / "meta/info.json"
+    path = root / INFO
     info = read_json(path, f"Pass the folder of a LeRobot v3.0 data set. {AGAIN}")
     version, features = info.get("codebase_version"), info.get("features")
     _expect(
-        version == "v3.0",
+        isinstance(version, str) and re.fullmatch(r"v3(\.\d+)+", version),
         f"codebase_version in {path} is {version!r}, expected 'v3.0'. Convert an older data set with LeRobot's "
-        "converter (convert_dataset_v21_to_v30).",
+        "converter (convert_dataset_v21_to_v30), and read a newer one with a newer release.",
     )
-    for name in ("fps", "total_frames"):
+    if version != "v3.0":
+        logger.warning(f"codebase_version in {path} is {version}. This reader was written for v3.0, and tries.")
+    for name in ("fps", "total_frames", "total_episodes"):
         number = info.get(name)
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < float("inf")
         _expect(is_number, f"{name} in {path} is {number!r}, expected a number above 0. {AGAIN}")
@@ -295,25 +435,24 @@ def _read_info(root: Path) -> dict:
     return info
 
 
-def _read_numbers(paths: list[Path], widths: dict[str, int]) -> dict[str, np.ndarray]:
-    """Each column of all files as `(rows, width)`. Where the width is 1, plain numbers do as well as lists of one."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in widths}
-    for path in paths:
-        with naming_errors(path, AGAIN), pq.ParquetFile(path) as file:
-            table = file.read(columns=list(widths))
-        for name, width in widths.items():
-            _expect(name in table.column_names, f"{path} has no column {name!r}, only {table.column_names}. {AGAIN}")
-            column, sizes = table[name], [1]
-            if isinstance(column.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
-                sizes, column = pc.unique(pc.list_value_length(column)).to_pylist(), pc.list_flatten(column)
-            values = column.to_numpy()
-            _expect(
-                set(sizes) <= {width} and values.dtype.kind in "iuf" and not column.null_count,
-                f"Column {name!r} of {path} is {table[name].type} of lengths {sizes}, expected {width} numbers a row "
-                f"and no gaps, as meta/info.json says. {AGAIN}",
-            )
-            parts[name].append(values.reshape(-1, width))
-    return {name: np.concatenate(part) for name, part in parts.items()}
+def _read_numbers(path: Path, widths: dict[str, int]) -> dict[str, np.ndarray]:
+    """Columns of a file as `(rows, width)`. Where the width is 1, plain numbers do as well as lists of one."""
+    with naming_errors(path, AGAIN), pq.ParquetFile(path) as file:
+        table = file.read(columns=list(widths))
+    numbers = {}
+    for name, width in widths.items():
+        _expect(name in table.column_names, f"{path} has no column {name!r}, only {table.column_names}. {AGAIN}")
+        column, sizes = table[name], [1]
+        if isinstance(column.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
+            sizes, column = pc.unique(pc.list_value_length(column)).to_pylist(), pc.list_flatten(column)
+        values = column.to_numpy()
+        _expect(
+            set(sizes) <= {width} and values.dtype.kind in "iuf" and not column.null_count,
+            f"Column {name!r} of {path} is {table[name].type} of lengths {sizes}, expected {width} numbers a row "
+            f"and no gaps, as meta/info.json says. {AGAIN}",
+        )
+        numbers[name] = values.reshape(-1, width)
+    return numbers
 
 
 def _read_texts(path: Path, task_index: list[int]) -> list[str]:
@@ -321,6 +460,8 @@ def _read_texts(path: Path, task_index: list[int]) -> list[str]:
         table = pq.read_table(path).to_pydict()
         name = "task" if "task" in table else "__index_level_0__"  # what pandas calls an index without a name
         tasks = dict(zip(table["task_index"], table[name], strict=True))
+        if len(tasks) < len(table["task_index"]):
+            raise ValueError(f"task_index is {table['task_index']}, expected each index once")
         texts = [tasks[index] for index in task_index]
     wrong = [text for text in texts if not isinstance(text, str)]
     _expect(not wrong, f"{path} has the task {wrong[:1]}, expected a sentence. {AGAIN}")
@@ -339,10 +480,13 @@ def _cache_folder(cache_dir: str | Path | None, root: Path) -> Path:
     return folder
 
 
-def _open_frames(path: Path, key: str, n_frames: int, folder: Path) -> np.memmap:
-    """The frames of a file, `(n_frames, H, W, 3)` uint8, decoded into a `.npy` file in `folder` unless it is there."""
+def _open_frames(path: Path, key: str, n_frames: int, fps: float | None, folder: Path) -> np.memmap:
+    """The frames of a file, `(n_frames, H, W, 3)` uint8, decoded into a `.npy` file in `folder` unless it is there.
+
+    The file is a video of this `fps`, or, where it is None, a parquet file.
+    """
     stat = path.stat()
-    fingerprint = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{key}"
+    fingerprint = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{key}|{fps}"
     target = folder / f"{key.replace('/', '_')}-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         frames = np.load(target, mmap_mode="r")  # refuses a file that was cut off
@@ -351,7 +495,7 @@ def _open_frames(path: Path, key: str, n_frames: int, folder: Path) -> np.memmap
     no_room = naming_errors(folder, "Choose a cache_dir that can be written and has room.", passing=(ValueError,))
     with no_room, atomic_write(target) as unfinished, open(unfinished, "wb") as file:
         count, shape = 0, None
-        for frame in _decode_frames(path, key):
+        for frame in _decode_frames(path, key, fps):
             if shape is None:
                 shape = frame.shape
                 header = {"descr": "|u1", "fortran_order": False, "shape": (n_frames, *shape)}
@@ -366,17 +510,27 @@ def _open_frames(path: Path, key: str, n_frames: int, folder: Path) -> np.memmap
     return np.load(target, mmap_mode="r")
 
 
-def _decode_frames(path: Path, key: str) -> Iterator[np.ndarray]:
+def _decode_frames(path: Path, key: str, fps: float | None) -> Iterator[np.ndarray]:
     """The frames of a video, or of the image column `key` of a parquet file, as uint8 `(H, W, 3)`."""
     with naming_errors(path, AGAIN):
-        if path.suffix == ".mp4":
+        if fps is not None:
             with av.open(str(path)) as video:
-                for frame in video.decode(video=0):
-                    if frame.is_corrupt:
-                        raise ValueError(f"the frame at {frame.time} s is damaged")
+                for i, frame in enumerate(video.decode(video=0)):
+                    _check_frame(frame, i, fps)
                     yield frame.to_ndarray(format="rgb24")
         else:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(64, columns=[key]):
                     for image in batch.column(key).to_pylist():
-                        yield np.array(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+                        yield as_rgb_images(Image.open(io.BytesIO(image["bytes"])), key)[0]
+
+
+def _check_frame(frame: av.VideoFrame, i: int, fps: float) -> None:
+    """Refuse a frame that is not the camera's `i`-th RGB image."""
+    if frame.is_corrupt:
+        raise ValueError(f"the frame at {frame.time} s is damaged")
+    if frame.time is None or not abs(frame.time * fps - i) < 0.5:
+        raise ValueError(f"frame {i} is at {frame.time} s, expected {i / fps} s at the fps {fps} in {INFO}")
+    channels = frame.format.components
+    if len(channels) == 1 and channels[0].bits > 8:
+        raise ValueError(f"its pixels are {frame.format.name}, a depth map's, expected RGB images of 8 bits")

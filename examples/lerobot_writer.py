@@ -34,7 +34,7 @@ def write_dataset(
     """Write episodes one after the other. The folder appears once everything in it is written.
 
     Args:
-        root: Folder that does not exist yet.
+        root: New or empty folder.
         episodes: One at a time: `task`, the sentence, and arrays of T steps by feature: `observation.image` uint8
             `(T, image_size, image_size, 3)`, the features of `axes` float32 `(T, dim)`, `next.reward` `(T,)`,
             `next.done`, `next.success`. All but the images are kept in memory.
@@ -51,10 +51,9 @@ def write_dataset(
 
     Raises:
         ValueError: no episode.
-        OSError: the folder exists (`FileExistsError`), or cannot be written.
+        OSError: the folder holds something (`FileExistsError`), or cannot be written.
     """
-    if root.exists():
-        raise FileExistsError(f"{root} exists, and is not overwritten. Name another folder.")
+    check_new_folder(root)
     features = _features(fps, axes, image_size, pix_fmt)
     with atomic_write(root) as folder:
         video_path = folder / f"videos/{IMAGE_KEY}/chunk-000/file-000.mp4"
@@ -110,6 +109,13 @@ def write_dataset(
         for name, content in {"info": info, "stats": _statistics(frames, sum(histograms))}.items():
             (folder / f"meta/{name}.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     return info
+
+
+def check_new_folder(root: Path) -> None:
+    """Raise `FileExistsError` for a file, or a folder that holds anything: recordings are never overwritten."""
+    is_used = root.is_dir() and (any(root.iterdir()) or root.resolve() == Path.cwd())
+    if root.is_file() or is_used:
+        raise FileExistsError(f"{root} exists, and is not overwritten. Name another folder.")
 
 
 def _features(fps: int, axes: dict[str, list[str]], image_size: int, pix_fmt: str) -> dict[str, dict]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from evaluate import check_checkpoint, check_counts, load_checkpoint, make_predict
-from lerobot_writer import IMAGE_KEY, write_dataset
+from lerobot_writer import IMAGE_KEY, check_new_folder, write_dataset
 from pusht import BENCHMARK as PUSHT
 from pusht import CONTROL_HZ, IMAGE_SIZE, MAX_EPISODE_STEPS, TASK
 from rollouts import Episode, Predict, rollout
@@ -20,7 +20,8 @@ from tqdm import tqdm
 DATASET = {
     "fps": CONTROL_HZ,
     "robot_type": "pusht",
-    "axes": {"observation.state": ["x", "y"], "action": ["x", "y"]},
+    # The names in the Hub's data set, so that recordings can be joined with it: x and y.
+    "axes": {"observation.state": ["motor_0", "motor_1"], "action": ["motor_0", "motor_1"]},
     "image_size": IMAGE_SIZE,
 }
 
@@ -54,15 +55,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=MAX_EPISODE_STEPS, help=f"({MAX_EPISODE_STEPS})")
     args = parser.parse_args(argv)
     check_counts(parser, args, episodes=1, max_steps=1, seed=0)
-    check_checkpoint(parser, args, PUSHT)
-    model, processor = load_checkpoint(parser, args)
-    predict = make_predict(model, processor)
-    seeds = tqdm(range(args.seed, args.seed + args.episodes), unit="episode")
-    episodes = (play(predict, seed, model.config.n_action_steps, args.max_steps) for seed in seeds)
     try:
+        check_new_folder(args.output_dir)
+        check_checkpoint(parser, args, PUSHT)
+        model, processor = load_checkpoint(parser, args)
+        predict = make_predict(model, processor)
+        seeds = tqdm(range(args.seed, args.seed + args.episodes), unit="episode")
+        episodes = (play(predict, seed, model.config.n_action_steps, args.max_steps) for seed in seeds)
         info = write_dataset(args.output_dir, episodes, **DATASET)
-    except FileExistsError as error:
+    except OSError as error:
         parser.error(f"--output_dir: {error}")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nInterrupted. Nothing was written: a data set appears once all of its episodes are.\n")
     print(f"{info['total_episodes']} episodes, {info['total_frames']} frames in {args.output_dir}")
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import warnings_of
 from huggingface_hub.utils import httpx
 from lerobot_dataset import JoinedChunkDatasets, LeRobotChunkDataset, download_dataset
 from PIL import Image
@@ -30,18 +32,30 @@ SHADES = {"observation.image.front": 40 + 12 * np.arange(16), "observation.image
 VIDEO_FILES = {"observation.image.front": [0, 0, 1], "observation.image.wrist": [0, 0, 0]}
 DATA_FILES = [0, 1, 1]
 FRONT = "videos/observation.image.front/chunk-000/file-000.mp4"
+SECOND = "videos/observation.image.front/chunk-000/file-001.mp4"
 WRIST = "videos/observation.image.wrist/chunk-000/file-000.mp4"
 INFO, DATA, EPISODES = "meta/info.json", "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
 
 
-def write_video(path: Path, shades: np.ndarray) -> None:
+def write_video(path: Path, shades: np.ndarray, size: int = 32, fps: int = FPS) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=FPS)
-        stream.width = stream.height = 32
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width = stream.height = size
         for shade in shades:
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), shade, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), shade, np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_depth_video(root: Path) -> None:
+    """As LeRobot encodes depth maps: 12 bits, one channel."""
+    with av.open(str(root / FRONT), "w") as container:
+        stream = container.add_stream("ffv1", rate=FPS, pix_fmt="gray12le")
+        stream.width = stream.height = 32
+        for i in range(12):
+            depth = np.full((32, 32), 300 * i, np.uint16)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(depth, format="gray12le")))
         container.mux(stream.encode())
 
 
@@ -58,6 +72,29 @@ def edit_table(path: Path, **columns) -> None:
 
 def edit_info(root: Path, **fields) -> None:
     (root / INFO).write_text(json.dumps(json.loads((root / INFO).read_text()) | fields))
+
+
+def edit_features(root: Path, **features) -> None:
+    edit_info(root, features=json.loads((root / INFO).read_text())["features"] | features)
+
+
+def describe_timestamps(root: Path) -> None:
+    edit_features(root, timestamp={"dtype": "float32", "shape": [1]})
+
+
+def write_images(root: Path, key: str, encode: Callable[[int], bytes]) -> None:
+    """Store a camera in parquet: `encode` makes the file of each frame."""
+    for file in (0, 1):
+        frames = np.flatnonzero(np.array(DATA_FILES)[EPISODE] == file)
+        images = [{"bytes": encode(i), "path": "frame.png"} for i in frames]
+        edit_table(root / f"data/chunk-000/file-{file:03d}.parquet", **{key: images})
+    edit_features(root, **{key: {"dtype": "image", "shape": [32, 32, 3]}})
+    shutil.rmtree(root / "videos" / key)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    image.save(buffer := io.BytesIO(), kind)
+    return buffer.getvalue()
 
 
 def truncate(path: Path) -> None:
@@ -124,6 +161,74 @@ def test_data_sets_are_joined_with_their_episodes_apart():
         assert joined.text(i) == part.text(j) and joined.frame_index[i] == part.frame_index[j]
         np.testing.assert_array_equal(joined[i]["actions"], part[j]["actions"])
         np.testing.assert_array_equal(joined.states[i], part.states[j])
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_chunks_of_chosen_samples_are_those_of_the_samples(number, tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, 4, [2, 0], cache_dir=cache)
+    dataset = JoinedChunkDatasets([dataset] * number) if number else dataset
+    chosen = np.random.default_rng(0).permutation(len(dataset))[:5]
+    for indices in (chosen, chosen.tolist()):
+        expected = [dataset[i]["actions"] for i in chosen]
+        np.testing.assert_array_equal(dataset.action_chunks(indices), expected)
+    assert dataset.action_chunks([]).shape == (0, 4, 3)
+    np.testing.assert_array_equal(dataset.action_chunks(), [dataset[i]["actions"] for i in range(len(dataset))])
+    for wrong in ([0, len(dataset)], [-1], [0.5], [[0]], [True] * len(dataset)):
+        with pytest.raises(ValueError, match=r"indices is .*, expected indices of samples up to"):
+            dataset.action_chunks(wrong)
+
+
+def test_a_negative_index_reads_the_task_of_the_same_frame(tiny, cache):
+    joined = JoinedChunkDatasets([LeRobotChunkDataset(tiny, 4, [e], cache_dir=cache) for e in (0, 1)])
+    assert (
+        [joined.text(i) for i in (-1, -8, 0)] == [joined[i]["text"] for i in (-1, -8, 0)] == ["pull", "push", "push"]
+    )
+    with pytest.raises(IndexError):
+        joined.text(12)
+
+
+def name_axes(root: Path, *names) -> None:
+    edit_features(root, action={"dtype": "float32", "shape": [3], "names": list(names)})
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (None, {"chunk_size": 5}, ["chunk_size is 4", "and 5"]),
+        (None, {"frame_stride": 2}, ["frame_stride is 1", "and 2"]),
+        (None, {"image_keys": [*SHADES][:1]}, ["image_keys", *SHADES]),
+        (None, {"image_keys": [*SHADES][::-1]}, ["image_keys", *SHADES]),
+        (lambda r: change_rate(r, 20), {}, ["fps is 10", "and 20"]),
+        (lambda r: narrow(r, "action", 3), {}, ["action_dim is 3", "and 2"]),
+        (lambda r: narrow(r, "observation.state", 2), {}, ["state_dim is 2", "and 1"]),
+        (lambda r: rewrite_videos(r, size=16), {}, ["image_sizes", "(32, 32)", "(16, 16)"]),
+        (lambda r: name_axes(r, "y", "x", "z"), {}, ["names of action", "'x', 'y', 'z'", "'y', 'x', 'z'"]),
+    ],
+    ids=["chunk", "stride", "cameras", "camera_order", "fps", "action", "state", "sizes", "names"],
+)
+def test_data_sets_of_different_kinds_are_not_joined(change, arguments, words, tiny, tmp_path, cache):
+    name_axes(tiny, "x", "y", "z")
+    other = shutil.copytree(tiny, tmp_path / "other")
+    if change:
+        change(other)
+    parts = [LeRobotChunkDataset(tiny, 4, cache_dir=cache)]
+    parts.append(LeRobotChunkDataset(other, **{"chunk_size": 4, "cache_dir": cache} | arguments))
+    with pytest.raises(ValueError) as error:
+        JoinedChunkDatasets(parts)
+    assert [word for word in [*words, str(tiny), str(other)] if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("names", [None, {"motors": ["x", "y", "z"]}, {"x": 0, "y": 1, "z": 2}, ["x", "y", "z"]])
+def test_names_are_compared_where_both_data_sets_have_them(names, tiny, tmp_path, cache):
+    name_axes(tiny, "x", "y", "z")
+    other = shutil.copytree(tiny, tmp_path / "other")
+    edit_features(other, action={"dtype": "float32", "shape": [3], "names": names})
+    assert len(JoinedChunkDatasets([LeRobotChunkDataset(root, 4, cache_dir=cache) for root in (tiny, other)])) == 32
+
+
+def test_no_data_set_cannot_be_joined():
+    with pytest.raises(ValueError, match="datasets is empty"):
+        JoinedChunkDatasets([])
 
 
 def test_a_sample_has_the_documented_fields(tiny, cache):
@@ -197,20 +302,116 @@ def test_image_keys_choose_and_order_the_cameras(tiny, cache):
 
 def test_images_stored_in_parquet_read_like_videos(tiny, cache):
     key = "observation.image.front"
-    for file in (0, 1):
-        images = []
-        for shade in SHADES[key][np.array(DATA_FILES)[EPISODE] == file]:
-            Image.fromarray(np.full((32, 32, 3), shade, np.uint8)).save(buffer := io.BytesIO(), "PNG")
-            images.append({"bytes": buffer.getvalue(), "path": "frame.png"})
-        edit_table(tiny / f"data/chunk-000/file-{file:03d}.parquet", **{key: images})
-    features = json.loads((tiny / INFO).read_text())["features"]
-    edit_info(tiny, features=features | {key: {"dtype": "image", "shape": [32, 32, 3]}})
-    shutil.rmtree(tiny / "videos" / key)
+    write_images(tiny, key, lambda i: encoded(Image.new("RGB", (32, 32), (SHADES[key][i],) * 3)))
     dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
     np.testing.assert_array_equal(shades_of(dataset, 0), SHADES[key])
     np.testing.assert_array_equal(
         shades_of(LeRobotChunkDataset(tiny, 1, [2, 1], cache_dir=cache), 0)[:4], SHADES[key][12:]
     )
+
+
+@pytest.mark.parametrize("place", ["info", "video_info", None])
+@pytest.mark.parametrize("mark", ["is_depth_map", "video.is_depth_map"])
+def test_depth_maps_are_no_cameras(place, mark, tiny, cache):
+    front, wrist = SHADES
+    feature = {"dtype": "video", "shape": [32, 32, 1]}
+    edit_features(tiny, **{wrist: feature | ({place: {mark: True}} if place else {mark: True})})
+    assert LeRobotChunkDataset(tiny, 1, cache_dir=cache).image_keys == [front]
+    with pytest.raises(ValueError, match=f"image_keys is .*{wrist}.* depth maps .*{front}"):
+        LeRobotChunkDataset(tiny, 1, image_keys=[front, wrist], cache_dir=cache)
+    edit_features(tiny, **{wrist: feature | {"info": {mark: False}}})
+    assert LeRobotChunkDataset(tiny, 1, cache_dir=cache).image_keys == [front, wrist]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF"), (np.float32, "TIFF")]
+)
+def test_images_of_more_than_eight_bits_are_refused(dtype, kind, tiny, cache):
+    key = "observation.image.front"
+    depth = np.arange(32 * 32).reshape(32, 32).astype(dtype)
+    write_images(tiny, key, lambda i: encoded(Image.fromarray(depth), kind))
+    with pytest.raises(ValueError, match=rf"{DATA}.*{key}"):
+        LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_images_of_other_eight_bit_modes_are_read_as_rgb(mode, tiny, cache):
+    key = "observation.image.front"
+    write_images(tiny, key, lambda i: encoded(Image.new("RGB", (32, 32), (SHADES[key][i],) * 3).convert(mode)))
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    np.testing.assert_allclose(shades_of(dataset, 0), SHADES[key], atol=30 if mode == "P" else 0)
+
+
+def test_only_the_files_of_chosen_episodes_are_needed(tiny, cache):
+    whole = LeRobotChunkDataset(tiny, 3, [0], cache_dir=cache), LeRobotChunkDataset(tiny, 3, [2], cache_dir=cache)
+    (tiny / "data/chunk-000/file-001.parquet").rename(tiny / "file-001.parquet")
+    (tiny / SECOND).rename(tiny / "file-001.mp4")
+    first = LeRobotChunkDataset(tiny, 3, [0], cache_dir=cache)
+    with pytest.raises(FileNotFoundError, match=r"file-001.parquet is missing.*`episodes`"):
+        LeRobotChunkDataset(tiny, 3, [0, 2], cache_dir=cache)
+    (tiny / "file-001.parquet").rename(tiny / "data/chunk-000/file-001.parquet")
+    with pytest.raises(FileNotFoundError, match=r"file-001.mp4 is missing.*`episodes`"):
+        LeRobotChunkDataset(tiny, 3, [2], cache_dir=cache)
+    (tiny / "file-001.mp4").rename(tiny / SECOND)
+    (tiny / DATA).unlink()
+    (tiny / FRONT).unlink()
+    second = LeRobotChunkDataset(tiny, 3, [2], cache_dir=cache)
+    for found, expected in zip((first, second), whole, strict=True):
+        for sample, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(sample["images"], other["images"])
+            np.testing.assert_array_equal(sample["actions"], other["actions"])
+            np.testing.assert_array_equal(sample["state"], other["state"])
+    np.testing.assert_array_equal(second.vectors("action"), second.actions)
+
+
+def test_files_are_where_info_says(tiny, cache):
+    (tiny / "rows").mkdir()
+    for file in (0, 1):
+        (tiny / f"data/chunk-000/file-{file:03d}.parquet").rename(tiny / f"rows/0-{file}.rows")
+    for path in list(tiny.rglob("*.mp4")):
+        folder = tiny / "films/chunk-000" / path.parts[-3]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / f"{path.stem}.mov")
+    video_path = "films/chunk-{chunk_index:03d}/{video_key}/file-{file_index:03d}.mov"
+    edit_info(tiny, data_path="rows/{chunk_index}-{file_index}.rows", video_path=video_path)
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    np.testing.assert_array_equal(dataset.actions, ACTIONS)
+    for camera, shades in enumerate(SHADES.values()):
+        np.testing.assert_allclose(shades_of(dataset, camera), shades, atol=4)
+
+
+def test_a_newer_version_3_is_tried_with_a_warning(tiny, cache):
+    for version, is_known in (("v3.0", True), ("v3.1", False), ("v3.12", False)):
+        edit_info(tiny, codebase_version=version)
+        with warnings_of(lerobot_dataset) as messages:
+            assert len(LeRobotChunkDataset(tiny, 1, cache_dir=cache)) == 16
+        assert len(messages) == (not is_known) and all(version in message for message in messages)
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1", "v4.0", "v30.0", "v3", "3", "v3.x", 3.0, None])
+def test_other_versions_are_refused(version, tiny, cache):
+    edit_info(tiny, codebase_version=version)
+    with pytest.raises(ValueError, match="codebase_version in .*info.json is .*'v3.0'"):
+        LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+
+
+def test_links_are_followed_as_in_the_hubs_cache(tiny, tmp_path, cache):
+    """There, a snapshot is a tree of links to files without endings."""
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate([path for path in tiny.rglob("*") if path.is_file()]):
+        path.rename(tmp_path / f"blobs/{i}")
+        path.symlink_to(tmp_path / f"blobs/{i}")
+    (tiny / "meta/episodes/chunk-000").rename(tmp_path / "chunk")
+    (tiny / "meta/episodes/chunk-000").symlink_to(tmp_path / "chunk")
+    (tmp_path / "link").symlink_to(tiny)
+    for root in (tiny, tmp_path / "link"):
+        dataset = LeRobotChunkDataset(root, 1, cache_dir=cache)
+        np.testing.assert_array_equal(dataset.actions, ACTIONS)
+        np.testing.assert_allclose(shades_of(dataset, 1), SHADES["observation.image.wrist"], atol=4)
+    assert len(list(cache.iterdir())) == 3
+    (tmp_path / "blobs/0").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="missing|cannot be read"):
+        LeRobotChunkDataset(tiny, 1, cache_dir=cache)
 
 
 def test_sentences_without_a_column_name_are_found(tiny, cache):
@@ -222,7 +423,7 @@ def test_frames_are_decoded_once_and_never_into_the_data_set(tiny, cache, monkey
     before = sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*"))
     first = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
     assert len(list(cache.iterdir())) == 3  # two videos of the front camera, one of the wrist's
-    monkeypatch.setattr(lerobot_dataset, "_decode_frames", lambda path, key: pytest.fail(f"{path} is decoded again"))
+    monkeypatch.setattr(lerobot_dataset, "_decode_frames", lambda path, *args: pytest.fail(f"{path} is decoded again"))
     again = LeRobotChunkDataset(tiny, 2, episodes=[1], cache_dir=cache)
     np.testing.assert_array_equal(again[0]["images"][1], first[5]["images"][1])
     assert sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*")) == before
@@ -262,6 +463,30 @@ def nan_at_row_3(values: np.ndarray) -> list:
     return list(values)
 
 
+def narrow(root: Path, key: str, dim: int) -> None:
+    """Take the last dimension of a feature away."""
+    for path in (root / "data").rglob("*.parquet"):
+        edit_table(path, **{key: [row[: dim - 1] for row in pq.read_table(path).to_pydict()[key]]})
+    edit_features(root, **{key: {"dtype": "float32", "shape": [dim - 1]}})
+
+
+def rewrite_videos(root: Path, **options) -> None:
+    for path in root.rglob("*.mp4"):
+        with av.open(str(path)) as video:
+            number = sum(1 for _ in video.decode(video=0))
+        write_video(path, np.arange(number), **options)
+
+
+def change_rate(root: Path, fps: int) -> None:
+    rewrite_videos(root, fps=fps)
+    for key in SHADES:
+        name = f"videos/{key}/from_timestamp"
+        edit_table(
+            root / EPISODES, **{name: [t * FPS / fps for t in pq.read_table(root / EPISODES)[name].to_pylist()]}
+        )
+    edit_info(root, fps=fps)
+
+
 BREAKS = {  # what is done to the data set: words that the error must have
     "root_missing": (shutil.rmtree, ["tiny", "download_dataset"]),
     "info_missing": (lambda r: (r / INFO).unlink(), ["info.json", "LeRobot v3.0"]),
@@ -279,7 +504,26 @@ BREAKS = {  # what is done to the data set: words that the error must have
     "episodes_missing": (lambda r: shutil.rmtree(r / "meta/episodes"), ["episodes"]),
     "episodes_cut_off": (lambda r: truncate(r / EPISODES), ["file-000.parquet", "again"]),
     "episode_missing": (lambda r: edit_table(r / EPISODES, episode_index=[0, 1, 3]), ["3 episodes", "0 to 2"]),
-    "lengths_swapped": (lambda r: edit_table(r / EPISODES, length=[7, 5, 4]), ["Row 5", "[1, 0]", "[0, 5]"]),
+    "lengths_swapped": (lambda r: edit_table(r / EPISODES, length=[7, 5, 4]), [DATA, "5 rows", "7"]),
+    "lengths_swapped_in_a_file": (
+        lambda r: edit_table(r / EPISODES, length=[5, 4, 7]),
+        ["file-001", "Row 4", "[1, 4]", "[2, 0]"],
+    ),
+    "total_episodes": (lambda r: edit_info(r, total_episodes=4), ["total_episodes", "info.json is 4", "3"]),
+    "fps_of_another_recording": (
+        lambda r: edit_table(r / DATA, timestamp=np.arange(5) / 30) or describe_timestamps(r),
+        [DATA, "timestamp", "row 1", "fps 10"],
+    ),
+    "timestamp_not_finite": (
+        lambda r: edit_table(r / DATA, timestamp=[0, 0.1, np.nan, 0.3, 0.4]) or describe_timestamps(r),
+        [DATA, "timestamp", "row 2"],
+    ),
+    "data_path_of_version_2": (
+        lambda r: edit_info(r, data_path="data/episode_{episode_index:06d}.parquet"),
+        ["data_path", "info.json", "episode_index", "{file_index:03d}"],
+    ),
+    "data_path_to_no_file": (lambda r: edit_info(r, data_path="rows/{file_index}"), ["rows", "info.json", "episodes"]),
+    "video_path_missing": (lambda r: edit_info(r, video_path=None), ["video_path", "None", "{video_key}"]),
     "lengths_too_short": (lambda r: edit_table(r / EPISODES, length=[5, 6, 4]), ["15", "16", "lengths"]),
     "video_columns_missing": (
         lambda r: edit_table(r / EPISODES, **{"videos/observation.image.wrist/file_index": None}),
@@ -307,6 +551,13 @@ BREAKS = {  # what is done to the data set: words that the error must have
         lambda r: write_table(r / "meta/tasks.parquet", {"task_index": [0], "task": ["x"]}),
         ["tasks", "1"],
     ),
+    "task_twice": (
+        lambda r: write_table(r / "meta/tasks.parquet", {"task_index": [0, 1, 1], "task": ["x", "y", "z"]}),
+        ["tasks.parquet", "[0, 1, 1]", "once"],
+    ),
+    "camera_of_two_sizes": (lambda r: write_video(r / SECOND, np.arange(4), size=48), [FRONT, SECOND, "48", "32"]),
+    "video_of_another_rate": (lambda r: write_video(r / FRONT, np.arange(12), fps=20), [FRONT, "frame 1", "fps 10"]),
+    "video_of_depth": (write_depth_video, [FRONT, "gray12le", "RGB"]),
     "video_missing": (lambda r: (r / WRIST).unlink(), [WRIST]),
     "video_cut_off": (lambda r: truncate(r / FRONT), [FRONT, "again"]),
     "video_too_short": (lambda r: write_video(r / FRONT, np.arange(11)), [FRONT, "11 frames", "12"]),
