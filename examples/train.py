@@ -32,7 +32,7 @@ from rollouts import Benchmark, get_benchmark, rollout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
-from train_arguments import PARTS, PolicyArguments, make_parser, needs_evaluation, parse_arguments
+from train_arguments import PARTS, PolicyArguments, make_parser, needs_evaluation, one_line, parse_arguments
 from training_runs import EpochDataset, interruption
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
 
@@ -98,6 +98,9 @@ class VariedDemonstrations(EpochDataset):
                 f"--reword_probability is {self.reword_probability}, but {benchmark.name} has no other wordings of "
                 f"the data set's task {unknown[0]!r}. Set it to 0."
             )
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
     def text(self, i: int) -> tuple[str, np.random.Generator]:
         """The sentence that a sample is told in this epoch, and its random numbers for what else is varied."""
@@ -569,7 +572,7 @@ def choose_eval_tasks(
     if needs_evaluation(training) and not chosen:
         raise ValueError(
             f"--dataset_root has none of {benchmark.name}'s tasks, but {tasks[0]!r}. Name the tasks to play with "
-            "--eval_tasks, or give --eval_strategy no --load_best_model_at_end False."
+            "--eval_tasks, or give --eval_strategy no."
         )
     return chosen
 
@@ -624,7 +627,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             trainer = make_trainer(args, training)
         except (ValueError, OSError, ImportError, RuntimeError) as error:  # of a library, for --report_to and others
-            parser.error(str(error))
+            parser.error(one_line(error))
         if args.overwrite_output_dir and trainer.is_world_process_zero():
             delete_checkpoints(folder)
         trainer.accelerator.wait_for_everyone()
@@ -632,7 +635,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
             trainer.save_model()
         except OSError as error:
-            parser.exit(1, f"train.py: error: {error}\n")
+            parser.exit(1, f"train.py: error: {one_line(error)}\n")
         if trainer.is_world_process_zero():
             print(f"Best checkpoint: {trainer.state.best_model_checkpoint}, saved in {folder}")
     except KeyboardInterrupt:

@@ -201,6 +201,8 @@ def parse_arguments(argv: list[str] | None, description: str | None) -> tuple[Po
         preset = preset | {"max_steps": -1}  # the preset's steps would win over the epochs
     if given.get("batch_by_length"):
         preset = preset | {"dataloader_drop_last": True}
+    if given.get("eval_strategy") == "no":
+        preset = preset | {"load_best_model_at_end": False}  # no checkpoint is the best
     parser.set_defaults(**preset)
     try:
         args, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
@@ -208,8 +210,12 @@ def parse_arguments(argv: list[str] | None, description: str | None) -> tuple[Po
         set_scheduler(args, training, given)
         check_metric(training, benchmark)
     except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+        parser.error(one_line(error))
     return args, training
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def find_given(argv: list[str] | None, description: str | None) -> dict[str, Any]:
