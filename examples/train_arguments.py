@@ -22,7 +22,6 @@ COMMON = {
     "lr_scheduler_type": "cosine_with_min_lr",
     "max_grad_norm": 1.0,
     "data_seed": 42,  # the order of the samples, whatever the number of processes
-    "remove_unused_columns": False,
     "dataloader_pin_memory": False,
     "report_to": "tensorboard",
     "metric_for_best_model": "eval_score",
