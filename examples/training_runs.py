@@ -9,6 +9,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from smolandfast.files_smolandfast import SUMS, check_output_dir, read_checksums
 from smolandfast.training import find_checkpoints
@@ -62,7 +63,12 @@ def make_own_folder(folder: str | Path, names: Sequence[str]) -> None:
 
 
 def interruption(output_dir: str | Path, advice: str) -> str:
-    """The line that says what an interrupted training keeps; `advice` says how to continue."""
+    """The line that says what an interrupted training keeps; `advice` says how to continue.
+
+    Progress bars are closed, which otherwise write themselves once more behind it.
+    """
+    for bar in list(tqdm._instances):
+        bar.close()
     for checkpoint in reversed(find_checkpoints(Path(output_dir))):
         with contextlib.suppress(OSError):
             if STATE in read_checksums(checkpoint / SUMS):  # else it was being written
