@@ -23,7 +23,7 @@ from pretrain_vision import OUTPUTS, SaveVision, load_vision, save_vision
 from pusht_scenes import EpochSetter
 from torch import nn
 from tqdm import tqdm
-from training_runs import EpochDataset, interruption, make_own_folder, process_pool
+from training_runs import EpochDataset, interruption, make_own_folder, naming_option, process_pool
 from transformers import TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
@@ -141,13 +141,16 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = PoseRegressor(*make_tiny_vision(IMAGE_SIZE, BENCHMARK.preset["scale_factor"]))
     try:
-        make_own_folder(args.output_dir, OUTPUTS)
-        make_own_folder(scenes, ["*.npz", ".*.npz.*"])  # the last are unfinished files
+        with naming_option("--output_dir"):
+            make_own_folder(args.output_dir, OUTPUTS)
+            make_own_folder(scenes, ["*.npz", ".*.npz.*"])  # the last are unfinished files
         if args.vision_weights:
-            load_vision(model, args.vision_weights)
-        frames = LeRobotChunkDataset(args.dataset_root, 1)
-        poses = frames.vectors("observation.environment_state")
-    except (OSError, ValueError) as error:
+            with naming_option("--vision_weights"):
+                load_vision(model, args.vision_weights)
+        with naming_option("--dataset_root"):
+            frames = LeRobotChunkDataset(args.dataset_root, 1)
+            poses = frames.vectors("observation.environment_state")
+    except ValueError as error:
         parser.error(str(error))
     try:
         pretrain(model, args, scenes, frames, poses)

@@ -23,7 +23,7 @@ from pusht_scenes import NUM_POINTS, EpochSetter, render_scenes, vary_scene
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_runs import EpochDataset, interruption, make_own_folder, process_pool
+from training_runs import EpochDataset, interruption, make_own_folder, naming_option, process_pool
 from transformers import TrainerCallback, TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
@@ -138,10 +138,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = PoseRegressor(*make_tiny_vision())
     try:
-        make_own_folder(args.output_dir, OUTPUTS)
+        with naming_option("--output_dir"):
+            make_own_folder(args.output_dir, OUTPUTS)
         if args.vision_weights:
-            load_vision(model, args.vision_weights)
-    except (OSError, ValueError) as error:
+            with naming_option("--vision_weights"):
+                load_vision(model, args.vision_weights)
+    except ValueError as error:
         parser.error(str(error))
     try:
         pretrain(model, args)

@@ -10,11 +10,9 @@ checkpoint with the highest success rate is kept, and saved in the output folder
 or empty; `--resume_from_checkpoint last` continues an earlier training in it.
 """
 
-import contextlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from train_arguments import PARTS, PolicyArguments, make_parser, needs_evaluation, one_line, parse_arguments
-from training_runs import EpochDataset, interruption
+from training_runs import EpochDataset, interruption, naming_option
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
 
 from smolandfast import (
@@ -263,15 +261,6 @@ class PushCodeFiles(TrainerCallback):
         if state.is_world_process_zero:
             for path in Path(args.output_dir, f"checkpoint-{state.global_step}").glob("*.py"):
                 shutil.copyfile(path, Path(args.output_dir, path.name))
-
-
-@contextlib.contextmanager
-def naming_option(option: str) -> Iterator[None]:
-    """Put the option's name before the message of whatever its value leads to."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{option}: {error}") from error
 
 
 def fit_statistics_and_tokenizer(

@@ -168,6 +168,9 @@ LIMITS = {
     "max_angle": (0, 180),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, None)),
     "gradient_accumulation_steps": (1, None),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "num_train_epochs", "dataloader_num_workers"), (0, None)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    "label_smoothing_factor": (0, 1),
 }
 MIN_LR = (SchedulerType.COSINE_WITH_MIN_LR, SchedulerType.COSINE_WARMUP_WITH_MIN_LR)
 BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -208,7 +211,7 @@ def parse_arguments(argv: list[str] | None, description: str | None) -> tuple[Po
         check_together(args, training, given)
         set_scheduler(args, training, given)
         check_metric(training, benchmark)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, TypeError) as error:
         parser.error(one_line(error))
     return args, training
 
@@ -229,9 +232,15 @@ def check_together(args: PolicyArguments, training: TrainingArguments, given: di
     """Refuse numbers out of range, and options that would be ignored, by the names that they are given by."""
     for name, (low, high) in LIMITS.items():
         value = getattr(args if hasattr(args, name) else training, name)
-        if not (value >= low and (value <= high if high is not None else value < math.inf)):  # NaN fails, too
+        if value is not None and not (
+            value >= low and (value <= high if high is not None else value < math.inf)
+        ):  # NaN fails, too
             limits = f"{low} or more" if high is None else f"{low} to {high}"
             raise ValueError(f"--{name} is {value}, expected {limits}.")
+    if training.dataloader_persistent_workers and training.dataloader_num_workers == 0:
+        raise ValueError(
+            "--dataloader_persistent_workers has no effect here: give --dataloader_num_workers 1 or more."
+        )
     if not 0 < args.fast_scale < math.inf:
         raise ValueError(f"--fast_scale is {args.fast_scale}, expected a number above 0.")
     if args.n_action_steps > args.chunk_size:

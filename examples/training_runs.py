@@ -47,6 +47,15 @@ def process_pool(num_processes: int, context: BaseContext | None = None) -> Iter
             raise
 
 
+@contextlib.contextmanager
+def naming_option(option: str) -> Iterator[None]:
+    """Put the option's name before the message of whatever its value leads to."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
 def make_own_folder(folder: str | Path, names: Sequence[str]) -> None:
     """Make an output folder that a script continues in, if it holds nothing but what the script wrote.
 
