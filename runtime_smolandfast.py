@@ -95,16 +95,7 @@ class DeployedPolicy:
             self.predict([image] * len(self.image_keys), task, np.zeros(self.state_dim))
 
     def _read(self, about: dict[str, Any]) -> None:
-        names = (
-            "n_action_steps",
-            "default_task",
-            "training_tasks",
-            "image_keys",
-            "fps",
-            "state_names",
-            "action_names",
-        )
-        for name in names:
+        for name in KEPT:
             setattr(self, name, about[name])
         self.normalizer = Normalizer(**about["normalizer"])
         self.state_dim, self.action_dim = self.normalizer.state_dim, self.normalizer.action_dim

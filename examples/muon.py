@@ -53,7 +53,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.optimizers = {"muon": muon, "adamw": adamw}
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        super().__init__([*muon.param_groups, *adamw.param_groups], {"lr": adamw.defaults["lr"]})
         self._share_groups()
 
     def _share_groups(self) -> None:
@@ -89,7 +89,8 @@ def make_muon(model: torch.nn.Module, parameter_groups: list[dict]) -> MuonWithA
         muon.append({**group, "params": [p for p in group["params"] if p in matrices], "lr": 2 * group["lr"]})
         adamw.append({**group, "params": [p for p in group["params"] if p not in matrices]})
     dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
+    peak = max(group["lr"] for group in parameter_groups)  # what schedulers take an absolute final rate relative to
     return MuonWithAdamW(
         Muon([group for group in muon if group["params"]], lr=0.0, weight_decay=0.0, dtype=dtype),
-        torch.optim.AdamW([group for group in adamw if group["params"]], betas=(0.9, 0.95), fused=True),
+        torch.optim.AdamW([group for group in adamw if group["params"]], lr=peak, betas=(0.9, 0.95), fused=True),
     )

@@ -4,13 +4,12 @@
 
 Learns from the frames of the demonstrations, whose `observation.environment_state` has the positions, and from scenes
 with other placements, drawn while the expert plays them; their actions are not used. Writes `vision.safetensors` for
-`train.py --vision_weights`. A killed run goes on.
+`train.py --vision_weights`. A run that was interrupted continues when the same command is given again.
 """
 
 import argparse
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from accelerate import PartialState
 from lerobot_dataset import LeRobotChunkDataset
 from metaworld_tasks import BENCHMARK, IMAGE_SIZE, TASKS, MetaworldScene, shift_picture, shift_points
 from muon import make_muon
-from pretrain_vision import SaveVision, load_vision, save_vision
+from pretrain_vision import OUTPUTS, SaveVision, load_vision, save_vision
 from pusht_scenes import EpochSetter
 from torch import nn
 from tqdm import tqdm
+from training_runs import EpochDataset, interruption, make_own_folder, naming_option, process_pool
 from transformers import TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
@@ -64,12 +64,12 @@ def render_scenes(task: str, num_scenes: int, run: int, folder: Path) -> None:
 class PoseRegressor(nn.Module):
     """The vision tower and connector of the tiny model, with a linear layer that predicts the labels."""
 
-    def __init__(self, vision_model: nn.Module, connector: nn.Module, num_features: int, means: np.ndarray):
+    def __init__(self, vision_model: nn.Module, connector: nn.Module, num_features: int):
         super().__init__()
         self.vision_model = vision_model
         self.connector = connector
         self.head = nn.Linear(num_features, len(LABELS))
-        self.register_buffer("means", torch.tensor(means, dtype=torch.float32), persistent=False)
+        self.register_buffer("means", torch.zeros(len(LABELS)), persistent=False)  # of the labels
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 `(B, 128, 128, 3)` and labels `(B, 13)` in metres -> loss and predictions in metres."""
@@ -80,18 +80,15 @@ class PoseRegressor(nn.Module):
         return {"loss": ((predictions - targets) ** 2).mean(), "positions": predictions * METRES + self.means}
 
 
-class Pictures(torch.utils.data.Dataset):
+class Pictures(EpochDataset):
     """Scenes, then frames of the demonstrations, moved by up to `max_shift` pixels, another way in every epoch."""
 
     def __init__(
         self, images, labels, frames: LeRobotChunkDataset | None = None, frame_labels=(), indices=(), max_shift=0
     ):
-        self.images, self.frames, self.indices = images, frames, indices
-        self.max_shift, self.epoch = max_shift, 0
+        super().__init__()
+        self.images, self.frames, self.indices, self.max_shift = images, frames, indices, max_shift
         self.labels = np.concatenate([labels, frame_labels[indices]]) if frames is not None else labels
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -126,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_root", required=True)
     parser.add_argument("--output_dir", default="outputs/metaworld-vision")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", default=list(TASKS))
     parser.add_argument("--num_scenes", type=int, default=400, help="other placements of each task (400)")
     parser.add_argument("--sample_every", type=int, default=1, help="steps from one used frame to the next (1)")
     parser.add_argument("--max_shift", type=int, default=0, help="pixels by which pictures are moved at most (0)")
@@ -140,24 +137,43 @@ def main(argv: list[str] | None = None) -> None:
 
     if not 2 <= args.num_scenes <= MAX_SCENES:
         parser.error(f"--num_scenes is {args.num_scenes}. Give 2 to {MAX_SCENES}.")
+    scenes = Path(f"{args.output_dir}.scenes")
     torch.manual_seed(args.seed)
-    folder = Path(f"{args.output_dir}.scenes")
-    folder.mkdir(parents=True, exist_ok=True)
+    model = PoseRegressor(*make_tiny_vision(IMAGE_SIZE, BENCHMARK.preset["scale_factor"]))
+    try:
+        with naming_option("--output_dir"):
+            make_own_folder(args.output_dir, OUTPUTS)
+            make_own_folder(scenes, ["*.npz", ".*.npz.*"])  # the last are unfinished files
+        if args.vision_weights:
+            with naming_option("--vision_weights"):
+                load_vision(model, args.vision_weights)
+        with naming_option("--dataset_root"):
+            frames = LeRobotChunkDataset(args.dataset_root, 1)
+            poses = frames.vectors("observation.environment_state")
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        pretrain(model, args, scenes, frames, poses)
+    except KeyboardInterrupt:
+        kept = interruption(args.output_dir, "the same command continues from there.").rstrip()
+        parser.exit(130, f"{kept} Scenes that were drawn are kept in {scenes}.\n")
+
+
+def pretrain(
+    model: PoseRegressor, args: argparse.Namespace, scenes: Path, frames: LeRobotChunkDataset, poses: np.ndarray
+) -> None:
     spawn = multiprocessing.get_context("spawn")
-    with PartialState().main_process_first(), ProcessPoolExecutor(args.num_processes, spawn) as pool:
-        work = pool.map(partial(render_scenes, num_scenes=args.num_scenes, run=args.seed, folder=folder), args.tasks)
+    with PartialState().main_process_first(), process_pool(args.num_processes, spawn) as pool:
+        work = pool.map(partial(render_scenes, num_scenes=args.num_scenes, run=args.seed, folder=scenes), args.tasks)
         list(tqdm(work, total=len(args.tasks), unit="task"))
-    parts = [np.load(folder / f"{task}.npz") for task in args.tasks]
+    parts = [np.load(scenes / f"{task}.npz") for task in args.tasks]
     images = np.concatenate([part["images"] for part in parts])
     labels = np.concatenate([part["poses"] for part in parts])[:, LABELS]
     places = np.concatenate([np.arange(len(part["images"])) / len(part["images"]) for part in parts])
     held_out = places < max(0.05, 2 / args.num_scenes)
-    frames = LeRobotChunkDataset(args.dataset_root, 1)
-    frame_labels = frames.vectors("observation.environment_state")[:, LABELS]
+    frame_labels = poses[:, LABELS]
     indices = np.flatnonzero(frames.frame_index % args.sample_every == 0)
-    model = PoseRegressor(*make_tiny_vision(IMAGE_SIZE, BENCHMARK.preset["scale_factor"]), labels.mean(axis=0))
-    if args.vision_weights:
-        load_vision(model, args.vision_weights)
+    model.means.copy_(torch.from_numpy(labels.mean(axis=0)))
     groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
     trainer = WholeCheckpointTrainer(
         model,

@@ -7,11 +7,11 @@
 SmolVLM's vision tower comes pretrained; the tiny one does not, and from the policy's loss alone it hardly learns to
 see. Scenes and labels come from the simulator; no demonstrations or actions are used. Writes `vision.safetensors`, the
 weights of the vision tower and the connector, for `train.py --vision_weights`. The second command continues from
-there, with more scenes in which the T lies near its target, where one pixel matters.
+there, with more scenes in which the T lies near its target, where one pixel matters. A run that was interrupted
+continues when the same command is given again.
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,12 +23,17 @@ from pusht_scenes import NUM_POINTS, EpochSetter, render_scenes, vary_scene
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from training_runs import EpochDataset, interruption, make_own_folder, naming_option, process_pool
 from transformers import TrainerCallback, TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
 from smolandfast.training import WholeCheckpointTrainer, bf16_is_faster, make_tiny_vision
 
 HARMONICS = 4  # of the T's angle, in the labels
+# What pretraining writes: not the files that only a policy's checkpoints have. Those with a dot are unfinished.
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
+CHECKPOINT_FILES += ("trainer_state.json", "training_args.bin", "SHA256SUMS", ".SHA256SUMS.*")
+OUTPUTS = [f"checkpoint-*/{name}" for name in CHECKPOINT_FILES] + ["vision.safetensors", ".vision.safetensors.*"]
 
 
 def make_labels(points: np.ndarray) -> np.ndarray:
@@ -62,14 +67,12 @@ class PoseRegressor(nn.Module):
         return {"loss": loss, "positions": poses[:, : NUM_POINTS * 2]}
 
 
-class Scenes(torch.utils.data.Dataset):
-    """Scenes and their labels, varied anew in every epoch of the training."""
+class Scenes(EpochDataset):
+    """Scenes and their labels, varied in another way in every epoch of the training."""
 
     def __init__(self, images: np.ndarray, points: np.ndarray, seed: int):
-        self.images, self.points, self.seed, self.epoch = images, points, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        super().__init__()
+        self.images, self.points, self.seed = images, points, seed
 
     def __len__(self) -> int:
         return len(self.images)
@@ -93,7 +96,7 @@ def load_vision(model: nn.Module, path: str) -> None:
     """Load what [`save_vision`] wrote, or these parts of a policy's `model.safetensors`; the linear layer stays.
 
     Raises:
-        ValueError: a damaged file, or one with other weights.
+        ValueError: a missing or damaged file, or one with other weights.
     """
     try:
         tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
@@ -101,7 +104,7 @@ def load_vision(model: nn.Module, path: str) -> None:
             name: tensor for name, tensor in tensors.items() if not name.startswith(("text_model.", "lm_head."))
         }
         model.load_state_dict(tensors | {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()})
-    except (SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is no vision.safetensors of this script: {error}") from error
 
 
@@ -133,14 +136,27 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    with ProcessPoolExecutor(2) as pool:
+    model = PoseRegressor(*make_tiny_vision())
+    try:
+        with naming_option("--output_dir"):
+            make_own_folder(args.output_dir, OUTPUTS)
+        if args.vision_weights:
+            with naming_option("--vision_weights"):
+                load_vision(model, args.vision_weights)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        pretrain(model, args)
+    except KeyboardInterrupt:
+        parser.exit(130, interruption(args.output_dir, "the same command continues from there."))
+
+
+def pretrain(model: nn.Module, args: argparse.Namespace) -> None:
+    with process_pool(2) as pool:
         render = partial(render_scenes, args.num_scenes // 2, near_target=args.near_target)
         parts = list(pool.map(render, [args.seed, args.seed + 1]))
     images, points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     held_out = max(args.num_scenes // 60, 1)
-    model = PoseRegressor(*make_tiny_vision())
-    if args.vision_weights:
-        load_vision(model, args.vision_weights)
     groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
     trainer = WholeCheckpointTrainer(
         model,

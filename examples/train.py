@@ -4,15 +4,16 @@
     python examples/train.py --preset 256M --output_dir outputs/256m      # lerobot/pusht from the hub
     python examples/train.py --benchmark metaworld --dataset_root outputs/metaworld --output_dir outputs/mt50
 
-Every argument of `TrainingArguments` works too: `--max_steps`, `--per_device_train_batch_size`, `--report_to`,
-`--resume_from_checkpoint last`, ... While training, the policy is played in the simulator at each evaluation; the
-checkpoint with the highest success rate is kept, and saved in the output folder at the end.
+Every argument of `TrainingArguments` works too, or is refused by name: `--max_steps`, `--report_to`,
+`--per_device_train_batch_size`, ... While training, the policy is played in the simulator at each evaluation; the
+checkpoint with the highest success rate is kept, and saved in the output folder at the end. That folder has to be new
+or empty; `--resume_from_checkpoint last` continues an earlier training in it.
 """
 
-import argparse
+import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +26,13 @@ from lerobot_dataset import JoinedChunkDatasets, LeRobotChunkDataset, download_d
 from model_card import write_card
 from muon import make_muon
 from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, EpochSetter, rotate_points, turn_points, vary_scene
-from rollouts import MODULES, Benchmark, get_benchmark, rollout
+from rollouts import Benchmark, get_benchmark, rollout
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Sampler
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import Sampler
+from train_arguments import PARTS, PolicyArguments, make_parser, needs_evaluation, one_line, parse_arguments
+from training_runs import EpochDataset, interruption, naming_option
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
 
 from smolandfast import (
     FastActionTokenizer,
@@ -41,162 +45,57 @@ from smolandfast.files_smolandfast import read_json
 from smolandfast.training import (
     ActionDataCollator,
     WholeCheckpointTrainer,
-    bf16_is_faster,
+    find_checkpoints,
     make_optimizer,
     make_tiny_model,
     make_tiny_processor,
     parameter_groups,
 )
+from smolandfast.training.checkpoints import STATE
 
-COMMON = {
-    "eval_strategy": "steps",
-    "save_strategy": "steps",
-    "save_total_limit": 2,
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "max_grad_norm": 1.0,
-    "data_seed": 42,  # the order of the samples, whatever the number of processes
-    "remove_unused_columns": False,
-    "dataloader_pin_memory": False,
-    "report_to": "tensorboard",
-    "metric_for_best_model": "eval_score",
-    "load_best_model_at_end": True,
-    "use_cpu": not torch.cuda.is_available(),
-}
-PRESETS = {
-    "256M": COMMON
-    | {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 16,
-        "max_steps": 30_000,
-        "warmup_steps": 1_000,
-        "eval_steps": 1_000,
-        "save_steps": 1_000,
-        "logging_steps": 10,
-    },
-    "tiny": COMMON
-    | {
-        "vision_learning_rate": 5e-4,
-        "connector_learning_rate": 3e-4,
-        "text_learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "per_device_train_batch_size": 96,
-        "per_device_eval_batch_size": 128,
-        "warmup_steps": 200,
-        "logging_steps": 50,
-    },
-}
+MAX_FITTED_CHUNKS = 100_000  # that the FAST tokenizer is fitted to
+CHUNKS_AT_ONCE = 20_000  # held in memory while all of a data set are measured
 EMBEDDINGS = ("model.text_model.embed_tokens.weight", "lm_head.weight")
 
 
-@dataclass
-class PolicyArguments:
-    """What is trained, on what, and how it is evaluated."""
+class VariedDemonstrations(EpochDataset):
+    """Demonstrations turned, shifted and reworded, another way in every epoch; without their last frames.
 
-    preset: str = field(default="tiny", metadata={"choices": sorted(PRESETS), "help": "defaults for everything below"})
-    benchmark: str = field(default="pusht", metadata={"choices": sorted(MODULES), "help": "what is learnt and played"})
-    dataset_root: list[str] | None = field(
-        default=None, metadata={"help": "folder of a local data set, or several to learn from together"}
-    )
-    dataset_repo_id: str | None = field(
-        default=None,
-        metadata={"help": "data set on the hub, for the card; without a root it is loaded (the benchmark's)"},
-    )
-    vlm: str = field(
-        default="HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
-        metadata={"help": "SmolVLM checkpoint that the 256M preset starts from: hub id or folder"},
-    )
-    action_tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "FAST tokenizer: hub id or folder, e.g. physical-intelligence/fast; none: fit one"},
-    )
-    fast_scale: float = field(default=10.0, metadata={"help": "scale of a fitted FAST tokenizer"})
-    fast_vocab_size: int = field(default=1024, metadata={"help": "vocabulary of a fitted FAST tokenizer"})
-    chunk_size: int = 10
-    n_action_steps: int = 5
-    scale_factor: int = field(default=1, metadata={"help": "side of the pixel shuffle"})
-    use_relative_actions: bool = False
-    freeze_vision_tower: bool = False
-    freeze_connector: bool = False
-    init_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of an earlier tiny policy to learn on from, with its FAST tokenizer and its statistics, "
-            "which the weights were learnt with"
-        },
-    )
-    refit: bool = field(
-        default=False,
-        metadata={"help": "with init_from: take statistics and FAST tokenizer from this data"},
-    )
-    vision_weights: str | None = field(
-        default=None,
-        metadata={"help": "vision.safetensors of pretrain_vision.py or pretrain_metaworld.py, for the tiny preset"},
-    )
-    vision_learning_rate: float = 2e-5
-    connector_learning_rate: float = 2e-4
-    text_learning_rate: float = 2e-4
-    min_lr_rate: float = field(default=0.05, metadata={"help": "floor of the cosine, as a share of the peak"})
-    frame_stride: int = field(
-        default=1, metadata={"help": "frames between a chunk's actions: 2 moves at twice the demonstrated speed"}
-    )
-    drop_n_last_frames: int = field(
-        default=0, metadata={"help": "frames at each episode's end that no sample starts from: they teach to stop"}
-    )
-    sample_every: int = field(
-        default=1, metadata={"help": "frames of an episode from one sample's to the next: see collect_metaworld.py"}
-    )
-    mirror_probability: float = field(
-        default=0.0, metadata={"help": "share of samples that are mirrored about the target's axis"}
-    )
-    turn_probability: float = field(default=0.0, metadata={"help": "share of samples that are turned or mirrored"})
-    max_shift: int = field(default=0, metadata={"help": "largest shift of image, state and actions, in image pixels"})
-    max_angle: float = field(default=0.0, metadata={"help": "half of the samples are rotated by up to this, degrees"})
-    reword_probability: float = field(
-        default=0.0, metadata={"help": "share of samples told the task in the benchmark's other words"}
-    )
-    oversample: list[str] | None = field(
-        default=None, metadata={"help": "groups of the benchmark's tasks whose samples come twice in an epoch"}
-    )
-    batch_by_length: bool = field(
-        default=False, metadata={"help": "batches of samples of similar length, so that little is padded"}
-    )
-    held_out_episodes: int = field(default=6, metadata={"help": "last demonstrations, for the evaluation loss"})
-    eval_episodes: int = field(default=20, metadata={"help": "simulator episodes of each task at each evaluation"})
-    eval_tasks: list[str] | None = field(
-        default=None, metadata={"help": "tasks to play; by default those whose sentences the data set has"}
-    )
-    eval_seed: int = field(default=100_000, metadata={"help": "first seed of those episodes"})
-
-
-class VariedDemonstrations(torch.utils.data.Dataset):
-    """Demonstrations turned, shifted and reworded, another way in every epoch; without their last frames."""
+    Raises:
+        ValueError: Options that the data set or the benchmark has no use for.
+    """
 
     def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int, benchmark: Benchmark):
-        self.dataset, self.seed, self.epoch, self.wordings = dataset, seed, 0, benchmark.wordings
+        super().__init__()
+        self.dataset, self.seed, self.wordings = dataset, seed, benchmark.wordings
         lasts = np.flatnonzero(np.diff(dataset.episode_index, append=-1))
         frames_to_come = np.repeat(lasts, np.diff(lasts, prepend=-1)) - np.arange(len(dataset))
         if args.sample_every < 1:
-            raise ValueError(f"sample_every is {args.sample_every}, expected 1 or more. 1 starts at every frame.")
+            raise ValueError(f"--sample_every is {args.sample_every}, expected 1 or more. 1 starts at every frame.")
         is_start = dataset.frame_index % args.sample_every == 0
         self.indices = np.flatnonzero(is_start & (frames_to_come >= args.drop_n_last_frames))
         if len(self.indices) == 0:
-            raise ValueError(f"drop_n_last_frames is {args.drop_n_last_frames}, and no episode is longer. Lower it.")
-        unknown = set(args.oversample or ()) - set(benchmark.groups.values())
-        if unknown:
-            groups = list(dict.fromkeys(benchmark.groups.values()))
-            raise ValueError(f"oversample has {unknown.pop()!r}, expected some of {benchmark.name}'s groups {groups}.")
-        often = {benchmark.tasks[task] for task, group in benchmark.groups.items() if group in (args.oversample or ())}
-        self.indices = np.repeat(self.indices, [1 + (dataset.text(i) in often) for i in self.indices.tolist()])
+            raise ValueError(f"--drop_n_last_frames is {args.drop_n_last_frames}, and no episode is longer. Lower it.")
+        sentences = _sentences_of_groups(args.oversample or [], benchmark)
+        self.indices = np.repeat(self.indices, [1 + (dataset.text(i) in sentences) for i in self.indices.tolist()])
         options = ("mirror_probability", "turn_probability", "max_shift", "max_angle")
         self.variation, self.shift = {name: getattr(args, name) for name in options}, benchmark.shift
+        names = ", ".join(f"--{name}" for name in options)
         if self.shift is not None and any(self.variation[name] for name in options if name != "max_shift"):
+            raise ValueError(f"{benchmark.name} can only be shifted: set all of {names} but --max_shift to 0.")
+        sizes = list(dataset.image_sizes.values())
+        if self.shift is None and any(self.variation.values()) and sizes != [(IMAGE_SIZE, IMAGE_SIZE)]:
             raise ValueError(
-                f"{benchmark.name} can only be shifted: set all of {', '.join(options)} but max_shift to 0."
+                f"Only one image of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, PushT's, can be varied; the data set has images "
+                f"of {sizes} (height, width). Set {names} to 0."
             )
         self.reword_probability = args.reword_probability
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        unknown = [task for task in dataset.tasks if not self.wordings.get(task)]
+        if self.reword_probability > 0 and unknown:
+            raise ValueError(
+                f"--reword_probability is {self.reword_probability}, but {benchmark.name} has no other wordings of "
+                f"the data set's task {unknown[0]!r}. Set it to 0."
+            )
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -217,28 +116,49 @@ class VariedDemonstrations(torch.utils.data.Dataset):
         if self.shift is not None:
             image, state = self.shift(sample["images"][0], sample["state"], rng, self.variation["max_shift"])
             return {**sample, "images": [image], "state": state}
-        if len(sample["images"]) != 1 or sample["images"][0].shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-            raise ValueError(f"Only PushT's single 96x96 image can be varied: set {', '.join(self.variation)} to 0.")
         points = np.concatenate([sample["state"][None], sample["actions"]])
         image, points = vary_scene(sample["images"][0], points, rng, **self.variation)
         return {**sample, "images": [image], "state": points[0], "actions": points[1:]}
 
 
-class GroupedByLength(Sampler):
-    """Batches of samples of similar length, in another random order in every epoch, so that little is padded."""
+def _sentences_of_groups(groups: list[str], benchmark: Benchmark) -> set[str]:
+    """The instructions of the benchmark's tasks in these groups."""
+    known = list(dict.fromkeys(benchmark.groups.values()))
+    unknown = [group for group in groups if group not in known]
+    if unknown:
+        raise ValueError(f"--oversample has {unknown[0]!r}, expected some of {benchmark.name}'s groups {known}.")
+    return {benchmark.tasks[task] for task, group in benchmark.groups.items() if group in groups}
 
-    def __init__(self, dataset: VariedDemonstrations, processor: SmolAndFastProcessor, batch_size: int):
+
+class GroupedByLength(Sampler):
+    """Batches of samples of similar length, in another random order in every epoch, so that little is padded.
+
+    Args:
+        seed: Of that order, by default the data set's.
+    """
+
+    def __init__(
+        self,
+        dataset: VariedDemonstrations,
+        processor: SmolAndFastProcessor,
+        batch_size: int,
+        seed: int | None = None,
+    ):
         self.dataset, self.tokenizer, self.batch_size = dataset, processor.tokenizer, batch_size
-        frames, indices = dataset.dataset, dataset.indices
-        bins = processor.normalizer.state_bins(frames.states[indices])
-        actions = processor.normalizer.normalize_actions(frames.action_chunks()[indices], bins)
-        self.num_tokens = np.array([len(ids) for ids in processor.action_tokenizer.encode_actions(actions)])
+        self.seed = dataset.seed if seed is None else seed
+        frames, normalizer, self.num_tokens = dataset.dataset, processor.normalizer, np.empty(len(dataset), int)
+        for start in range(0, len(dataset), CHUNKS_AT_ONCE):
+            part = slice(start, start + CHUNKS_AT_ONCE)
+            indices = dataset.indices[part]
+            bins = normalizer.state_bins(frames.states[indices])
+            actions = normalizer.normalize_actions(frames.action_chunks(indices), bins)
+            self.num_tokens[part] = [len(ids) for ids in processor.action_tokenizer.encode_actions(actions)]
 
     def __len__(self) -> int:
         return len(self.num_tokens)
 
     def __iter__(self):
-        rng = np.random.default_rng((self.dataset.seed, self.dataset.epoch))
+        rng = np.random.default_rng((self.seed, self.dataset.epoch))
         order, batches = rng.permutation(len(self)), []
         texts = [self.dataset.text(i)[0] for i in range(len(self))]
         words = {text: len(self.tokenizer(text)["input_ids"]) for text in set(texts)}
@@ -274,18 +194,11 @@ class PolicyTrainer(WholeCheckpointTrainer):
         self.benchmark, self.eval_tasks, self.eval_seeds = benchmark, eval_tasks, eval_seeds
         self.card_options = card_options
 
-    def get_train_dataloader(self) -> DataLoader:
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         if not self.batch_by_length:
-            return super().get_train_dataloader()
-        loader = DataLoader(
-            self.train_dataset,
-            batch_size=self.args.train_batch_size,
-            sampler=GroupedByLength(self.train_dataset, self.processing_class, self.args.train_batch_size),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            drop_last=True,
-        )
-        return self.accelerator.prepare(loader)
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(self.train_dataset, self.processing_class, self._train_batch_size, seed)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -352,22 +265,34 @@ def fit_statistics_and_tokenizer(
 ) -> tuple[dict, FastActionTokenizer]:
     """Measure the demonstrations, and their turned copies where training turns them; fit FAST to the result.
 
-    Rotated copies stay out of the statistics, whose limits are those of the actions that the robot is sent. With
-    `init_from`, both are the earlier policy's.
+    The limits are those of all chunks. Quantiles, and FAST, are of up to `MAX_FITTED_CHUNKS`, evenly spaced. Rotated
+    copies stay out of the statistics, whose limits are those of the actions that the robot is sent. With `init_from`,
+    both are the earlier policy's.
     """
     if args.init_from is not None and not args.refit:
-        folder = Path(args.init_from)
-        statistics = read_json(folder / "processor_config.json")["statistics"]
-        return statistics, FastActionTokenizer.from_pretrained(folder / "action_tokenizer")
-    states, chunks = dataset.states, dataset.action_chunks()
-    if args.turn_probability > 0 or args.mirror_probability > 0:
-        symmetries = range(1, 8) if args.turn_probability > 0 else [TARGET_SYMMETRY]
-        copies = [(turn_points(states[s::7], s), turn_points(chunks[s::7], s)) for s in symmetries]
-        states = np.concatenate([states, *(copy[0] for copy in copies)])
-        chunks = np.concatenate([chunks, *(copy[1] for copy in copies)])
+        return read_earlier(dataset, args)
+    symmetries = range(1, 8) if args.turn_probability > 0 else [TARGET_SYMMETRY] if args.mirror_probability > 0 else []
+    # Each symmetry is applied to every seventh chunk.
+    parts = [(0, np.arange(len(dataset))), *((s, np.arange(s, len(dataset), 7)) for s in symmetries)]
+    symmetry = np.concatenate([np.full(len(indices), s) for s, indices in parts])
+    frames = np.concatenate([indices for _, indices in parts])
+
+    def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        states, chunks = dataset.states[frames[chosen]], dataset.action_chunks(frames[chosen])
+        for s in set(symmetry[chosen].tolist()) - {0}:
+            turned = symmetry[chosen] == s
+            states[turned], chunks[turned] = turn_points(states[turned], s), turn_points(chunks[turned], s)
+        return states, chunks
+
+    count = min(len(frames), MAX_FITTED_CHUNKS)
+    states, chunks = take(np.linspace(0, len(frames) - 1, count).round().astype(np.int64))
     statistics = compute_statistics(states, chunks)
+    if count < len(frames):
+        for start in range(0, len(frames), CHUNKS_AT_ONCE):
+            widen(statistics, compute_statistics(*take(np.arange(start, min(start + CHUNKS_AT_ONCE, len(frames))))))
     if args.action_tokenizer is not None:
-        return statistics, FastActionTokenizer.from_pretrained(args.action_tokenizer)
+        with naming_option("--action_tokenizer"):
+            return statistics, FastActionTokenizer.from_pretrained(args.action_tokenizer)
     if args.max_angle > 0:
         angles = (0.0, -args.max_angle, args.max_angle)
         states, chunks = (np.concatenate([rotate_points(x, angle) for angle in angles]) for x in (states, chunks))
@@ -377,6 +302,31 @@ def fit_statistics_and_tokenizer(
     report = {name: " ".join(f"{x:.4g}" for x in np.atleast_1d(value)) for name, value in tokenizer.fit_report.items()}
     print("FAST:", ", ".join(f"{name} {numbers}" for name, numbers in report.items()))
     return statistics, tokenizer
+
+
+def widen(statistics: dict, other: dict) -> None:
+    """Widen the limits in `statistics`, in place, to include those in `other`."""
+    for name, numbers in statistics.items():
+        numbers["min"] = np.minimum(numbers["min"], other[name]["min"]).tolist()
+        numbers["max"] = np.maximum(numbers["max"], other[name]["max"]).tolist()
+
+
+def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[dict, FastActionTokenizer]:
+    """Statistics and FAST tokenizer of the policy that `--init_from` names, which have to fit the data."""
+    with naming_option("--init_from"):
+        earlier = read_json(Path(args.init_from, "processor_config.json"))
+        normalizer = Normalizer(earlier.get("statistics"))
+        for name, found, expected in (
+            ("state_dim", normalizer.state_dim, dataset.states.shape[1]),
+            ("action_dim", normalizer.action_dim, dataset.action_dim),
+            ("use_relative_actions", earlier.get("use_relative_actions", False), args.use_relative_actions),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"{name} of {args.init_from} is {found}, here it is {expected}. Name a policy of the same kind, "
+                    "or measure the data again with --refit."
+                )
+        return earlier["statistics"], FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
 
 
 def make_policy(
@@ -397,18 +347,19 @@ def make_policy(
     }
     frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}
     if args.preset == "256M":
-        processor = SmolAndFastProcessor.from_vlm(
-            args.vlm, action_tokenizer, statistics, args.scale_factor, default_task=default_task, **options
-        )
-        model = SmolAndFastForActionPrediction.from_pretrained(
-            args.vlm,
-            **processor.model_kwargs(),
-            n_action_steps=args.n_action_steps,
-            dtype=torch.float32,
-            attn_implementation="bf16_training",
-            **frozen,
-            **kwargs,
-        )
+        with naming_option("--vlm"):
+            processor = SmolAndFastProcessor.from_vlm(
+                args.vlm, action_tokenizer, statistics, args.scale_factor, default_task=default_task, **options
+            )
+            model = SmolAndFastForActionPrediction.from_pretrained(
+                args.vlm,
+                **processor.model_kwargs(),
+                n_action_steps=args.n_action_steps,
+                dtype=torch.float32,
+                attn_implementation="bf16_training",
+                **frozen,
+                **kwargs,
+            )
         return model, processor
     processor = make_tiny_processor(
         action_tokenizer,
@@ -425,29 +376,43 @@ def make_policy(
         processor, args.n_action_steps, benchmark.image_size, attn_implementation="eager", **frozen, **kwargs
     )
     if args.init_from is not None:
-        weights = load_file(Path(args.init_from, "model.safetensors"))
-        earlier = PreTrainedTokenizerFast.from_pretrained(args.init_from)
-        earlier_actions = FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
-        embeddings = fit_embeddings(weights, (earlier, earlier_actions), (processor.tokenizer, action_tokenizer))
-        load_weights(model, weights | embeddings, args.init_from)
+        with naming_option("--init_from"):
+            weights = read_weights(Path(args.init_from, "model.safetensors"))
+            earlier = PreTrainedTokenizerFast.from_pretrained(args.init_from)
+            earlier_actions = FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
+            embeddings = fit_embeddings(weights, (earlier, earlier_actions), (processor.tokenizer, action_tokenizer))
+            load_weights(model, weights | embeddings, args.init_from)
     if args.vision_weights is not None:
-        load_weights(model, load_file(args.vision_weights), args.vision_weights)
+        with naming_option("--vision_weights"):
+            load_weights(model, read_weights(args.vision_weights), args.vision_weights, "model.vision_model.")
     return model, processor
 
 
-def load_weights(model: SmolAndFastForActionPrediction, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Replace some of the model's weights.
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. Name one that training or pretraining wrote.") from error
+
+
+def load_weights(
+    model: SmolAndFastForActionPrediction, weights: dict[str, torch.Tensor], source: str, needed: str = ""
+) -> None:
+    """Replace some of the model's weights, at least those whose names begin with `needed`.
 
     Raises:
         ValueError: weights of another architecture.
     """
     expected = model.state_dict()
+    fix = "Start from weights of the tiny preset, for the same image size and --scale_factor."
     for name, tensor in weights.items():
         if name not in expected or tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{source} has a weight {name} of shape {tuple(tensor.shape)}, which the tiny policy has not. Start "
-                "from weights of the tiny preset, for the same image_size and scale_factor."
+                f"{source} has a weight {name} of shape {tuple(tensor.shape)}, which the tiny policy has not. {fix}"
             )
+    missing = [name for name in expected if name.startswith(needed) and name not in (*weights, *EMBEDDINGS)]
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} weights of the tiny policy, {missing[0]} first. {fix}")
     model.load_state_dict(weights, strict=False)
 
 
@@ -477,62 +442,194 @@ def fit_embeddings(
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, TrainingArguments]:
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", default="tiny")
-    first.add_argument("--benchmark", default="pusht")
-    chosen = first.parse_known_args(argv)[0]
-    preset = PRESETS.get(chosen.preset, {})
-    if chosen.preset == "tiny" and chosen.benchmark in MODULES:
-        preset = preset | get_benchmark(chosen.benchmark).preset
-    parser = HfArgumentParser((PolicyArguments, TrainingArguments), description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(**preset, bf16=bf16_is_faster())
-    args, training = parser.parse_args_into_dataclasses(argv)
-    training.lr_scheduler_kwargs = {"min_lr_rate": args.min_lr_rate}
-    return args, training
+    """Read the command line; whatever is wrong with it ends in an error line."""
+    return parse_arguments(argv, __doc__)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, training = parse_args(argv)
+def check_output_folder(args: PolicyArguments, training: TrainingArguments) -> None:
+    """Refuse a folder whose content a training would replace, and make it otherwise.
+
+    Raises:
+        ValueError: It holds anything, and neither `--resume_from_checkpoint` nor `--overwrite_output_dir` allows that.
+    """
+    folder, resumed = Path(training.output_dir), training.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file, expected a folder. Name another one.")
+    if resumed not in (None, "last") and not Path(resumed, STATE).is_file():
+        raise ValueError(
+            f"--resume_from_checkpoint {resumed} is not a checkpoint: it has no {STATE}. Name a checkpoint-* folder, "
+            "or say last."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    found = sorted(path.name for path in folder.iterdir())
+    fix = (
+        "Name a new --output_dir, continue with --resume_from_checkpoint last, or give --overwrite_output_dir, which "
+    )
+    fix += "deletes the earlier checkpoints in it and replaces the policy."
+    if not found or args.overwrite_output_dir:
+        return
+    if resumed is None:
+        raise ValueError(f"--output_dir {folder} holds {found[0]}: an earlier training may be in it. {fix}")
+    checkpoints = [checkpoint.resolve() for checkpoint in find_checkpoints(folder)]
+    if resumed != "last" and Path(resumed).resolve() not in checkpoints:
+        raise ValueError(
+            f"--resume_from_checkpoint {resumed} is not in --output_dir {folder}, which is not empty. {fix}"
+        )
+    policy = [name for name in found if name.startswith("model") and name.endswith(".safetensors")]
+    if policy and not checkpoints:
+        raise ValueError(f"--output_dir {folder} holds {policy[0]}, but no checkpoint to continue from. {fix}")
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of an earlier training, and say which."""
+    for checkpoint in find_checkpoints(folder):
+        print(f"--overwrite_output_dir: deleting {checkpoint}")
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
+        else:
+            shutil.rmtree(checkpoint)
+
+
+def read_demonstrations(
+    args: PolicyArguments, training: TrainingArguments, benchmark: Benchmark
+) -> tuple[LeRobotChunkDataset | JoinedChunkDatasets, LeRobotChunkDataset | None]:
+    """The demonstrations to train on and those to evaluate with, which have to be the benchmark's."""
+    for root in args.dataset_root or []:
+        if not Path(root).expanduser().is_dir():
+            raise ValueError(
+                f"--dataset_root {root} is not a folder. Name that of a LeRobot v3.0 data set, or leave it out to "
+                f"load {benchmark.repo_id} from the Hub."
+            )
+    root, *more = args.dataset_root or [download_dataset(args.dataset_repo_id or benchmark.repo_id)]
+    read = partial(LeRobotChunkDataset, chunk_size=args.chunk_size, frame_stride=args.frame_stride)
+    with naming_option(f"--dataset_root {root}"):
+        first = read(root, episodes=[0])
+        check_kind(first, args, training, benchmark)
+        total = first.info.get("total_episodes")
+        if not isinstance(total, int) or isinstance(total, bool):
+            raise ValueError(f"total_episodes in meta/info.json is {total!r}, expected the number of episodes.")
+        num_trained = total - args.held_out_episodes
+        if num_trained < 1:
+            raise ValueError(
+                f"--held_out_episodes is {args.held_out_episodes}, but there are {total} episodes. Lower it, so that "
+                "one at least is left to train on."
+            )
+        train_set = read(root, episodes=range(num_trained))
+        eval_set = read(root, episodes=range(num_trained, total)) if num_trained < total else None
+    others = []
+    for other in more:
+        with naming_option(f"--dataset_root {other}"):
+            others.append(read(other))
+            check_kind(others[-1], args, training, benchmark)
+    with naming_option("--dataset_root"):
+        return JoinedChunkDatasets([train_set, *others]) if others else train_set, eval_set
+
+
+def check_kind(
+    dataset: LeRobotChunkDataset, args: PolicyArguments, training: TrainingArguments, benchmark: Benchmark
+) -> None:
+    """Refuse demonstrations of another robot or camera than the one that the policy is played with."""
+    fields = {
+        "state_dim": (dataset.state_dim, benchmark.state_dim),
+        "action_dim": (dataset.action_dim, benchmark.action_dim),
+        "number of cameras": (len(dataset.image_keys), 1),
+    }
+    if args.preset == "tiny" or needs_evaluation(training):
+        size = (benchmark.image_size, benchmark.image_size)
+        fields["image size (height, width)"] = (tuple(dataset.image_sizes[dataset.image_keys[0]]), size)
+    rates = (dataset.fps, dataset.fps / args.frame_stride)  # the demonstrated speed times --frame_stride, or exactly
+    if not any(math.isclose(rate, benchmark.fps) for rate in rates):
+        fields["fps"] = (dataset.fps, benchmark.fps)
+    for name, (found, expected) in fields.items():
+        if found != expected:
+            raise ValueError(
+                f"its {name} is {found}, that of the benchmark {benchmark.name} is {expected}. Name demonstrations of "
+                "that simulator, or another --benchmark."
+            )
+
+
+def choose_eval_tasks(
+    args: PolicyArguments, training: TrainingArguments, benchmark: Benchmark, tasks: list[str]
+) -> list[str]:
+    """The tasks to play: those of `--eval_tasks`, or else those whose instruction the demonstrations have."""
+    unknown = [task for task in args.eval_tasks or () if task not in benchmark.tasks]
+    if unknown:
+        raise ValueError(
+            f"--eval_tasks has {unknown[0]!r}, expected some of {benchmark.name}'s {', '.join(benchmark.tasks)}."
+        )
+    chosen = args.eval_tasks or [task for task, sentence in benchmark.tasks.items() if sentence in tasks]
+    if needs_evaluation(training) and not chosen:
+        raise ValueError(
+            f"--dataset_root has none of {benchmark.name}'s tasks, but {tasks[0]!r}. Name the tasks to play with "
+            "--eval_tasks, or give --eval_strategy no."
+        )
+    return chosen
+
+
+def make_trainer(args: PolicyArguments, training: TrainingArguments) -> PolicyTrainer:
+    """Read, check and make everything that the training needs; whatever is wrong with it is a ValueError."""
+    if training.process_index == 0:  # others would see what the first has begun to write
+        check_output_folder(args, training)
     set_seed(training.seed)
     benchmark = get_benchmark(args.benchmark)
-    repo_id = args.dataset_repo_id or benchmark.repo_id
-    root, *more = args.dataset_root or [download_dataset(repo_id)]
-    read = partial(LeRobotChunkDataset, chunk_size=args.chunk_size, frame_stride=args.frame_stride)
-    held_out = read(root, episodes=[0]).info["total_episodes"] - args.held_out_episodes
-    train_set = read(root, episodes=range(held_out))
-    if more:
-        train_set = JoinedChunkDatasets([train_set, *map(read, more)])
+    train_set, eval_set = read_demonstrations(args, training, benchmark)
+    eval_tasks = choose_eval_tasks(args, training, benchmark, train_set.tasks)
+    samples = VariedDemonstrations(train_set, args, training.seed, benchmark)
+    batch = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and len(samples) < batch:
+        raise ValueError(
+            f"--per_device_train_batch_size makes batches of {batch} samples, but there are {len(samples)}, and what "
+            "is left of the last batch is dropped. Lower it."
+        )
     model, processor = make_policy(train_set, args, benchmark)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {model.dtype}, bf16 autocast: {training.bf16}")
+    repo_id = args.dataset_repo_id or benchmark.repo_id
     on_hub = [repo_id] if args.dataset_repo_id or not args.dataset_root else []
     base_model = args.vlm if args.preset == "256M" and not os.path.isdir(args.vlm) else None
-    parts = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
-    rates = {name: getattr(args, name) for name in parts} | {"weight_decay": training.weight_decay}
+    rates = {name: getattr(args, name) for name in PARTS} | {"weight_decay": training.weight_decay}
     if args.preset == "tiny":
         optimizer = make_muon(model, parameter_groups(model, **rates))
     else:
         optimizer = make_optimizer(model, **rates)
-    trainer = PolicyTrainer(
+    return PolicyTrainer(
         model,
         training,
         data_collator=ActionDataCollator(processor),
-        train_dataset=VariedDemonstrations(train_set, args, training.seed, benchmark),
-        eval_dataset=read(root, episodes=range(held_out, held_out + args.held_out_episodes)),
+        train_dataset=samples,
+        eval_dataset=eval_set,
         processing_class=processor,
         optimizers=(optimizer, None),
         callbacks=[EpochSetter(), EvaluateLastStep(), PushCodeFiles()],
         benchmark=benchmark,
-        eval_tasks=args.eval_tasks or [t for t, sentence in benchmark.tasks.items() if sentence in train_set.tasks],
+        eval_tasks=eval_tasks,
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
         card_options={"datasets": on_hub, "base_model": base_model},
         batch_by_length=args.batch_by_length,
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        print(f"Best checkpoint: {trainer.state.best_model_checkpoint}, saved in {Path(training.output_dir)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, training = parse_args(argv)
+    parser, folder = make_parser(), Path(training.output_dir)
+    try:
+        try:
+            trainer = make_trainer(args, training)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:  # of a library, for --report_to and others
+            parser.error(one_line(error))
+        if args.overwrite_output_dir and trainer.is_world_process_zero():
+            delete_checkpoints(folder)
+        trainer.accelerator.wait_for_everyone()
+        try:
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+            trainer.save_model()
+        except OSError as error:
+            parser.exit(1, f"train.py: error: {one_line(error)}\n")
+        if trainer.is_world_process_zero():
+            print(f"Best checkpoint: {trainer.state.best_model_checkpoint}, saved in {folder}")
+    except KeyboardInterrupt:
+        advice = "the same command with --resume_from_checkpoint last continues from there."
+        parser.exit(130, interruption(folder, advice))
 
 
 if __name__ == "__main__":

@@ -209,7 +209,6 @@ def make_trainer(processor, policy, batch):
             str(folder),
             per_device_train_batch_size=2,
             logging_steps=1,
-            remove_unused_columns=False,
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
@@ -295,6 +294,101 @@ def test_without_any_checkpoint_training_starts_at_the_beginning(make_trainer, t
     (tmp_path / "checkpoint-x").mkdir()
     make_trainer(tmp_path, max_steps=1).train(resume_from_checkpoint="last")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-x"]
+
+
+def test_checkpoints_of_an_earlier_training_are_never_replaced(make_trainer, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "other")
+    before = contents(tmp_path / "run")
+    for earlier in (None, False, str(tmp_path / "other/checkpoint-2")):
+        with pytest.raises(ValueError, match="output_dir .*run holds checkpoint-2 .*resume_from_checkpoint="):
+            make_trainer(tmp_path / "run", save_total_limit=1).train(resume_from_checkpoint=earlier)
+    assert contents(tmp_path / "run") == before
+    make_trainer(tmp_path / "run", max_steps=3).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert last_whole_checkpoint(tmp_path / "run") == str(tmp_path / "run/checkpoint-3")
+
+
+def test_label_smoothing_smooths_the_next_tokens_loss(make_trainer, processor, policy, batch, tmp_path):
+    inputs = ActionDataCollator(processor)([Samples(batch)[i] for i in range(4)])
+    found = {}
+    for epsilon in (0.0, 1e-9, 0.25):
+        trainer = make_trainer(tmp_path, label_smoothing_factor=epsilon)
+        with torch.no_grad():
+            count = (inputs["labels"] != -100).sum()
+            found[epsilon] = trainer.compute_loss(policy, dict(inputs)).item()
+            halved = trainer.compute_loss(policy, dict(inputs), num_items_in_batch=2 * count).item()
+            assert halved == pytest.approx(found[epsilon] / 2)  # as with gradient accumulation
+    with torch.no_grad():
+        full = policy(**{name: tensor for name, tensor in inputs.items() if name != "labels"}).logits[:, :-1]
+    scores, targets = full.log_softmax(-1), inputs["labels"][:, 1:]
+    uniform = -scores.mean(-1)[targets != -100].mean().item()
+    assert found[1e-9] == pytest.approx(found[0.0])
+    assert found[0.25] == pytest.approx(0.75 * found[0.0] + 0.25 * uniform)
+    with pytest.raises(ValueError, match="label_smoothing_factor is 1.5"):
+        make_trainer(tmp_path, label_smoothing_factor=1.5)
+
+
+def test_training_with_label_smoothing_and_accumulation_has_the_same_losses_without_any(
+    make_trainer, policy, tmp_path
+):
+    weights, losses = {name: tensor.clone() for name, tensor in policy.state_dict().items()}, []
+    for epsilon in (0.0, 1e-9):
+        options = {"label_smoothing_factor": epsilon, "gradient_accumulation_steps": 2, "eval_strategy": "steps"}
+        trainer = make_trainer(tmp_path / str(epsilon), **options, eval_steps=1, save_strategy="no")
+        trainer.train()
+        policy.load_state_dict(weights)
+        losses.append([e.get("loss", e.get("eval_loss")) for e in trainer.state.log_history[:-1]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
+def test_options_by_which_trainer_would_compute_another_loss_are_refused(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="use_liger_kernel is True"):
+        make_trainer(tmp_path, use_liger_kernel=True)
+
+
+@pytest.mark.parametrize("computes_loss", [False, True], ids=["the policy's loss", "compute_loss_func"])
+def test_compute_metrics_gets_labels_at_the_positions_of_the_logits(
+    make_trainer, processor, policy, batch, tmp_path, computes_loss
+):
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        scores = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(scores, labels[:, 1:].flatten())
+
+    seen = []
+    trainer = make_trainer(tmp_path, per_device_eval_batch_size=2)
+    trainer.compute_metrics = lambda prediction: seen.append(prediction) or {"tokens": 1}
+    if computes_loss:
+        trainer.compute_loss_func = loss_of
+    metrics = trainer.evaluate()
+    predictions, labels = seen[0].predictions, seen[0].label_ids
+    samples, collate = Samples(batch), ActionDataCollator(processor)
+    lengths, nll = set(), []
+    for i in range(4):  # one by one
+        inputs = collate([samples[i]])
+        targets = inputs.pop("labels")[0, 1:]
+        with torch.no_grad():
+            logits = policy(**inputs).logits[0, :-1]
+        is_target = targets != -100
+        assert labels[i][labels[i] != -100].tolist() == targets[is_target].tolist()
+        expected = logits[is_target].numpy()
+        np.testing.assert_allclose(predictions[i][labels[i] != -100], expected, atol=1e-4)
+        lengths.add(int(is_target.sum()))
+        nll.append(torch.nn.functional.cross_entropy(logits[is_target], targets[is_target], reduction="sum").item())
+    assert len(lengths) > 1 and predictions.shape[:2] == labels.shape
+    assert metrics["eval_tokens"] == 1
+    if not computes_loss:
+        per_batch = [sum(nll[i : i + 2]) / (labels[i : i + 2] != -100).sum() for i in (0, 2)]
+        assert metrics["eval_loss"] == pytest.approx(np.mean(per_batch), rel=1e-4)
+
+
+def test_columns_that_only_the_collator_reads_are_kept(make_trainer, processor, batch, tmp_path):
+    trainer = make_trainer(tmp_path, remove_unused_columns=True, max_steps=1, save_strategy="no")
+    trainer.train()
+    assert trainer.args.remove_unused_columns is False
+    sample = Samples(batch)[0]
+    for name in sample:
+        with pytest.raises(ValueError, match=rf"samples\[1\] has no '{name}'.*remove_unused_columns=False"):
+            ActionDataCollator(processor)([sample, {k: v for k, v in sample.items() if k != name}])
 
 
 class DieBeforeTheChecksums(TrainerCallback):
@@ -409,27 +503,29 @@ def test_saving_to_a_full_or_read_only_disk_is_an_os_error(request, part, room, 
 # SIGKILL
 
 
-def write_demonstrations(root):
-    """Three episodes of 20 frames in LeRobot's layout, images inside parquet."""
+def write_demonstrations(root, task=TASK, fps=10, state_dim=2, action_dim=2, size=96, cameras=1):
+    """Three episodes of 20 frames in LeRobot's layout, images inside parquet; by default PushT's."""
     rng = np.random.default_rng(0)
+    keys = ["observation.image", "observation.wrist"][:cameras]
     lengths, episode = [20, 20, 20], np.repeat(np.arange(3), 20)
     images, _ = render_scenes(60, seed=0)
     positions = 256 + np.cumsum(rng.normal(0, 5, (60, 2)), axis=0).astype(np.float32)
     targets = positions + rng.normal(0, 5, (60, 2)).astype(np.float32)
+    positions, targets = np.tile(positions, 3)[:, :state_dim], np.tile(targets, 3)[:, :action_dim]
     vectors = {"observation.state": list(positions), "action": list(targets)}
-    features = {key: {"dtype": "float32", "shape": [2]} for key in vectors}
-    features["observation.image"] = {"dtype": "image", "shape": [96, 96, 3]}
-    info = {"codebase_version": "v3.0", "fps": 10, "total_frames": 60, "total_episodes": 3, "features": features}
+    features = {"observation.state": {"shape": [state_dim]}, "action": {"shape": [action_dim]}}
+    features |= {key: {"dtype": "image", "shape": [size, size, 3]} for key in keys}
+    info = {"codebase_version": "v3.0", "fps": fps, "total_frames": 60, "total_episodes": 3, "features": features}
     pictures = []
     for image in images:
-        Image.fromarray(image).save(png := io.BytesIO(), "PNG")
+        Image.fromarray(image).resize((size, size)).save(png := io.BytesIO(), "PNG")
         pictures.append({"bytes": png.getvalue(), "path": None})
     rows = {"episode_index": episode, "frame_index": np.tile(np.arange(20), 3), "task_index": np.zeros(60, int)}
-    write_table(root / "data/chunk-000/file-000.parquet", {**vectors, "observation.image": pictures, **rows})
+    write_table(root / "data/chunk-000/file-000.parquet", {**vectors, **dict.fromkeys(keys, pictures), **rows})
     places = {"data/chunk_index": [0] * 3, "data/file_index": [0] * 3}
     episodes = {"episode_index": [0, 1, 2], "length": lengths, **places}
     write_table(root / "meta/episodes/chunk-000/file-000.parquet", episodes)
-    write_table(root / "meta/tasks.parquet", {"task_index": [0], "task": [TASK]})
+    write_table(root / "meta/tasks.parquet", {"task_index": [0], "task": [task]})
     (root / "meta/info.json").write_text(json.dumps(info))
     numbers = {"observation.state": positions, "action": targets}
     stats = {key: {"min": v.min(0).tolist(), "max": v.max(0).tolist()} for key, v in numbers.items()}

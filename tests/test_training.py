@@ -1,9 +1,11 @@
 """Training: what `examples/train.py` does, on made-up demonstrations and on the real ones."""
 
 import dataclasses
+import fnmatch
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lerobot_dataset import LeRobotChunkDataset
 from muon import Muon, make_muon
+from pretrain_vision import OUTPUTS, make_labels
 from pretrain_vision import main as pretrain_vision
-from pretrain_vision import make_labels
 from pusht import BENCHMARK as PUSHT
 from pusht_scenes import TARGET_SYMMETRY, EpochSetter, render_scenes, turn_image, turn_points, vary_scene
 from safetensors.torch import load_file, save
+from test_checkpoint_safety import write_demonstrations
 from train import GroupedByLength, PolicyArguments, VariedDemonstrations, fit_embeddings, make_policy, parse_args
+from train import fit_statistics_and_tokenizer as fit
 from train import main as train
-from transformers import Trainer, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
 
 from smolandfast import FastActionTokenizer, SmolAndFastProcessor
 from smolandfast.prompt_smolandfast import PROMPT
@@ -32,6 +37,7 @@ from smolandfast.training import ActionDataCollator, make_optimizer, make_tiny_m
 from smolandfast.training.tiny import make_text_tokenizer
 
 ROOT = Path(__file__).parents[1]
+ROLLOUTS = ROOT / "tests/data/pusht_rollouts"
 WORDS_TOKENIZER = make_text_tokenizer(["Open a door", "Close a box"], 256, 8, split_words=True)
 
 
@@ -372,6 +378,282 @@ def test_the_256m_preset_starts_from_any_smolvlm_folder(pusht_root, vlm, tmp_pat
     assert any("eval_avg_max_reward" in entry for entry in history)
 
 
+# What the command line says
+
+
+def refusal(capsys, function, *arguments):
+    """The error line that a script's arguments end in."""
+    with pytest.raises(SystemExit) as end:
+        function([str(argument) for argument in arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and lines[-1].startswith("train.py: error: ")
+    return lines[-1]
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_every_scheduler_of_trainer_works(kind, model, tmp_path):
+    _, arguments = parse_args(["--output_dir", str(tmp_path), "--lr_scheduler_type", kind, "--bf16", "False"])
+    for optimizer in (muon(model), adamw(model)):
+        scheduler = get_scheduler(kind, optimizer, 1, 10, arguments.lr_scheduler_kwargs)
+        peak = [group["lr"] for group in optimizer.param_groups]
+        optimizer.step()
+        scheduler.step(*([1.0] if kind in ("reduce_lr_on_plateau", "greedy") else []))
+        assert len(peak) == len(optimizer.param_groups)
+    if kind in ("reduce_lr_on_plateau", "greedy"):
+        assert arguments.lr_scheduler_kwargs["mode"] == "max"  # of the score
+
+
+def test_scheduler_options_are_taken_and_their_contradictions_refused(capsys, tmp_path):
+    start = ["--output_dir", str(tmp_path), "--bf16", "False"]
+    given = [*start, "--lr_scheduler_kwargs", '{"min_lr_rate": 0.5}']
+    assert parse_args(given)[1].lr_scheduler_kwargs == {"min_lr_rate": 0.5}
+    assert parse_args([*start, "--min_lr_rate", "0.2"])[1].lr_scheduler_kwargs == {"min_lr_rate": 0.2}
+    assert "--min_lr_rate" in refusal(capsys, parse_args, *given, "--min_lr_rate", 0.1)
+    linear = [*start, "--lr_scheduler_type", "linear"]
+    assert "--min_lr_rate" in refusal(capsys, parse_args, *linear, "--min_lr_rate", 0.1)
+    assert "--lr_scheduler_kwargs" in refusal(capsys, parse_args, *linear, *given[-2:])
+    constant = [*start, "--lr_scheduler_type", "constant", *given[-2:]]
+    assert "--lr_scheduler_kwargs" in refusal(capsys, parse_args, *constant)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--learning_rate 1e-3",
+        "--learning-rate 5e-05",  # the default, but given
+        "--optim sgd",
+        "--optim_args a=1",
+        "--adam_beta1 0.5",
+        "--adam_beta2 0.5",
+        "--adam_epsilon 1",
+        "--use_liger_kernel True",
+        "--do_predict True",
+        "--train_sampling_strategy group_by_length",
+        "--length_column_name size",
+        "--label_names labels",
+        "--remove_unused_columns True",
+        "--vlm somewhere",
+        "--refit",
+        "--preset 256M --vision_weights a",
+        "--preset 256M --init_from a",
+        "--init_from a --fast_scale 3",
+        "--init_from a --action_tokenizer a",
+        "--action_tokenizer a --fast_vocab_size 9",
+        "--overwrite_output_dir --resume_from_checkpoint last",
+        "--chunk_size 0",
+        "--n_action_steps 17",
+        "--n_action_steps 0",
+        "--frame_stride 0",
+        "--drop_n_last_frames -1",
+        "--mirror_probability 1.5",
+        "--reword_probability nan",
+        "--max_angle 181",
+        "--fast_scale 0",
+        "--text_learning_rate inf",
+        "--held_out_episodes 0",
+        "--eval_episodes 0",
+        "--per_device_train_batch_size 0",
+        "--seed -1",
+        "--data_seed -1",
+        "--weight_decay -1",
+        "--dataloader_num_workers -1",
+        "--dataloader_persistent_workers True",
+        "--label_smoothing_factor 2",
+        "--metric_for_best_model accuracy",
+        "--benchmark chess",
+        "--max_delay 8",
+        "--eval_strategy no --load_best_model_at_end True",
+    ],
+)
+def test_options_without_effect_or_out_of_range_are_refused_by_name(given, capsys, tmp_path):
+    line = refusal(capsys, parse_args, "--output_dir", tmp_path, "--bf16", "False", *given.split())
+    named = [word.replace("-", "_").lstrip("_") for word in given.split() if word.startswith("--")]
+    assert any(name in line for name in named)
+
+
+def test_options_that_the_preset_would_override_win(tmp_path):
+    start = ["--output_dir", str(tmp_path), "--bf16", "False"]
+    assert parse_args([*start, "--num_train_epochs", "2"])[1].max_steps == -1
+    assert parse_args([*start, "--num_train_epochs", "2", "--max_steps", "7"])[1].max_steps == 7
+    assert parse_args([*start, "--batch_by_length"])[1].dataloader_drop_last is True
+    given = [*start, "--batch_by_length", "--dataloader_drop_last", "False"]
+    assert parse_args(given)[1].dataloader_drop_last is False
+
+
+def test_the_best_metric_is_one_that_the_evaluation_has(tmp_path):
+    for name in ("eval_score", "loss", "eval_avg_max_reward"):
+        arguments = ["--output_dir", str(tmp_path), "--bf16", "False", "--metric_for_best_model", name]
+        assert parse_args(arguments)[1].metric_for_best_model == name
+
+
+def short(dataset, folder, *more):
+    """Arguments of a training of one step, without its evaluation."""
+    options = "--max_steps 1 --save_steps 1 --per_device_train_batch_size 2 --held_out_episodes 1 --bf16 False "
+    options += "--eval_strategy no --report_to none --reword_probability 0"
+    paths = ["--dataset_root", str(dataset), "--output_dir", str(folder)]
+    return [*paths, *options.split(), *map(str, more)]
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_an_output_folder_that_holds_anything_is_refused(capsys, own_cache, tmp_path):
+    folder, notes = tmp_path / "run", tmp_path / "run/notes.txt"
+    train(short(ROLLOUTS, folder))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    missing = tmp_path / "nowhere"  # the folder is looked at before the data
+    line = refusal(capsys, train, *short(missing, folder))
+    assert "--output_dir" in line and "--resume_from_checkpoint last" in line and "--overwrite_output_dir" in line
+    other = tmp_path / "other/checkpoint-1"
+    shutil.copytree(folder / "checkpoint-1", other)
+    assert "--resume_from_checkpoint" in refusal(
+        capsys, train, *short(missing, folder, "--resume_from_checkpoint", other)
+    )
+    assert "--resume_from_checkpoint" in refusal(
+        capsys, train, *short(missing, folder, "--resume_from_checkpoint", folder)
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    train([*short(ROLLOUTS, folder, "--resume_from_checkpoint", "last"), "--max_steps", "2"])
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    notes.write_text("mine")
+    (folder / "checkpoint-mine").mkdir()
+    refusal(capsys, train, *short(missing, folder, "--overwrite_output_dir"))
+    assert (folder / "checkpoint-2").is_dir()  # nothing is deleted for a command that is wrong
+    capsys.readouterr()
+    train(short(ROLLOUTS, folder, "--overwrite_output_dir"))
+    printed = capsys.readouterr().out
+    assert f"deleting {folder / 'checkpoint-1'}" in printed and f"deleting {folder / 'checkpoint-2'}" in printed
+    assert notes.read_text() == "mine"
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-mine"]
+
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    line = refusal(capsys, train, *short(missing, folder, "--resume_from_checkpoint", "last"))
+    assert "model.safetensors" in line and "no checkpoint" in line
+    line = refusal(capsys, train, *short(missing, notes))
+    assert "--output_dir" in line and "is a file" in line
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "named"),
+    [
+        ({"state_dim": 3}, "", "state_dim is 3"),
+        ({"action_dim": 3}, "", "action_dim is 3"),
+        ({"cameras": 2}, "", "number of cameras is 2"),
+        ({"size": 64}, "", "image size"),
+        ({"fps": 20}, "", "fps is 20"),
+        ({"fps": 30}, "--frame_stride 2", "fps is 30"),
+        ({"task": "Stack the cups"}, "--reword_probability 0.5", "--reword_probability"),
+        ({"task": "Stack the cups"}, "--eval_strategy steps --eval_steps 1", "--eval_tasks"),
+        ({}, "--eval_tasks chess", "--eval_tasks has 'chess'"),
+        ({}, "--held_out_episodes 3", "--held_out_episodes is 3"),
+        ({}, "--oversample hard", "--oversample has 'hard'"),
+        ({}, "--drop_n_last_frames 20", "--drop_n_last_frames is 20"),
+        ({}, "--vision_weights nowhere", "--vision_weights: nowhere"),
+        ({}, f"--vision_weights {ROLLOUTS}/meta/info.json", "--vision_weights"),
+        ({}, "--init_from nowhere", "--init_from: nowhere"),
+        ({}, f"--init_from {ROLLOUTS}", "--init_from"),
+        ({}, f"--init_from {ROOT}/checkpoints/metaworld-tiny", "--init_from: state_dim"),
+        ({}, f"--init_from {ROOT}/checkpoints/pusht-tiny --use_relative_actions False", "use_relative_actions"),
+        ({}, f"--action_tokenizer {ROLLOUTS}", "--action_tokenizer: "),
+        ({}, "--dataloader_drop_last True --per_device_train_batch_size 99", "--per_device_train_batch_size"),
+        ({}, "--batch_by_length --per_device_train_batch_size 99", "--per_device_train_batch_size"),
+        ({}, f"--preset 256M --vlm {ROLLOUTS}", "--vlm: "),
+    ],
+)
+def test_what_does_not_fit_is_found_before_the_first_step(data, options, named, capsys, own_cache, tmp_path):
+    dataset = write_demonstrations(tmp_path / "data", **data)
+    assert named in refusal(capsys, train, *short(dataset, tmp_path / "run"), *options.split())
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_data_that_cannot_be_read_are_an_error_line(capsys, own_cache, tmp_path):
+    missing = tmp_path / "nowhere"
+    assert f"--dataset_root {missing} is not a folder" in refusal(capsys, train, *short(missing, tmp_path / "run"))
+    (tmp_path / "empty").mkdir()
+    assert "--dataset_root" in refusal(capsys, train, *short(tmp_path / "empty", tmp_path / "run"))
+    more = ["--dataset_root", ROLLOUTS, missing]
+    assert f"--dataset_root {missing}" in refusal(capsys, train, *short(ROLLOUTS, tmp_path / "run"), *more)
+
+
+def test_demonstrations_at_twice_the_rate_are_strided(own_cache, tmp_path):
+    dataset = write_demonstrations(tmp_path / "data", fps=20)
+    train(short(dataset, tmp_path / "run", "--frame_stride", "2", "--held_out_episodes", "0"))
+    assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_an_interrupted_training_says_in_one_line_what_is_kept(capsys, monkeypatch, own_cache, tmp_path):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for at, kept in (("VariedDemonstrations", "no weights are kept"), ("PolicyTrainer.save_model", "checkpoint-")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            if at == "VariedDemonstrations":
+                patch.setattr("train.VariedDemonstrations", interrupt)
+            else:
+                patch.setattr("train.PushCodeFiles.on_train_end", interrupt)
+            capsys.readouterr()
+            train(short(ROLLOUTS, tmp_path / "run"))
+        error = capsys.readouterr().err
+        assert end.value.code == 130 and "Traceback" not in error and kept in error.splitlines()[-1]
+    assert "--resume_from_checkpoint last" in error
+
+
+def test_persistent_workers_vary_the_samples_in_every_epoch(own_cache):
+    dataset = LeRobotChunkDataset(ROLLOUTS, 16, [0])
+    arguments = PolicyArguments(sample_every=40, max_shift=8, reword_probability=0.5)
+    samples = VariedDemonstrations(dataset, arguments, 0, PUSHT)
+    options = {"batch_size": None, "num_workers": 1, "persistent_workers": True}
+    for context in ("fork", "spawn"):
+        loader = torch.utils.data.DataLoader(samples, **options, multiprocessing_context=context)
+        seen = []
+        for epoch in range(2):
+            samples.set_epoch(epoch)
+            seen.append([sample["actions"] for sample in loader])
+            assert all(np.array_equal(found, samples[i]["actions"]) for i, found in enumerate(seen[-1]))
+        assert not np.array_equal(seen[0], seen[1])
+
+
+def test_statistics_are_of_all_chunks_and_the_tokenizer_is_fitted_to_some(monkeypatch, own_cache):
+    dataset = LeRobotChunkDataset(ROLLOUTS, 16)
+    args, _ = parse_args(["--output_dir", "unused", "--bf16", "False", "--max_angle", "0"])
+    whole, tokenizer = fit(dataset, args)
+    sizes, take = [], dataset.action_chunks
+
+    def counted(indices=None):
+        sizes.append(len(indices))
+        return take(indices)
+
+    dataset.action_chunks = counted
+    monkeypatch.setattr("train.MAX_FITTED_CHUNKS", 300)
+    monkeypatch.setattr("train.CHUNKS_AT_ONCE", 100)
+    some, fitted = fit(dataset, args)
+    for name in ("observation.state", "action", "relative_action"):
+        for limit in ("min", "max"):
+            assert some[name][limit] == whole[name][limit]
+    assert sizes[0] == 300 and max(sizes[1:]) == 100 and sum(sizes[1:]) >= len(dataset)
+    assert fitted.get_vocab() != tokenizer.get_vocab()
+    _, processor = make_policy(dataset, args, PUSHT)
+    sizes.clear()
+    samples = VariedDemonstrations(dataset, args, 0, PUSHT)
+    lengths = GroupedByLength(samples, processor, 4).num_tokens
+    assert max(sizes) == 100 and sum(sizes) == len(samples)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(GroupedByLength(samples, processor, 4).num_tokens, lengths)
+
+
+def test_data_seed_is_the_order_of_samples_grouped_by_length(own_cache):
+    dataset = LeRobotChunkDataset(ROLLOUTS, 16)
+    args, _ = parse_args(["--output_dir", "unused", "--bf16", "False"])
+    _, processor = make_policy(dataset, args, PUSHT)
+    samples = VariedDemonstrations(dataset, args, 0, PUSHT)
+    first, same, other = (list(GroupedByLength(samples, processor, 4, seed)) for seed in (None, 0, 1))
+    assert first == same != other
+
+
 def run_pretraining(monkeypatch, **options):
     options = {"num_scenes": 24, "max_steps": 2, "batch_size": 4, **options}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
@@ -387,7 +669,7 @@ def test_vision_pretraining_writes_weights_that_the_policy_takes(demonstrations,
     assert all("text_model" in name or "lm_head" in name for name in result.missing_keys)
 
 
-def test_vision_pretraining_goes_on_from_its_own_weights_only(tmp_path, monkeypatch):
+def test_vision_pretraining_goes_on_from_its_own_weights_only(tmp_path, monkeypatch, capsys):
     run_pretraining(monkeypatch, output_dir=tmp_path / "one")
     first = tmp_path / "one/vision.safetensors"
     run_pretraining(monkeypatch, output_dir=tmp_path / "two", vision_weights=first, learning_rate=1e-9)
@@ -397,8 +679,26 @@ def test_vision_pretraining_goes_on_from_its_own_weights_only(tmp_path, monkeypa
 
     for content in (save({"model.vision_model.other": torch.zeros(1)}), first.read_bytes()[:1000]):
         (tmp_path / "bad.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match="bad.safetensors is no vision.safetensors"):
+        with pytest.raises(SystemExit) as end:
             run_pretraining(monkeypatch, output_dir=tmp_path / "three", vision_weights=tmp_path / "bad.safetensors")
+        assert end.value.code == 2 and "bad.safetensors is no vision.safetensors" in capsys.readouterr().err
+
+
+def test_pretraining_continues_its_own_folder_and_refuses_any_other(capsys, tmp_path, monkeypatch):
+    run_pretraining(monkeypatch, output_dir=tmp_path / "own")
+    written = [str(path.relative_to(tmp_path / "own")) for path in (tmp_path / "own").rglob("*") if path.is_file()]
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in OUTPUTS) for name in written)
+    run_pretraining(monkeypatch, output_dir=tmp_path / "own", max_steps=3)
+    assert (tmp_path / "own/checkpoint-3").is_dir()
+    policy = tmp_path / "policy/checkpoint-7"
+    policy.mkdir(parents=True)
+    (policy / "config.json").write_text("{}")
+    (tmp_path / "own/notes.txt").write_text("mine")
+    monkeypatch.setattr("pretrain_vision.render_scenes", None)  # it is not come to
+    for folder, foreign in ((tmp_path / "own", "notes.txt"), (policy.parent, "checkpoint-7/config.json")):
+        with pytest.raises(SystemExit) as end:
+            run_pretraining(monkeypatch, output_dir=folder)
+        assert end.value.code == 2 and foreign in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 Transformers writes a checkpoint file by file into its folder, deletes older ones, and resumes from the folder with
 the highest number, half-written or not. Here `SHA256SUMS` comes last: a checkpoint is whole if that lists the
 trainer's state and every file that it lists is as it was saved. Only then are older checkpoints deleted.
+
+`Trainer` also assumes that a model has logits at every position. A policy that is given labels has them only at
+[`action_positions`], so label smoothing and the labels of `compute_metrics` are aligned with those here.
 """
 
 import os
@@ -11,10 +14,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 from safetensors import SafetensorError
+from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..files_smolandfast import SUMS, check_checksums, read_checksums, write_checksums
+from ..modeling_smolandfast import action_positions
 
 logger = logging.get_logger(__name__)
 
@@ -94,13 +99,92 @@ class CheckpointSealer(TrainerCallback):
 class WholeCheckpointTrainer(Trainer):
     """`Trainer` that can be killed at any moment, and resumed with `train(resume_from_checkpoint="last")`.
 
-    A save that fails, on a full disk for example, is an `OSError`; earlier checkpoints stay as they are.
+    A save that fails, on a full disk for example, is an `OSError`; earlier checkpoints stay as they are. Checkpoints
+    of an earlier training are never overwritten: `train` refuses an `output_dir` that has any, unless it resumes.
+
+    For a policy, `remove_unused_columns` is False, since its data collator reads columns that the model does not, and
+    `compute_metrics` gets the logits of the positions that an action token follows, `(N, positions, vocabulary)`, with
+    the labels of those same positions, `(N, positions)`, -100 where a sample has none. So `predictions.argmax(-1)` is
+    compared with `label_ids` without a shift.
+
+    Raises:
+        ValueError: An option that would train a policy on another loss than that of the next action token.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.sealer = CheckpointSealer()
         self.add_callback(self.sealer)
+        if self._trains_policy():
+            self.args.remove_unused_columns = False
+            self._check_policy_options()
+
+    def _trains_policy(self) -> bool:
+        # Not isinstance: under `trust_remote_code` the model may come from a copy of its module, and peft wraps it.
+        return getattr(getattr(self.model, "config", None), "model_type", None) == "smolandfast"
+
+    def _check_policy_options(self) -> None:
+        args, parallelism = self.args, self.args.parallelism_config
+        if args.use_liger_kernel:
+            raise ValueError("use_liger_kernel is True, but Liger has no kernels for this policy. Set it to False.")
+        splits = [name for name in ("cp_enabled", "sp_enabled") if getattr(parallelism, name, False)]
+        if splits:
+            raise ValueError(
+                f"parallelism_config has {splits[0]}, which splits sequences between devices; a policy's loss needs "
+                "each sequence whole. Set cp_size and sp_size to 1."
+            )
+        if not 0 <= args.label_smoothing_factor < 1:
+            raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}, expected 0 or more, below 1.")
+        if args.label_smoothing_factor and args.n_gpu > 1:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor} with {args.n_gpu} GPUs in one process. "
+                "Start one process for each GPU with `accelerate launch`, or set it to 0."
+            )
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """The policy's own loss, with `label_smoothing_factor` that of the next action token, smoothed.
+
+        `Trainer` takes the labels away from the model to smooth them itself, with logits that it does not shift: each
+        position would learn to repeat its own token. A `compute_loss_func` gets what `Trainer` promises: logits of all
+        positions, and the labels unshifted.
+        """
+        if self.label_smoother is None or self.compute_loss_func is not None or not self._trains_policy():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        def smoothed(**inputs):
+            outputs, labels = model(**inputs), inputs["labels"]
+            targets = labels[:, action_positions(labels) + 1].flatten().to(outputs["logits"].device)
+            scores, epsilon = outputs["logits"].float().flatten(0, 1), self.args.label_smoothing_factor
+            loss = cross_entropy(scores, targets, reduction="sum", label_smoothing=epsilon)
+            count = inputs.get("num_items_in_batch")
+            outputs["loss"] = loss / ((targets != -100).sum() if count is None else count)
+            return outputs
+
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            # Trainer's method takes the loss of what it calls, and scales it for several processes.
+            return super().compute_loss(smoothed, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.label_smoother = smoother
+
+    def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
+        """`Trainer`'s, with a policy's labels at the positions of its logits."""
+        if not self._trains_policy():
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        is_default = ignore_keys is None
+        ignored = ["past_key_values"] if is_default else ignore_keys
+        loss, outputs, found = super().prediction_step(model, inputs, prediction_loss_only, ignored)
+        labels = inputs.get("labels")
+        if outputs is None or found is None or labels is None:
+            return loss, outputs, found
+        logits, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        if is_default:
+            others = []  # features of the images, which no metric is made of
+        labels = labels.to(logits.device)
+        kept = action_positions(labels)
+        if logits.shape[1] == labels.shape[1]:  # a `compute_loss_func` has had them all
+            logits = logits[:, kept]
+        return loss, (logits, *others) if others else logits, labels[:, kept + 1]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, from a checkpoint that has been checked.
@@ -108,11 +192,18 @@ class WholeCheckpointTrainer(Trainer):
         Args:
             resume_from_checkpoint: `"last"` or `True`: the last whole checkpoint, or the beginning where there is
                 none yet. A folder: that one, checked where it has checksums.
+
+        Raises:
+            ValueError: `output_dir` holds checkpoints, and none of them is resumed from: saving and `save_total_limit`
+                would delete them.
         """
-        if resume_from_checkpoint in ("last", True):
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        is_last, folder = resume_from_checkpoint in ("last", True), Path(self.args.output_dir)
+        if is_last:
+            resume_from_checkpoint = last_whole_checkpoint(folder)
         elif resume_from_checkpoint and (Path(resume_from_checkpoint) / SUMS).is_file():
             check_checksums(Path(resume_from_checkpoint))
+        if not is_last:
+            check_earlier_checkpoints(folder, resume_from_checkpoint)
         limit, self.sealer.folder = self.args.save_total_limit, None
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -143,3 +234,18 @@ def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a training's `output_dir`, by their steps, whole or not."""
     found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     return sorted((path for path in found if found[path].isdecimal()), key=lambda path: int(found[path]))
+
+
+def check_earlier_checkpoints(folder: str | os.PathLike, resume_from_checkpoint: str | os.PathLike | None) -> None:
+    """Refuse to train in a folder that holds checkpoints, unless one of them is resumed from.
+
+    Raises:
+        ValueError: The message names the newest of them.
+    """
+    checkpoints = find_checkpoints(Path(folder))
+    resumed = Path(resume_from_checkpoint).resolve() if resume_from_checkpoint else None
+    if checkpoints and resumed not in [checkpoint.resolve() for checkpoint in checkpoints]:
+        raise ValueError(
+            f"output_dir {folder} holds {checkpoints[-1].name} of an earlier training, which this one would replace. "
+            'Continue that training with resume_from_checkpoint="last", or name another output_dir.'
+        )

@@ -56,7 +56,8 @@ def make_optimizer(
             "Weights to train are in bf16, too coarse for AdamW's updates. Load the model with dtype=torch.float32, "
             "and train under autocast with TrainingArguments(bf16=True)."
         )
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+    # The default matters to schedulers that end at an absolute rate: they take it for the peak, of the fastest part.
+    return torch.optim.AdamW(groups, lr=max((group["lr"] for group in groups), default=0.0), betas=betas, fused=True)
 
 
 def bf16_is_faster(size: int = 512, repeats: int = 10) -> bool:
