@@ -9,6 +9,7 @@ import bisect
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -308,11 +309,13 @@ class JoinedChunkDatasets(torch.utils.data.ConcatDataset):
         datasets = list(datasets)
         _expect(datasets, "datasets is empty, expected at least one LeRobotChunkDataset.")
         super().__init__(datasets)
-        first, *others = datasets
-        for other in others:
-            _check_same_kind(first, other)
+        for one, other in itertools.combinations(datasets, 2):
+            _check_same_kind(one, other)
+        first = datasets[0]
         self.image_keys, self.image_sizes, self.fps = first.image_keys, first.image_sizes, first.fps
         self.state_dim, self.action_dim = first.state_dim, first.action_dim
+        self.state_names = next((d.state_names for d in datasets if d.state_names is not None), None)
+        self.action_names = next((d.action_names for d in datasets if d.action_names is not None), None)
         self.chunk_size, self.frame_stride = first.chunk_size, first.frame_stride
         self.states = np.concatenate([dataset.states for dataset in datasets])
         self.frame_index = np.concatenate([dataset.frame_index for dataset in datasets])
@@ -357,8 +360,11 @@ def _axis_names(feature: dict) -> list[str] | None:
     """The names of a vector's dimensions. LeRobot writes a list, or a dictionary of lists or of positions."""
     names = feature.get("names")
     if isinstance(names, dict):
-        is_grouped = all(isinstance(group, list) for group in names.values())
-        names = [name for group in names.values() for name in group] if is_grouped else list(names)
+        is_position = all(type(value) is int for value in names.values())
+        if is_position and len(set(names.values())) < len(names):
+            return None
+        groups = [group if isinstance(group, list) else [group] for group in names.values()]
+        names = sorted(names, key=names.get) if is_position else sum(groups, [])
     is_named = isinstance(names, list) and [len(names)] == feature["shape"] and len(set(map(str, names))) == len(names)
     return list(map(str, names)) if is_named else None
 
@@ -393,6 +399,14 @@ def _choose_image_keys(image_keys: Sequence[str] | None, features: dict) -> list
     cameras = [key for key, feature in features.items() if feature.get("dtype") in ("video", "image")]
     depth = [key for key in cameras if _is_depth(features[key])]
     known = [key for key in cameras if key not in depth]
+    _expect(
+        not isinstance(image_keys, (str, bytes)),
+        f"image_keys is {image_keys!r}, expected a list of features, such as [{image_keys!r}].",
+    )
+    _expect(
+        known or not depth,
+        f"All cameras of this data set, {depth}, are depth maps (is_depth_map in {INFO}), expected an RGB camera.",
+    )
     chosen = known if image_keys is None else list(image_keys)
     _expect(
         not set(chosen) & set(depth),

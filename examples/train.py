@@ -51,7 +51,7 @@ from smolandfast.training import (
     make_tiny_processor,
     parameter_groups,
 )
-from smolandfast.training.checkpoints import STATE
+from smolandfast.training.checkpoints import STATE, UNFINISHED
 
 MAX_FITTED_CHUNKS = 100_000  # that the FAST tokenizer is fitted to
 CHUNKS_AT_ONCE = 20_000  # held in memory while all of a data set are measured
@@ -286,7 +286,8 @@ def fit_statistics_and_tokenizer(
 
     count = min(len(frames), MAX_FITTED_CHUNKS)
     states, chunks = take(np.linspace(0, len(frames) - 1, count).round().astype(np.int64))
-    statistics = compute_statistics(states, chunks)
+    with naming_option("--dataset_root"):
+        statistics = compute_statistics(states, chunks)
     if count < len(frames):
         for start in range(0, len(frames), CHUNKS_AT_ONCE):
             widen(statistics, compute_statistics(*take(np.arange(start, min(start + CHUNKS_AT_ONCE, len(frames))))))
@@ -296,9 +297,13 @@ def fit_statistics_and_tokenizer(
     if args.max_angle > 0:
         angles = (0.0, -args.max_angle, args.max_angle)
         states, chunks = (np.concatenate([rotate_points(x, angle) for angle in angles]) for x in (states, chunks))
-    normalizer = Normalizer(statistics, use_relative_actions=args.use_relative_actions)
+    with naming_option("--use_relative_actions"):
+        normalizer = Normalizer(
+            statistics, use_relative_actions=args.use_relative_actions, **read_earlier_options(args)
+        )
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
-    tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)
+    with naming_option("--fast_scale, --fast_vocab_size"):
+        tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)
     report = {name: " ".join(f"{x:.4g}" for x in np.atleast_1d(value)) for name, value in tokenizer.fit_report.items()}
     print("FAST:", ", ".join(f"{name} {numbers}" for name, numbers in report.items()))
     return statistics, tokenizer
@@ -315,7 +320,7 @@ def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[d
     """Statistics and FAST tokenizer of the policy that `--init_from` names, which have to fit the data."""
     with naming_option("--init_from"):
         earlier = read_json(Path(args.init_from, "processor_config.json"))
-        normalizer = Normalizer(earlier.get("statistics"))
+        normalizer = Normalizer(earlier.get("statistics"), **read_earlier_options(args))
         for name, found, expected in (
             ("state_dim", normalizer.state_dim, dataset.states.shape[1]),
             ("action_dim", normalizer.action_dim, dataset.action_dim),
@@ -327,6 +332,15 @@ def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[d
                     "or measure the data again with --refit."
                 )
         return earlier["statistics"], FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
+
+
+def read_earlier_options(args: PolicyArguments) -> dict:
+    """How the policy that `--init_from` names reads numbers, where it says so: its weights were learnt with that."""
+    if args.init_from is None:
+        return {}
+    with naming_option("--init_from"):
+        earlier = read_json(Path(args.init_from, "processor_config.json"))
+    return {name: earlier[name] for name in ("normalization", "n_state_bins") if name in earlier}
 
 
 def make_policy(
@@ -344,6 +358,7 @@ def make_policy(
         "state_names": dataset.state_names,
         "action_names": dataset.action_names,
         "training_tasks": list(dict.fromkeys([*dataset.tasks, *wordings])),
+        **read_earlier_options(args),
     }
     frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}
     if args.preset == "256M":
@@ -476,8 +491,9 @@ def check_output_folder(args: PolicyArguments, training: TrainingArguments) -> N
             f"--resume_from_checkpoint {resumed} is not in --output_dir {folder}, which is not empty. {fix}"
         )
     policy = [name for name in found if name.startswith("model") and name.endswith(".safetensors")]
-    if policy and not checkpoints:
-        raise ValueError(f"--output_dir {folder} holds {policy[0]}, but no checkpoint to continue from. {fix}")
+    if not checkpoints and (policy or not {"runs", UNFINISHED} & set(found)):  # a run killed early leaves these
+        held = (policy or found)[0]
+        raise ValueError(f"--output_dir {folder} holds {held}, but no checkpoint to continue from. {fix}")
 
 
 def delete_checkpoints(folder: Path) -> None:
@@ -623,6 +639,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
             trainer.save_model()
+        except ValueError as error:
+            parser.error(one_line(error))
         except OSError as error:
             parser.exit(1, f"train.py: error: {one_line(error)}\n")
         if trainer.is_world_process_zero():

@@ -4,6 +4,7 @@ Each of `TrainingArguments` either does what Transformers documents or is refuse
 """
 
 import argparse
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -168,9 +169,8 @@ LIMITS = {
     "max_angle": (0, 180),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, None)),
     "gradient_accumulation_steps": (1, None),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "num_train_epochs", "dataloader_num_workers"), (0, None)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"), (0, None)),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
-    "label_smoothing_factor": (0, 1),
 }
 MIN_LR = (SchedulerType.COSINE_WITH_MIN_LR, SchedulerType.COSINE_WARMUP_WITH_MIN_LR)
 BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
@@ -207,6 +207,7 @@ def parse_arguments(argv: list[str] | None, description: str | None) -> tuple[Po
         preset = preset | {"load_best_model_at_end": False}  # no checkpoint is the best
     parser.set_defaults(**preset)
     try:
+        check_json(given)
         args, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         check_together(args, training, given)
         set_scheduler(args, training, given)
@@ -228,6 +229,16 @@ def find_given(argv: list[str] | None, description: str | None) -> dict[str, Any
     return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not missing}
 
 
+def check_json(given: dict[str, Any]) -> None:
+    """Refuse what begins as a JSON object and is none; `TrainingArguments` would not say which option has it."""
+    for name, value in given.items():
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"--{name} is {value!r}, expected a JSON object: {error}.") from error
+
+
 def check_together(args: PolicyArguments, training: TrainingArguments, given: dict[str, Any]) -> None:
     """Refuse numbers out of range, and options that would be ignored, by the names that they are given by."""
     for name, (low, high) in LIMITS.items():
@@ -241,8 +252,21 @@ def check_together(args: PolicyArguments, training: TrainingArguments, given: di
         raise ValueError(
             "--dataloader_persistent_workers has no effect here: give --dataloader_num_workers 1 or more."
         )
-    if not 0 < args.fast_scale < math.inf:
-        raise ValueError(f"--fast_scale is {args.fast_scale}, expected a number above 0.")
+    for name, value in (("fast_scale", args.fast_scale), ("num_train_epochs", training.num_train_epochs)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}, expected a number above 0.")
+    if training.max_steps < 1 and training.max_steps != -1:
+        raise ValueError(
+            f"--max_steps is {training.max_steps}, expected 1 or more, or -1 to train for --num_train_epochs."
+        )
+    if not 0 <= training.label_smoothing_factor < 1:
+        raise ValueError(
+            f"--label_smoothing_factor is {training.label_smoothing_factor}, expected 0 or more, below 1."
+        )
+    frozen = {"vision_learning_rate": args.freeze_vision_tower, "connector_learning_rate": args.freeze_connector}
+    trained = [name for name in PARTS if not frozen.get(name)]
+    if not any(getattr(args, name) for name in trained):
+        raise ValueError(f"{', '.join('--' + name for name in trained)}: all are 0, so nothing is trained. Raise one.")
     if args.n_action_steps > args.chunk_size:
         raise ValueError(
             f"--n_action_steps is {args.n_action_steps}, but a chunk has --chunk_size {args.chunk_size} actions. "
@@ -281,7 +305,12 @@ def needs_evaluation(training: TrainingArguments) -> bool:
 
 def set_scheduler(args: PolicyArguments, training: TrainingArguments, given: dict[str, Any]) -> None:
     """Complete `lr_scheduler_kwargs`, and try them."""
-    kind, options = SchedulerType(training.lr_scheduler_type), dict(training.lr_scheduler_kwargs or {})
+    kind, options = SchedulerType(training.lr_scheduler_type), training.lr_scheduler_kwargs or {}
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"--lr_scheduler_kwargs is {options!r}, expected a JSON object such as '{{\"min_lr_rate\": 0.1}}'."
+        )
+    options = dict(options)
     own_floor = {"min_lr", "min_lr_rate"} & set(options)
     if "min_lr_rate" in given and (kind not in MIN_LR or own_floor):
         reason = f"--lr_scheduler_kwargs has {min(own_floor)}" if own_floor else f"{kind.value} has no such floor"

@@ -218,12 +218,23 @@ def test_data_sets_of_different_kinds_are_not_joined(change, arguments, words, t
     assert [word for word in [*words, str(tiny), str(other)] if word not in str(error.value)] == []
 
 
-@pytest.mark.parametrize("names", [None, {"motors": ["x", "y", "z"]}, {"x": 0, "y": 1, "z": 2}, ["x", "y", "z"]])
+@pytest.mark.parametrize("names", [None, {"motors": ["x", "y", "z"]}, {"z": 2, "x": 0, "y": 1}, ["x", "y", "z"]])
 def test_names_are_compared_where_both_data_sets_have_them(names, tiny, tmp_path, cache):
     name_axes(tiny, "x", "y", "z")
     other = shutil.copytree(tiny, tmp_path / "other")
     edit_features(other, action={"dtype": "float32", "shape": [3], "names": names})
     assert len(JoinedChunkDatasets([LeRobotChunkDataset(root, 4, cache_dir=cache) for root in (tiny, other)])) == 32
+
+
+def test_joined_data_sets_have_the_names_of_the_first_that_has_any(tiny, tmp_path, cache):
+    other, third = (shutil.copytree(tiny, tmp_path / name) for name in ("other", "third"))
+    edit_features(other, action={"dtype": "float32", "shape": [3], "names": {"z": 2, "x": 0, "y": 1}})
+    parts = [LeRobotChunkDataset(root, 4, cache_dir=cache) for root in (tiny, other)]
+    joined = JoinedChunkDatasets(parts)
+    assert joined.action_names == ["x", "y", "z"] and joined.state_names == parts[0].state_names
+    name_axes(third, "y", "x", "z")  # is compared with the second's too
+    with pytest.raises(ValueError, match="action_names"):
+        JoinedChunkDatasets([*parts, LeRobotChunkDataset(third, 4, cache_dir=cache)])
 
 
 def test_no_data_set_cannot_be_joined():
@@ -590,6 +601,7 @@ def test_a_broken_data_set_is_a_clear_error(name, tiny, cache):
         ({"episodes": [-1]}, ["[-1]"]),
         ({"episodes": [1, 1]}, ["[1, 1]", "each once"]),
         ({"episodes": [0.5]}, ["[0.5]"]),
+        ({"image_keys": [*SHADES][0]}, [f"image_keys is {[*SHADES][0]!r}, expected a list"]),
         ({"image_keys": []}, ["image_keys is []", *SHADES]),
         ({"image_keys": ["observation.image.top"]}, ["observation.image.top", *SHADES]),
     ],

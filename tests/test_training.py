@@ -459,6 +459,16 @@ def test_scheduler_options_are_taken_and_their_contradictions_refused(capsys, tm
         "--dataloader_num_workers -1",
         "--dataloader_persistent_workers True",
         "--label_smoothing_factor 2",
+        "--label_smoothing_factor 1",
+        "--max_steps 0",
+        "--max_steps -5",
+        "--num_train_epochs 0",
+        "--warmup_steps nan",
+        "--lr_scheduler_kwargs [1]",
+        "--lr_scheduler_kwargs notjson",
+        "--lr_scheduler_kwargs {bad",
+        "--text_learning_rate 0 --vision_learning_rate 0 --connector_learning_rate 0",
+        "--text_learning_rate 0 --freeze_vision_tower --freeze_connector",
         "--metric_for_best_model accuracy",
         "--benchmark chess",
         "--max_delay 8",
@@ -549,6 +559,8 @@ def test_an_output_folder_that_holds_anything_is_refused(capsys, own_cache, tmp_
         ({"task": "Stack the cups"}, "--reword_probability 0.5", "--reword_probability"),
         ({"task": "Stack the cups"}, "--eval_strategy steps --eval_steps 1", "--eval_tasks"),
         ({}, "--eval_tasks chess", "--eval_tasks has 'chess'"),
+        ({}, "--fast_vocab_size 2", "--fast_vocab_size"),
+        ({}, "--fast_scale 1e300", "--fast_scale"),
         ({}, "--held_out_episodes 3", "--held_out_episodes is 3"),
         ({}, "--oversample hard", "--oversample has 'hard'"),
         ({}, "--drop_n_last_frames 20", "--drop_n_last_frames is 20"),
@@ -577,6 +589,55 @@ def test_data_that_cannot_be_read_are_an_error_line(capsys, own_cache, tmp_path)
     assert "--dataset_root" in refusal(capsys, train, *short(tmp_path / "empty", tmp_path / "run"))
     more = ["--dataset_root", ROLLOUTS, missing]
     assert f"--dataset_root {missing}" in refusal(capsys, train, *short(ROLLOUTS, tmp_path / "run"), *more)
+
+
+def test_several_data_sets_are_trained_on_together(own_cache, tmp_path):
+    dataset = write_demonstrations(tmp_path / "data")
+    train(["--dataset_root", str(ROLLOUTS), str(dataset), *short(dataset, tmp_path / "run")[2:]])
+    assert len(SmolAndFastProcessor.from_pretrained(tmp_path / "run").action_names) == 2  # those of the first
+
+
+def test_resuming_with_other_data_or_options_is_refused(capsys, own_cache, tmp_path):
+    folder = tmp_path / "run"
+    train(short(ROLLOUTS, folder))
+    before = {path: path.read_bytes() for path in folder.rglob("checkpoint-*/*") if path.is_file()}
+    more = ["--resume_from_checkpoint", "last", "--max_steps", "2"]
+    for other in ("--fast_scale 5", f"--dataset_root {write_demonstrations(tmp_path / 'data')}"):
+        line = refusal(capsys, train, *short(ROLLOUTS, folder, *more), *other.split())
+        assert "checkpoint-1" in line and "processor_fingerprint" in line and "--init_from" in line
+    assert {path: path.read_bytes() for path in folder.rglob("checkpoint-*/*") if path.is_file()} == before
+
+
+def test_a_complete_training_is_resumed_without_a_step_and_saved(own_cache, tmp_path):
+    folder = tmp_path / "run"
+    train(short(ROLLOUTS, folder))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()  # as if killed before the last save
+    train(short(ROLLOUTS, folder, "--resume_from_checkpoint", "last"))
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(("content", "is_training"), [("notes.txt", False), ("runs/a", True)])
+def test_only_a_folder_of_a_training_is_resumed_from(content, is_training, capsys, own_cache, tmp_path):
+    path = tmp_path / "run" / content
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    arguments = short(tmp_path / "nowhere", tmp_path / "run", "--resume_from_checkpoint", "last")
+    assert ("--output_dir" in refusal(capsys, train, *arguments)) is not is_training
+
+
+def test_an_earlier_policys_bins_and_normalization_are_kept(own_cache, tmp_path):
+    earlier = shutil.copytree(ROOT / "checkpoints/pusht-tiny", tmp_path / "earlier")
+    config = json.loads((earlier / "processor_config.json").read_text())
+    assert {"normalization", "n_state_bins"} <= set(config)
+    config["normalization"] = "quantiles"
+    (earlier / "processor_config.json").write_text(json.dumps(config))
+    dataset = LeRobotChunkDataset(ROLLOUTS, 16)
+    for refit in ([], ["--refit"]):
+        args, _ = parse_args(["--output_dir", "unused", "--bf16", "False", "--init_from", str(earlier), *refit])
+        normalizer = make_policy(dataset, args, PUSHT)[1].normalizer
+        assert normalizer.normalized_limit == 2 and normalizer.n_state_bins == config["n_state_bins"]
 
 
 def test_demonstrations_at_twice_the_rate_are_strided(own_cache, tmp_path):

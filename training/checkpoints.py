@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from ..files_smolandfast import SUMS, check_checksums, read_checksums, write_checksums
+from ..files_smolandfast import SUMS, check_checksums, read_checksums, read_json, write_checksums
 from ..modeling_smolandfast import action_positions
 
 logger = logging.get_logger(__name__)
@@ -195,7 +195,7 @@ class WholeCheckpointTrainer(Trainer):
 
         Raises:
             ValueError: `output_dir` holds checkpoints, and none of them is resumed from: saving and `save_total_limit`
-                would delete them.
+                would delete them. Or the checkpoint was trained on other data, or with other options of its processor.
         """
         is_last, folder = resume_from_checkpoint in ("last", True), Path(self.args.output_dir)
         if is_last:
@@ -204,6 +204,8 @@ class WholeCheckpointTrainer(Trainer):
             check_checksums(Path(resume_from_checkpoint))
         if not is_last:
             check_earlier_checkpoints(folder, resume_from_checkpoint)
+        if resume_from_checkpoint:
+            self._check_same_processor(Path(resume_from_checkpoint))
         limit, self.sealer.folder = self.args.save_total_limit, None
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -220,6 +222,30 @@ class WholeCheckpointTrainer(Trainer):
             ) from error
         finally:
             self.args.save_total_limit = limit
+
+    def _check_same_processor(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint whose tokens or units mean something else than those of this training's samples."""
+        expected = getattr(getattr(self.model, "config", None), "processor_fingerprint", None)
+        if expected is None or not (checkpoint / "config.json").is_file():
+            return
+        found = read_json(checkpoint / "config.json").get("processor_fingerprint")
+        if found is not None and found != expected:
+            raise ValueError(
+                f"{checkpoint} was trained with another processor: its processor_fingerprint is {found}, this "
+                f"training's is {expected}. Resume with the same data and options as before, or start a new training "
+                "from it: train.py has --init_from for that, with a new --output_dir."
+            )
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # Trainer would look at the number of steps only after one more.
+        if self.state.global_step >= self.state.max_steps:
+            logger.warning(
+                f"The training is complete at step {self.state.global_step} of {self.state.max_steps}, so nothing is "
+                "trained. Raise max_steps to train on."
+            )
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         is_checkpoint = self.is_in_train and Path(output_dir or "").name == f"checkpoint-{self.state.global_step}"
