@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 SHORTEN = "Use a shorter text, fewer cameras, or a larger scale_factor."
+MAX_SIDE = 2**13  # pixels: resizing a larger image would keep a robot, or other clients, waiting
 MAX_SIZE = 2**20  # no size of a model, an image or a chunk is larger
 MAX_NORMALIZED = 2.0  # quantile normalisation clips actions here, at most doubling the symbols that [-1, 1] needs
 BATCH_NUMBERS = 2**18  # numbers converted at a time, so that a data set is never in memory as float64
@@ -23,10 +24,11 @@ EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CM
 HALF_A_LEVEL = 0.5 / 255  # a float this far outside [0, 1] still rounds to 0 or 255
 
 
-def check_whole(value: object, name: str, low: int = 1, high: int = MAX_SIZE) -> None:
-    """Refuse what is not a whole number from `low` to `high`."""
+def check_whole(value: object, name: str, low: int = 1, high: int = MAX_SIZE) -> int:
+    """Refuse what is not a whole number from `low` to `high`; returns Python's own integer."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}.")
+    return int(value)
 
 
 def check_length(num_prompt_tokens: int, num_new_tokens: int, limit: int) -> None:
@@ -42,7 +44,7 @@ def check_fps(fps: object, name: str = "fps") -> float:
     """Refuse what is not a number of control steps a second."""
     if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps < float("inf"):
         raise ValueError(f"{name} is {fps!r}, expected a number above 0: the control steps a second.")
-    return fps
+    return int(fps) if fps == int(fps) else float(fps)  # 10 and 10.0 are one rate
 
 
 def as_numbers(values: ArrayLike, name: str, shape: tuple | None = None, keep_floats: bool = False) -> np.ndarray:
@@ -113,6 +115,10 @@ def _as_rgb(image, name: str) -> np.ndarray:
         image = image.transpose(1, 2, 0)
     if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"{name} has shape {image.shape}, expected (height, width, 3) or (3, height, width), RGB.")
+    if max(image.shape) > MAX_SIDE:
+        raise ValueError(
+            f"{name} has shape {image.shape}, expected at most {MAX_SIDE} pixels a side. Resize it first."
+        )
     if image.dtype.kind == "f":
         # The comparison is written so that NaN fails it.
         if not (image.min() >= -HALF_A_LEVEL and image.max() <= 1 + HALF_A_LEVEL):

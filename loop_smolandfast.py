@@ -46,7 +46,7 @@ class Schedule:
 
     def __init__(self, n_action_steps: int, strategy: str = "switch"):
         check_whole(n_action_steps, "n_action_steps")
-        if strategy not in STRATEGIES:
+        if strategy not in list(STRATEGIES):
             raise ValueError(f"strategy is {strategy!r}, expected one of {', '.join(STRATEGIES)}.")
         self.n_action_steps, self.strategy, self.step = n_action_steps, strategy, 0
         self._plan: deque[np.ndarray] = deque()  # actions of this step and those after it
@@ -163,6 +163,8 @@ class ControlLoop:
     def run(self, max_steps: int | None = None) -> int:
         """Drive until [`stop`] is called, or for `max_steps`; returns how many steps were driven, skipped ones too.
 
+        Each run begins with an observation. After [`stop`] there is none: make a new loop.
+
         When it returns, no `observe` or `act` is running, and none will begin.
 
         Raises:
@@ -172,7 +174,9 @@ class ControlLoop:
         """
         if max_steps is not None:
             check_whole(max_steps, "max_steps", 0, 2**53)
-        worker, first, is_over = self._executor or _Worker(), self.schedule.step, Event()
+        # What is left of a chunk from an earlier run is out of date: the arm may stand elsewhere.
+        self.schedule = Schedule(self.schedule.n_action_steps, self.schedule.strategy)
+        worker, is_over = self._executor or _Worker(), Event()
         try:
             self._drive(worker, max_steps, is_over)
         except BaseException as error:
@@ -189,13 +193,13 @@ class ControlLoop:
         finally:
             if self._executor is None:
                 worker.close()
-        return self.schedule.step - first
+        return self.schedule.step
 
     def _drive(self, executor: Executor, max_steps: int | None, is_over: Event) -> None:
-        begin, first = self._now(), self.schedule.step
+        begin = self._now()
         coming, asked_at, num_timeouts, num_failed, last = None, 0.0, 0, 0, None
         while not self._stopped.is_set():
-            step = self.schedule.step - first
+            step = self.schedule.step
             if max_steps is not None and step >= max_steps:
                 break
             due = begin + (step + 1) / self.fps
@@ -220,7 +224,7 @@ class ControlLoop:
             if action is not None:
                 if self._robot.acquire(timeout=max(0.0, due - self._now())):
                     try:
-                        self.act(action)
+                        self.act(action.copy())  # it may work in place
                     finally:
                         self._robot.release()
                     self.num_late += is_late and last is not None
@@ -229,7 +233,7 @@ class ControlLoop:
                     self.num_skipped += 1
             if is_due and not self._stopped.is_set():
                 asked_at, num_timeouts = self._now(), 0
-                coming = executor.submit(self._look_and_predict, begin, first, is_over)
+                coming = executor.submit(self._look_and_predict, begin, is_over)
             # Steps that are past, since `act` took long, are left out.
             num_past = int(max(0.0, self._now() - due) * self.fps)
             if max_steps is not None:
@@ -240,7 +244,7 @@ class ControlLoop:
                 self.num_skipped += num_past
             self._wait(self._stopped, max(0.0, due + num_past / self.fps - self._now()))
 
-    def _look_and_predict(self, begin: float, first: int, is_over: Event) -> tuple[np.ndarray, int] | None:
+    def _look_and_predict(self, begin: float, is_over: Event) -> tuple[np.ndarray, int] | None:
         self._waiting_for = "observe"
         with self._robot:
             if is_over.is_set():
@@ -253,7 +257,7 @@ class ControlLoop:
         chunk = as_numbers(chunk, "chunk", ("H", "action_dim" if self.hold is None else len(self.hold)))
         if len(chunk) < (needed := self.schedule.n_action_steps):
             raise ValueError(f"predict returned {len(chunk)} actions, expected at least n_action_steps, {needed}.")
-        return chunk, first + observed_at
+        return chunk, observed_at
 
     def _take(self, coming: Future) -> bool:
         try:
@@ -279,7 +283,7 @@ class ControlLoop:
             )
         try:
             if self.hold is not None:
-                self.act(self.hold)
+                self.act(self.hold.copy())
         finally:
             self._robot.release()
 

@@ -70,6 +70,7 @@ class DeployedPolicy:
     ):
         if backend not in list(BACKENDS):
             raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
+        BACKENDS[backend].check_device(device)
         if num_threads is not None:
             check_whole(num_threads, "num_threads")
         folder = Path(folder)
@@ -167,7 +168,7 @@ class DeployedPolicy:
         start = time.monotonic()
         if max_tokens is not None:
             check_whole(max_tokens, "max_tokens")
-        if deadline is not None and not deadline > 0:
+        if deadline is not None and not (isinstance(deadline, int | float) and deadline > 0):
             raise ValueError(f"deadline is {deadline!r}, expected seconds, above 0.")
         limits = max_tokens or math.inf, math.inf if deadline is None else start + deadline
         images, tasks, state = read_observations(images, text, state, self.default_task, self.image_keys)
@@ -256,9 +257,14 @@ class _OnnxRuntime:
         # Between two chunks threads sleep, rather than spin and take the processor from the robot's own programs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = [device or "CPUExecutionProvider"]
-        if providers[0] not in onnxruntime.get_available_providers():
-            raise ValueError(f"device is {device!r}, expected one of {onnxruntime.get_available_providers()}.")
         self.session = onnxruntime.InferenceSession(path, options, providers=providers)
+
+    @staticmethod
+    def check_device(device: str | None) -> None:
+        import onnxruntime
+
+        if device is not None and device not in onnxruntime.get_available_providers():
+            raise ValueError(f"device is {device!r}, expected one of {onnxruntime.get_available_providers()}.")
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         return self.session.run(None, inputs)
@@ -276,6 +282,14 @@ class _OpenVino:
             options["INFERENCE_PRECISION_HINT"] = "f32"  # otherwise bf16, where the processor has it
             options |= {} if num_threads is None else {"INFERENCE_NUM_THREADS": num_threads}
         self.request = openvino.Core().compile_model(path, device, options).create_infer_request()
+
+    @staticmethod
+    def check_device(device: str | None) -> None:
+        import openvino
+
+        found = openvino.Core().available_devices  # such as ["CPU", "GPU.0", "GPU.1"]
+        if device is not None and device not in {*found, *(name.partition(".")[0] for name in found)}:
+            raise ValueError(f"device is {device!r}, expected one of {found}.")
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         self.request.infer(inputs, share_inputs=True)

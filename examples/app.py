@@ -19,6 +19,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio i
 import gradio as gr
 from app_session import SEED, DeployedPagePolicy, Policy, Session, load_page_policy
 from app_views import DRAG_JS, SCENE_CSS
+from evaluate import find_checkpoint
 from pusht import CONTROL_HZ
 
 SESSION_SECONDS = 3600  # a visitor who is idle for this long starts a new session
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         help="folder, also a deployed policy's, or Hub id (the variable CHECKPOINT, or checkpoints/pusht-tiny)",
     )
     args = parser.parse_args(argv)
+    find_checkpoint(parser, args)
     # System fonts: the theme's own are loaded from another site.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:

@@ -194,16 +194,24 @@ def load_benchmark(parser: argparse.ArgumentParser, name: str) -> Benchmark:
         parser.error(f"--benchmark: {error}")
 
 
-def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, benchmark: Benchmark) -> None:
-    """Stop with an error line if `--checkpoint` is missing or of another kind; reads only its configuration."""
-    fix = "Give the folder that examples/train.py wrote (its --output_dir), or a Hub id."
+FIND_CHECKPOINT = "Give the folder that examples/train.py wrote (its --output_dir), or a Hub id."
+
+
+def find_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stop with an error line unless `--checkpoint` is a checkpoint's or an exported policy's folder, or a Hub id."""
     args.checkpoint = os.path.expanduser(args.checkpoint)
-    folder = Path(args.checkpoint)
+    folder, fix = Path(args.checkpoint), FIND_CHECKPOINT
     # `org/name` is a Hub id unless `org` is a folder: a mistyped path must not fetch somebody's code from the Hub.
     if not folder.is_dir() and (len(folder.parts) != 2 or folder.parent.is_dir()):
         parser.error(f"--checkpoint {args.checkpoint} is not a folder. {fix}")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", POLICY)):
         parser.error(f"--checkpoint {args.checkpoint} holds no config.json. {fix}")
+
+
+def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, benchmark: Benchmark) -> None:
+    """Stop with an error line if `--checkpoint` is missing or of another kind; reads only its configuration."""
+    find_checkpoint(parser, args)
+    fix = FIND_CHECKPOINT
     try:
         config, _ = PreTrainedConfig.get_config_dict(args.checkpoint)
     except (OSError, ValueError) as error:

@@ -58,6 +58,7 @@ def export(checkpoints: list[str], folder: Path) -> None:
         (unfinished / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         names = {path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file()}
         write_checksums(unfinished, names - {SUMS})
+        check_output_dir(folder, NAMES, sealed=True)  # what was put there meanwhile
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from evaluate import load_policy, run_script
+from evaluate import find_checkpoint, load_policy, run_script
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from torch import nn
 from torch.export import Dim
@@ -315,6 +315,7 @@ def export_policy(checkpoint: str | Path, output_dir: Path, weights: str = "floa
         (folder / "README.md").write_text(readme, encoding="utf-8")
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         write_checksums(folder, names - {SUMS})
+        check_output_dir(output_dir, NAMES, sealed=True)  # what was put there meanwhile
     return num_equal, difference
 
 
@@ -324,6 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--weights", choices=("float32", "int8"), default="float32")
     args = parser.parse_args(argv)
+    find_checkpoint(parser, args)
     try:
         num_equal, difference = export_policy(args.checkpoint, args.output_dir, args.weights)
     except (OSError, ValueError) as error:

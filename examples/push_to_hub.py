@@ -21,6 +21,7 @@ from model_card import read_metrics, read_trainer_state, write_card
 from rollouts import MODULES, Benchmark
 from transformers.dynamic_module_utils import get_relative_imports
 
+from smolandfast.files_smolandfast import atomic_write
 from smolandfast.training import find_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,12 +142,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--checkpoint {args.checkpoint} is not a folder. Download it first: `hf download`.")
     if args.repo_id.count("/") != 1:
         parser.error(f"--repo_id is {args.repo_id!r}, expected user/name.")
-    if args.output_dir is not None and args.output_dir.exists():
-        parser.error(f"--output_dir {args.output_dir} exists, and is not overwritten. Name another folder.")
+    folder = args.output_dir
+    if folder is not None and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        parser.error(f"--output_dir {folder} exists and is not an empty folder, so it stays. Name another folder.")
     try:
         validate_repo_id(args.repo_id)
         if args.output_dir is not None:
-            write_repository(args, benchmark, args.output_dir)
+            with atomic_write(args.output_dir) as folder:
+                write_repository(args, benchmark, folder)
             print(f"The repository is in {args.output_dir}; nothing was uploaded.")
             return
         with tempfile.TemporaryDirectory() as folder:

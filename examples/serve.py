@@ -161,6 +161,10 @@ def make_server(policy: DeployedPolicy, host: str, port: int, connections: set |
     def answer(message: bytes | str) -> bytes | str:
         try:
             arguments = read_observation(unpack(message), keys)
+            if np.ndim(arguments["state"]) != 1:
+                raise ValueError(
+                    f"{STATE!r} has shape {np.shape(arguments['state'])}, expected (state_dim,): one sample."
+                )
             with is_busy:
                 start = time.perf_counter()
                 report = policy.report(**arguments)

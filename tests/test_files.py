@@ -7,7 +7,7 @@ from threading import Barrier
 import pytest
 
 from smolandfast import files_smolandfast
-from smolandfast.files_smolandfast import atomic_write, check_output_dir, read_json, write_checksums
+from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, read_json, write_checksums
 
 
 def test_what_was_there_stays_until_all_of_the_new_is_written(tmp_path):
@@ -68,6 +68,56 @@ def test_a_folder_stays_if_its_successor_cannot_take_its_place(tmp_path, monkeyp
     with pytest.raises(OSError, match="no"), atomic_write(tmp_path / "out") as unfinished:
         unfinished.mkdir()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_whatever_interrupts_the_swap_the_old_folder_stays(tmp_path, monkeypatch, kind):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/old").touch()
+
+    def interrupt(*paths):
+        raise kind
+
+    monkeypatch.setattr(files_smolandfast.os, "replace", interrupt)
+    with pytest.raises(kind), atomic_write(tmp_path / "out") as unfinished:
+        unfinished.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    monkeypatch.setattr(files_smolandfast.os, "rename", interrupt_after(os.rename))
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "out") as unfinished:
+        unfinished.mkdir()  # the way back is blocked too: the old folder is kept where it is
+    assert [path.name for path in tmp_path.rglob("old")] == ["old"]
+
+
+def interrupt_after(rename):
+    """A `rename` that works once."""
+    calls = []
+
+    def limited(*paths):
+        calls.append(paths)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    return limited
+
+
+@pytest.mark.parametrize("name", ["my notes.txt", "a+b.png", ".hidden", "größe.txt", "deep/x (1).json"])
+def test_checksums_cover_files_of_any_name(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("content")
+    write_checksums(tmp_path, [name])
+    assert list(files_smolandfast.read_checksums(tmp_path / SUMS)) == [name]
+    files_smolandfast.check_checksums(tmp_path)
+    (tmp_path / name).write_text("changed")
+    with pytest.raises(OSError, match="is not what was saved"):
+        files_smolandfast.check_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "deep/../../outside", ".."])
+def test_checksums_of_files_outside_the_folder_are_refused(tmp_path, name):
+    (tmp_path / SUMS).write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(OSError, match="is damaged"):
+        files_smolandfast.read_checksums(tmp_path / SUMS)
 
 
 def test_what_is_written_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):

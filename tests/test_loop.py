@@ -76,6 +76,30 @@ def make_loop(clock, sent, predict=None, **options):
     )
 
 
+def test_a_second_run_begins_with_an_observation_not_with_the_rest_of_an_old_chunk():
+    sent, clock = [], SimulatedTime([0.2])
+    loop = make_loop(clock, sent)
+    assert loop.run(6) == 6
+    num_sent = len(sent)
+    assert loop.run(4) == 4
+    assert all(action >= 200 for action in sent[num_sent:]) and len(sent) > num_sent
+
+
+@pytest.mark.parametrize("hold", [None, [8.0]])
+def test_a_robot_that_converts_units_in_place_changes_no_plan(hold):
+    sent = []
+
+    def act(action):
+        sent.append(action.item())
+        action *= 0.5
+
+    chunk = np.full((HORIZON, 1), 4.0)
+    loop = ControlLoop(lambda: None, lambda seen: chunk, act, 100, N_ACTION_STEPS, policy_fps=None, hold=hold)
+    loop.run(20)
+    assert set(sent) <= {4.0, 8.0} and (chunk == 4).all()
+    assert hold is None or sent[-1] == 8
+
+
 def test_blending_takes_a_share_of_both_chunks_where_they_overlap():
     sent = []
     make_loop(SimulatedTime([0.2]), sent, strategy="blend").run(max_steps=10)

@@ -235,14 +235,46 @@ CALLS = {
         lambda pixels: torch.cat([pixels[:1] * 0, pixels[1:]]),
         lambda pixels: pixels[:1],
         lambda pixels: torch.cat([pixels, pixels], dim=1),
+        lambda pixels: torch.stack([torch.cat([pixels[0], pixels[1]]), *[torch.cat([p, p * 0]) for p in pixels[2:]]]),
     ],
-    ids=["missing", "zeros", "one of zeros", "of one sample", "too many"],
+    ids=["missing", "zeros", "one of zeros", "of one sample", "too many", "of another sample"],
 )
 def test_image_tokens_without_their_images_are_refused(processor, model, batch, call, change):
     inputs = processor(**batch | {"text": ["the same"] * 4}) if call != "generate" else prompts(processor, batch)
     inputs["pixel_values"] = change(inputs["pixel_values"])
     with pytest.raises(ValueError, match="image tokens, and pixel_values has"):
         CALLS[call](model, inputs)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_images_that_the_mask_hides_are_missing(processor, model, batch, call):
+    inputs = processor(**batch) if call != "generate" else prompts(processor, batch)
+    inputs["pixel_attention_mask"] = torch.zeros((4, 1, 96, 96), dtype=torch.long)
+    with pytest.raises(ValueError, match="image tokens, and pixel_values has"):
+        CALLS[call](model, inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values": torch.ones(4, 1, 3, 64, 64)}, "pixel_values has shape .*64, 64.*expected"),
+        ({"input_ids": torch.ones(5, dtype=torch.long)}, "input_ids is .*5.*expected a tensor"),
+        ({"input_ids": torch.ones(1, 5)}, "input_ids is .*expected a tensor"),
+        ({"input_ids": [[1, 2]]}, "input_ids is list, expected a tensor"),
+        ({"attention_mask": torch.ones(4, 3)}, r"attention_mask has shape \(4, 3\)"),
+    ],
+)
+def test_inputs_of_generate_that_do_not_fit_are_named(processor, model, batch, change, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{**prompts(processor, batch), **change})
+
+
+def test_labels_of_another_length_are_refused(processor, model, batch):
+    inputs = processor(**batch)
+    for labels in (inputs["labels"][:, :-1], pad(inputs["labels"], (0, 1)), inputs["labels"].repeat(2, 1)):
+        for call in (model, model.log_probability):
+            with pytest.raises(ValueError, match="labels has shape .* expected that of input_ids"):
+                call(**{**inputs, "labels": labels})
 
 
 def test_a_sequence_longer_than_the_context_is_refused(processor, model, batch):
@@ -268,6 +300,8 @@ def test_the_loss_comes_first_as_in_transformers(processor, model, batch):
     outputs = model(**inputs)
     assert next(iter(outputs)) == "loss" and outputs[0] is outputs.loss
     assert torch.equal(model(**inputs, return_dict=False)[0], outputs.loss)
+    model.config.return_dict = False
+    assert isinstance(model(**inputs), tuple)
 
 
 def test_weights_that_are_not_finite_never_become_actions(processor, model, batch):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_images_by_name_are_those_in_the_policys_order(demonstrations, batch):
     front, wrist = batch["images"][:2]
     state = batch["state"][0]
     expected = processor(images=[front, wrist], state=state)["pixel_values"]
-    by_name = {TWO_CAMERAS[1]: wrist, TWO_CAMERAS[0]: front}
+    by_name = MappingProxyType({TWO_CAMERAS[1]: wrist, TWO_CAMERAS[0]: front})
     batches = [{key: [image, image] for key, image in by_name.items()}, [by_name, by_name]]
     batches.append({key: np.stack([image, image]) for key, image in by_name.items()})
     assert torch.equal(processor(images=by_name, state=state)["pixel_values"], expected)
@@ -228,9 +229,52 @@ def test_a_saved_processor_loads_with_the_packages_own_classes(demonstrations, t
         assert other.fingerprint == processor.fingerprint and other.chat_template == processor.chat_template
         assert (other.image_keys, other.fps, other.max_position_embeddings) == (TWO_CAMERAS, 25, 512)
     assert SmolAndFastProcessor.from_pretrained(folder, default_task="Pull it.").default_task == "Pull it."
+    with pytest.raises(ValueError, match="from_pretrained got 'default_tsk', expected some of .*default_task"):
+        SmolAndFastProcessor.from_pretrained(folder, default_tsk="Pull it.")
+    (tmp_path / "empty").mkdir()
+    for missing in ("empty", "nowhere/at/all"):
+        with pytest.raises(OSError, match=missing):
+            SmolAndFastProcessor.from_pretrained(tmp_path / missing)
 
 
-@pytest.mark.parametrize("text", [None, "", ["Push it.", ""]])
+def test_numbers_of_numpy_are_saved_as_plain_ones(demonstrations, tmp_path):
+    plain = make_processor(demonstrations, fps=10, n_state_bins=256, chunk_size=8)
+    options = {"fps": np.float32(10), "n_state_bins": np.int64(256), "chunk_size": np.int32(8)}
+    for processor in (make_processor(demonstrations, **options), make_processor(demonstrations, fps=10.0)):
+        processor.save_pretrained(tmp_path)
+        assert SmolAndFastProcessor.from_pretrained(tmp_path).fingerprint == plain.fingerprint
+    assert make_processor(demonstrations, fps=29.97).fps == 29.97
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_state_bins": 1},
+        {"fast_skip_tokens": -1},
+        {"fast_skip_tokens": 1.5},
+        {"default_task": None},
+        {"default_task": "<image>"},
+        {"training_tasks": ["push <image>"]},
+    ],
+    ids=str,
+)
+def test_arguments_that_would_fail_at_every_call_are_refused_at_once(processor, options):
+    kwargs = {"statistics": processor.statistics, "chat_template": processor.chat_template, "fast_skip_tokens": 0}
+    kwargs |= {"scale_factor": processor.scale_factor}
+    with pytest.raises(ValueError, match="|".join([*options, "text is"])):
+        parts = processor.image_processor, processor.tokenizer, processor.action_tokenizer
+        SmolAndFastProcessor(*parts, **kwargs | options)
+
+
+def test_images_that_are_too_large_and_texts_with_half_a_character_are_refused(processor, batch):
+    state = batch["state"][0]
+    with pytest.raises(ValueError, match="expected at most 8192 pixels a side"):
+        processor(images=np.zeros((1, 9000, 3), np.uint8), state=state)
+    with pytest.raises(ValueError, match="text is .*ud800"):
+        processor(images=batch["images"][0], text="push \ud800", state=state)
+
+
+@pytest.mark.parametrize("text", [None, "", "  ", ["Push it.", ""]])
 def test_an_empty_task_needs_a_default(demonstrations, batch, text):
     processor = make_processor(demonstrations)
     processor.default_task = ""

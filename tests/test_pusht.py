@@ -423,7 +423,7 @@ def test_ctrl_c_ends_all_processes_with_one_line(tmp_path, is_playing):
             process.stdout.readline()
         time.sleep(0 if is_playing else 1)  # they import
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130 and errors.strip() == "Interrupted."

@@ -9,7 +9,9 @@ Knows no model: [`SmolAndFastProcessor.model_kwargs`] says what one must know of
 """
 
 import hashlib
+import inspect
 import json
+import math
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -31,6 +33,7 @@ from .tokenization_fast_action import FastActionTokenizer
 logger = logging.get_logger(__name__)
 
 DEFAULT_IMAGE_KEY = "observation.image"  # LeRobot's, of a robot with one camera
+PROCESSOR_FILE = "processor_config.json"
 ACTION_TOKENIZER = "action_tokenizer"  # folder in a saved processor
 TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")
 
@@ -103,16 +106,20 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.statistics = statistics
         self.normalization = normalization
         self.use_relative_actions = use_relative_actions
-        self.n_state_bins = n_state_bins
-        self.fast_skip_tokens = fast_skip_tokens
-        self.scale_factor = scale_factor
-        self.patch_size = patch_size
+        self.n_state_bins = check_whole(n_state_bins, "n_state_bins", 2)
+        self.fast_skip_tokens = check_whole(fast_skip_tokens, "fast_skip_tokens", 0)
+        self.scale_factor = check_whole(scale_factor, "scale_factor")
+        self.patch_size = check_whole(patch_size, "patch_size")
         self.image_keys = check_image_keys(image_keys)
         self.fps = None if fps is None else check_fps(fps)
+        if max_position_embeddings is not None:
+            max_position_embeddings = check_whole(max_position_embeddings, "max_position_embeddings")
         self.max_position_embeddings = max_position_embeddings
+        if not isinstance(default_task, str):
+            raise ValueError(f"default_task is {default_task!r}, expected an instruction, or '' for none.")
         self.default_task = default_task
         if not isinstance(training_tasks, list | None) or not all(isinstance(x, str) for x in training_tasks or ()):
-            raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of sentences, or None.")
+            raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of instructions, or None.")
         self.training_tasks = training_tasks
         self.normalizer = Normalizer(statistics, normalization, n_state_bins, use_relative_actions)
         self.state_names = _check_names(state_names, "state_names", self.normalizer.state_dim)
@@ -120,7 +127,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
         if self.chunk_size is None:
             raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
-        check_whole(self.chunk_size, "chunk_size")
+        self.chunk_size = check_whole(self.chunk_size, "chunk_size")
         shape = self.chunk_size, self.normalizer.action_dim
         fitted = action_tokenizer.horizon, action_tokenizer.action_dim
         if fitted not in (shape, (None, None)):
@@ -136,9 +143,7 @@ class SmolAndFastProcessor(ProcessorMixin):
                 )
         sides = getattr(image_processor, "max_image_size", None)
         side = sides.get("longest_edge") if isinstance(sides, dict) else None
-        numbers = {"scale_factor": scale_factor, "patch_size": patch_size, "longest_edge of max_image_size": side}
-        for name, value in numbers.items():
-            check_whole(value, name)
+        check_whole(side, "longest_edge of max_image_size")
         if side % (patch_size * scale_factor):
             raise ValueError(
                 f"The images' longest_edge of {side} pixels is no multiple of patch_size * scale_factor, {patch_size} "
@@ -151,11 +156,10 @@ class SmolAndFastProcessor(ProcessorMixin):
                 f"{len(action_tokenizer)} action tokens and fast_skip_tokens={fast_skip_tokens} do not fit into a "
                 f"vocabulary of {tokenizer.vocab_size} beside the words of the prompt. Fit a smaller FAST vocabulary."
             )
-        if max_position_embeddings is not None:
-            check_whole(max_position_embeddings, "max_position_embeddings")
-            task = max([default_task, *(training_tasks or ())], key=len)
-            bins, unsplit = [n_state_bins - 1] * self.normalizer.state_dim, [(0, 0)] * len(self.image_keys)
-            self._tokenize([self._write_prompt(self._prompt_around_images(), task, bins, unsplit)])
+        tasks = dict.fromkeys([default_task, *(training_tasks or ())])
+        bins, template = [n_state_bins - 1] * self.normalizer.state_dim, self._prompt_around_images()
+        grid = [self._smallest_grid()] * len(self.image_keys)
+        self._tokenize([self._write_prompt(template, task, bins, grid) for task in tasks])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SmolAndFastProcessor":
@@ -172,7 +176,15 @@ class SmolAndFastProcessor(ProcessorMixin):
         kwargs.pop("trust_remote_code", None)
         actions = {**hub_kwargs, "subfolder": str(PurePosixPath(hub_kwargs.get("subfolder") or "", ACTION_TOKENIZER))}
         with naming_errors(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
+            if find_file(pretrained_model_name_or_path, PROCESSOR_FILE, **hub_kwargs) is None:
+                raise OSError(
+                    f"{pretrained_model_name_or_path} has no {PROCESSOR_FILE}, so no SmolAndFast processor was saved "
+                    "there. Name a folder or Hub id that holds one; from_vlm makes one for a SmolVLM checkpoint."
+                )
             options, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs, **kwargs)
+            unknown = [name for name in kwargs if name not in ARGUMENTS and not name.startswith("_")]
+            if unknown:
+                raise ValueError(f"from_pretrained got {unknown[0]!r}, expected some of {', '.join(ARGUMENTS)}.")
             parts = [
                 SmolVLMImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **hub_kwargs),
                 PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub_kwargs),
@@ -244,6 +256,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         """Save the files that [`from_pretrained`] loads. Raises `OSError` where the folder cannot be written."""
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
+        except (TypeError, ValueError):  # what JSON cannot hold
+            raise
         except Exception as error:  # the tokenizers library has no narrower one for a full disk
             raise OSError(
                 f"The processor cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
@@ -488,6 +502,14 @@ class SmolAndFastProcessor(ProcessorMixin):
         num_coefficients = self.chunk_size * self.normalizer.action_dim
         return num_coefficients * (MAX_SYMBOL_BYTES if self.action_tokenizer.is_byte_level else 1)
 
+    def _smallest_grid(self) -> tuple[int, int]:
+        """Rows and columns that an image of any shape is at least split into; 0 if it is not split."""
+        images = self.image_processor
+        if not images.do_image_splitting:
+            return 0, 0
+        longest = images.size.get("longest_edge") if images.do_resize else None
+        return (1, math.ceil(longest / images.max_image_size["longest_edge"])) if longest else (0, 0)
+
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
         rows = self.tokenizer(prompts)["input_ids"]
         if self.max_position_embeddings is not None:
@@ -579,4 +601,5 @@ def _pad(rows: list[list[int]], value: int, side: str) -> torch.LongTensor:
     return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
 
 
+ARGUMENTS = tuple(inspect.signature(SmolAndFastProcessor.__init__).parameters)[1:]
 SmolAndFastProcessor.register_for_auto_class("AutoProcessor")

@@ -246,8 +246,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         loss = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
         # `Trainer` passes the number of targets in all batches of an optimizer's step.
         loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        outputs = type(outputs)(**{**outputs, "loss": loss})  # made anew, so that the loss is the first of its values
-        return outputs if return_dict is not False else outputs.to_tuple()
+        outputs = type(outputs)(**{**outputs, "loss": loss})  # a new one, so that the loss is the first of its values
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return outputs if return_dict else outputs.to_tuple()
 
     def _check_inputs(self, *args, **kwargs) -> None:
         """Refuse image tokens without their images, and more tokens than the model has positions.
@@ -266,15 +267,28 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
                 f"(max_position_embeddings). {SHORTEN}"
             )
         if all(inputs.get(name) is None for name in IMAGE_FEATURES):
-            self._check_images(input_ids, inputs.get("pixel_values"))
+            self._check_images(input_ids, inputs)
 
-    def _check_images(self, input_ids: torch.LongTensor, pixel_values: torch.FloatTensor | None) -> None:
-        num_tokens = int((input_ids == self.config.image_token_id).sum())
-        num_images = 0 if pixel_values is None else int((pixel_values != 0).flatten(2).any(dim=2).sum())
-        if num_tokens != (expected := num_images * self.config.image_seq_len):
+    def _check_images(self, input_ids: torch.LongTensor, inputs: dict[str, Any]) -> None:
+        pixel_values, mask = inputs.get("pixel_values"), inputs.get("pixel_attention_mask")
+        num_tokens = (input_ids == self.config.image_token_id).sum(dim=1)  # (batch,)
+        num_images = torch.zeros_like(num_tokens)
+        if pixel_values is not None:
+            side = self.config.image_size or self.config.vision_config.image_size
+            if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != (3, side, side):
+                raise ValueError(
+                    f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, num_images, 3, {side}, "
+                    f"{side}). Pass what the processor returns."
+                )
+            is_shown = (pixel_values != 0).flatten(2).any(dim=2)  # (batch, num_images)
+            if mask is not None and mask.shape[:2] == is_shown.shape:
+                is_shown &= mask.flatten(2).any(dim=2)
+            num_images = is_shown.sum(dim=1).to(num_tokens.device)
+        if len(num_images) != len(num_tokens) or (num_images * self.config.image_seq_len != num_tokens).any():
             raise ValueError(
-                f"input_ids has {num_tokens} image tokens, and pixel_values has {num_images} images (those of zeros "
-                f"are padding), which need {expected}. Pass everything that the processor returns, model(**inputs)."
+                f"input_ids has {num_tokens.tolist()} image tokens, and pixel_values has {num_images.tolist()} images "
+                f"(those of zeros are padding) of {self.config.image_seq_len} tokens each. Pass everything that the "
+                "processor returns, model(**inputs)."
             )
 
     def _forward_to_span(self, labels: torch.LongTensor, *args, **kwargs):
@@ -282,6 +296,12 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
 
         The loss ignores the others, so it and its gradients are those of the full logits.
         """
+        input_ids = FORWARD.bind_partial(self, *args, **kwargs).arguments.get("input_ids")
+        if input_ids is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, expected that of input_ids, {tuple(input_ids.shape)}: one "
+                "for each token, as the processor makes them."
+            )
         kept = action_positions(labels)
         self._check_inputs(*args, **kwargs)
         kwargs.setdefault("use_cache", False)  # nothing reads keys and values again
@@ -334,7 +354,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
             raise ValueError(f"generation_config is {generation_config!r}, expected a GenerationConfig.")
         for name in REFUSED_OPTIONS:
             value = kwargs.pop(name, getattr(generation_config, name, None))
-            if value is not None:
+            if value not in (None, 0, False):
                 value = value if isinstance(value, int | str | list) else type(value).__name__
                 raise ValueError(
                     f"{name}={value!r}: an action string ends by itself at its last coefficient. Drop {name}, or "
@@ -360,7 +380,15 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
     def _check_prompt(self, input_ids: torch.LongTensor | None, inputs: dict, num_new_tokens: int) -> None:
         if input_ids is None:
             raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
+        is_ids = isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2 and not input_ids.is_floating_point()
+        if not is_ids or input_ids.numel() == 0:
+            found = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(f"input_ids is {found}, expected a tensor (batch, length) of ids. Call the processor.")
         mask, vocab_size = inputs.get("attention_mask"), self.config.text_config.vocab_size
+        if mask is not None and tuple(mask.shape) != tuple(input_ids.shape):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected that of input_ids, {tuple(input_ids.shape)}."
+            )
         if inputs.get("labels") is not None or (mask is not None and not mask[:, -1].all()):
             raise ValueError(
                 "generate() got a training batch (with labels, or padded on the right). Call the processor without "
@@ -373,7 +401,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
                 "processor and model from one folder."
             )
         if all(inputs.get(name) is None for name in IMAGE_FEATURES):
-            self._check_images(input_ids, inputs.get("pixel_values"))
+            self._check_images(input_ids, inputs)
 
     @torch.no_grad()
     def generate(

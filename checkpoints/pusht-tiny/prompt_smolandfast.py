@@ -6,7 +6,7 @@ write the same prompt.
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def read_observations(
     state = as_numbers(state, "state")
     if state.ndim not in (1, 2) or state.size == 0:
         raise ValueError(f"state has shape {state.shape}, expected (state_dim,) or (batch, state_dim). {CALL}")
-    if isinstance(images, dict):
+    if isinstance(images, Mapping):
         columns = _in_order(images, "images", image_keys)
         images = list(columns) if state.ndim == 1 else _as_samples(columns, image_keys, len(state))
     if state.ndim == 1:
@@ -47,7 +47,7 @@ def read_observations(
     elif not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) < 4:
         images = [images]
     tasks = tasks if isinstance(tasks, list) else [tasks] * len(state)
-    tasks = [default_task if task is None or task == "" else task for task in tasks]
+    tasks = [default_task if task is None or not task.strip() else task for task in tasks]
     if "" in tasks:
         raise ValueError("text is empty, and the policy has no default_task. Pass the instruction as text=....")
     if len(images) != len(state) or len(tasks) != len(state):
@@ -58,7 +58,7 @@ def read_observations(
     samples = []
     for i, sample in enumerate(images):
         name = f"images[{i}]"
-        found = as_rgb_images(_in_order(sample, name, image_keys) if isinstance(sample, dict) else sample, name)
+        found = as_rgb_images(_in_order(sample, name, image_keys) if isinstance(sample, Mapping) else sample, name)
         if len(found) != len(image_keys):
             raise ValueError(
                 f"{name} has {len(found)} images, expected {len(image_keys)}, one of each camera that the policy was "
@@ -121,7 +121,8 @@ def _as_samples(columns: list, image_keys: Sequence[str], batch: int) -> list[li
 
 def write_prompt(before: str, task: str, bins: Sequence[int], after: str, special_tokens: Collection[str]) -> str:
     """The prompt of one sample, between what stands before and after it: marks of images, turns of the chat."""
-    if not isinstance(task, str) or any(token in task for token in special_tokens):
+    is_text = isinstance(task, str) and task.encode(errors="ignore").decode() == task  # no half of a character
+    if not is_text or any(token in task for token in special_tokens):
         raise ValueError(
             f"text is {task!r}, expected an instruction that holds none of the tokenizer's special tokens. Write it "
             "in plain words."

@@ -38,7 +38,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the same folder, for a file or a folder; on success it replaces `path` atomically.
 
     If the block raises, `path` stays as it is. What it writes is on the disk before the name changes, so a power cut
-    leaves the old content or the new. A folder that is replaced is renamed aside first and deleted last.
+    leaves a file's old content or the new. A folder that is replaced is renamed aside first and deleted last: a power
+    cut between the two leaves both in a hidden folder `.name.*` next to it.
 
     Raises:
         OSError: `path` cannot be written.
@@ -54,17 +55,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         yield unfinished
         for written in [unfinished, *unfinished.rglob("*")]:
             _sync(written)
-        if path.is_dir():
-            os.rename(path, replaced)
         try:
+            if path.is_dir():
+                os.rename(path, replaced)
             os.replace(unfinished, path)
-        except OSError:
-            if replaced.exists():
+        except BaseException:  # an interrupt too
+            if replaced.exists() and not path.exists():
                 os.rename(replaced, path)
             raise
         _sync(path.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if path.exists() or not replaced.exists():  # else `replaced` is the only copy
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_output_dir(folder: str | os.PathLike, names: Iterable[str], sealed: bool = False) -> None:
@@ -114,10 +116,10 @@ def write_checksums(folder: Path, names: Iterable[str]) -> None:
 def read_checksums(path: Path) -> dict[str, str]:
     """What a `SHA256SUMS` says, by the files' names. Raises `OSError` where it is missing or damaged."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise OSError(f"{path} cannot be read: {error}. {AGAIN}") from error
-    matches = [re.fullmatch(r"([0-9a-f]{64})  ((?:\w[\w.-]*/)*\w[\w.-]*)", line) for line in lines]
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ((?:(?!\.\.?/)[^/]+/)*(?!\.\.?$)[^/]+)", line) for line in lines]
     if not matches or None in matches:
         raise OSError(f"{path} is damaged: expected lines of a SHA-256, two spaces and a file's name. {AGAIN}")
     return {match[2]: match[1] for match in matches}
