@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smolandfast.checks_smolandfast import as_numbers, check_whole
 from smolandfast.files_smolandfast import atomic_write
 
 IMAGE_KEY = "observation.image"
@@ -50,10 +51,12 @@ def write_dataset(
         `meta/info.json`.
 
     Raises:
-        ValueError: no episode.
+        ValueError: no episode, or one that is not as described; none of it is written then.
         OSError: the folder holds something (`FileExistsError`), or cannot be written.
     """
     check_new_folder(root)
+    check_whole(fps, "fps")
+    check_whole(image_size, "image_size")
     features = _features(fps, axes, image_size, pix_fmt)
     with atomic_write(root) as folder:
         video_path = folder / f"videos/{IMAGE_KEY}/chunk-000/file-000.mp4"
@@ -66,7 +69,8 @@ def write_dataset(
             stream = container.add_stream("libx264", rate=fps, pix_fmt=pix_fmt, options=options)
             stream.width = stream.height = image_size
             stream.time_base = Fraction(1, fps)
-            for episode in episodes:
+            for number, episode in enumerate(episodes):
+                episode = _check_episode(episode, f"episodes[{number}]", axes, image_size)
                 images, task = episode[IMAGE_KEY], episode["task"]
                 for i, image in enumerate(images, start):
                     frame = av.VideoFrame.from_ndarray(image, format="rgb24")
@@ -116,6 +120,32 @@ def check_new_folder(root: Path) -> None:
     is_used = root.is_dir() and (any(root.iterdir()) or root.resolve() == Path.cwd())
     if root.is_file() or is_used:
         raise FileExistsError(f"{root} exists, and is not overwritten. Name another folder.")
+
+
+def _check_episode(episode: dict, name: str, axes: dict[str, list[str]], image_size: int) -> dict:
+    """An episode's task and arrays, if they are as [`write_dataset`] describes them."""
+    outcomes = ("next.reward", "next.done", "next.success")
+    missing = [key for key in ("task", IMAGE_KEY, *axes, *outcomes) if key not in episode]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}, only {sorted(episode)}. Record all of them.")
+    task, images = episode["task"], np.asarray(episode[IMAGE_KEY])
+    if not isinstance(task, str) or not task.strip():
+        raise ValueError(f"{name}: task is {task!r}, expected the sentence that says what the robot does.")
+    expected = (image_size, image_size, 3)
+    if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(
+            f"{name}: {IMAGE_KEY} is {images.dtype} of shape {images.shape}, expected uint8 of shape (T, "
+            f"{', '.join(map(str, expected))}) with at least one step. Convert or resize the images first."
+        )
+    shapes = {key: (len(images), len(names)) for key, names in axes.items()}
+    shapes |= dict.fromkeys(outcomes, (len(images),))
+    arrays = {"task": task, IMAGE_KEY: images}
+    for key, shape in shapes.items():
+        arrays[key] = as_numbers(episode[key], f"{name}: {key}", shape)
+        if key in axes or key == "next.reward":
+            with np.errstate(over="ignore"):  # becomes infinite, and is refused
+                arrays[key] = as_numbers(arrays[key].astype(np.float32), f"{name}: {key} in float32", shape)
+    return arrays
 
 
 def _features(fps: int, axes: dict[str, list[str]], image_size: int, pix_fmt: str) -> dict[str, dict]:

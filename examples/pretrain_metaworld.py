@@ -8,6 +8,7 @@ with other placements, drawn while the expert plays them; their actions are not 
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 from functools import partial
@@ -23,7 +24,15 @@ from pretrain_vision import OUTPUTS, SaveVision, load_vision, save_vision
 from pusht_scenes import EpochSetter
 from torch import nn
 from tqdm import tqdm
-from training_runs import EpochDataset, interruption, make_own_folder, naming_option, process_pool
+from training_runs import (
+    EpochDataset,
+    check_numbers,
+    interruption,
+    keep_options,
+    make_own_folder,
+    naming_option,
+    process_pool,
+)
 from transformers import TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
@@ -135,12 +144,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another one has other placements (0)")
     args = parser.parse_args(argv)
 
-    if not 2 <= args.num_scenes <= MAX_SCENES:
-        parser.error(f"--num_scenes is {args.num_scenes}. Give 2 to {MAX_SCENES}.")
     scenes = Path(f"{args.output_dir}.scenes")
-    torch.manual_seed(args.seed)
-    model = PoseRegressor(*make_tiny_vision(IMAGE_SIZE, BENCHMARK.preset["scale_factor"]))
     try:
+        sizes = dict.fromkeys(("max_steps", "batch_size", "sample_every", "num_processes"), (1, math.inf))
+        check_numbers(args, num_scenes=(2, MAX_SCENES), **sizes, max_shift=(0, IMAGE_SIZE - 1), seed=(0, 2**32 - 1))
+        torch.manual_seed(args.seed)
+        model = PoseRegressor(*make_tiny_vision(IMAGE_SIZE, BENCHMARK.preset["scale_factor"]))
         with naming_option("--output_dir"):
             make_own_folder(args.output_dir, OUTPUTS)
             make_own_folder(scenes, ["*.npz", ".*.npz.*"])  # the last are unfinished files
@@ -150,6 +159,8 @@ def main(argv: list[str] | None = None) -> None:
         with naming_option("--dataset_root"):
             frames = LeRobotChunkDataset(args.dataset_root, 1)
             poses = frames.vectors("observation.environment_state")
+        with naming_option("--output_dir"):
+            keep_options(args, free=["max_steps", "num_processes"])
     except ValueError as error:
         parser.error(str(error))
     try:

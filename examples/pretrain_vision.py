@@ -8,10 +8,11 @@ SmolVLM's vision tower comes pretrained; the tiny one does not, and from the pol
 see. Scenes and labels come from the simulator; no demonstrations or actions are used. Writes `vision.safetensors`, the
 weights of the vision tower and the connector, for `train.py --vision_weights`. The second command continues from
 there, with more scenes in which the T lies near its target, where one pixel matters. A run that was interrupted
-continues when the same command is given again.
+continues when the same command is given again; all but `--max_steps` has to be as before.
 """
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,16 @@ from pusht_scenes import NUM_POINTS, EpochSetter, render_scenes, vary_scene
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_runs import EpochDataset, interruption, make_own_folder, naming_option, process_pool
+from training_runs import (
+    OPTIONS,
+    EpochDataset,
+    check_numbers,
+    interruption,
+    keep_options,
+    make_own_folder,
+    naming_option,
+    process_pool,
+)
 from transformers import TrainerCallback, TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
@@ -33,7 +43,8 @@ HARMONICS = 4  # of the T's angle, in the labels
 # What pretraining writes: not the files that only a policy's checkpoints have. Those with a dot are unfinished.
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
 CHECKPOINT_FILES += ("trainer_state.json", "training_args.bin", "SHA256SUMS", ".SHA256SUMS.*")
-OUTPUTS = [f"checkpoint-*/{name}" for name in CHECKPOINT_FILES] + ["vision.safetensors", ".vision.safetensors.*"]
+OUTPUTS = [OPTIONS, f".{OPTIONS}.*", "vision.safetensors", ".vision.safetensors.*"]
+OUTPUTS += [f"checkpoint-*/{name}" for name in CHECKPOINT_FILES]
 
 
 def make_labels(points: np.ndarray) -> np.ndarray:
@@ -135,14 +146,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
-    model = PoseRegressor(*make_tiny_vision())
     try:
+        sizes = dict.fromkeys(("max_steps", "batch_size"), (1, math.inf))
+        check_numbers(args, num_scenes=(2, math.inf), **sizes, near_target=(0, 1), seed=(0, 2**32 - 2))
+        torch.manual_seed(args.seed)
+        model = PoseRegressor(*make_tiny_vision())
         with naming_option("--output_dir"):
             make_own_folder(args.output_dir, OUTPUTS)
         if args.vision_weights:
             with naming_option("--vision_weights"):
                 load_vision(model, args.vision_weights)
+        with naming_option("--output_dir"):
+            keep_options(args, free=["max_steps"])
     except ValueError as error:
         parser.error(str(error))
     try:

@@ -1,6 +1,10 @@
 """What the training scripts share: data that change with the epoch, output folders, an end by Ctrl-C in one line."""
 
+import argparse
 import contextlib
+import fnmatch
+import json
+import math
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
@@ -11,9 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from smolandfast.files_smolandfast import SUMS, check_output_dir, read_checksums
+from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, read_checksums, read_json
 from smolandfast.training import find_checkpoints
 from smolandfast.training.checkpoints import STATE
+
+OPTIONS = "options.json"  # what pretraining was begun with, in its output folder
 
 
 class EpochDataset(torch.utils.data.Dataset):
@@ -66,9 +72,48 @@ def make_own_folder(folder: str | Path, names: Sequence[str]) -> None:
         ValueError: It holds something else.
     """
     folder = Path(folder)
-    if not folder.is_dir() or any(path.is_file() for path in folder.rglob("*")):
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if not folder.is_dir() or any(not fnmatch.fnmatchcase(name, f".{OPTIONS}.*") for name in found):
         check_output_dir(folder, names)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def keep_options(args: argparse.Namespace, free: Sequence[str]) -> None:
+    """Write a pretraining's options to its output folder, or compare them with those that it was begun with.
+
+    Args:
+        free: Options that may change from run to run.
+
+    Raises:
+        ValueError: The message names all that differ.
+    """
+    options = {name: value for name, value in vars(args).items() if name not in ("output_dir", *free)}
+    path = Path(args.output_dir, OPTIONS)
+    if not path.exists():
+        with atomic_write(path) as unfinished:
+            unfinished.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        return
+    begun = read_json(path, "Name a new folder.")
+    differing = [
+        f"--{name} {begun.get(name)} (now {options.get(name)})"
+        for name in sorted({*begun, *options})
+        if begun.get(name) != options.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{args.output_dir} was begun with {', '.join(differing)}. Continue it with the same options, or name a "
+            "new folder."
+        )
+
+
+def check_numbers(args: argparse.Namespace, **limits: tuple[float, float]) -> None:
+    """Refuse numbers that are not from the smallest to the largest, and a `learning_rate` that is not above 0."""
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:  # NaN fails, too
+            expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected {expected}.")
+    if not 0 < args.learning_rate < math.inf:
+        raise ValueError(f"--learning_rate is {args.learning_rate}, expected a number above 0.")
 
 
 def interruption(output_dir: str | Path, advice: str) -> str:

@@ -18,6 +18,7 @@ import pytest
 from conftest import warnings_of
 from huggingface_hub.utils import httpx
 from lerobot_dataset import JoinedChunkDatasets, LeRobotChunkDataset, download_dataset
+from lerobot_writer import write_dataset
 from PIL import Image
 
 ROLLOUTS = Path(__file__).parent / "data/pusht_rollouts"
@@ -589,6 +590,66 @@ def test_a_broken_data_set_is_a_clear_error(name, tiny, cache):
         LeRobotChunkDataset(tiny, 4, cache_dir=cache)
     assert [word for word in words if word not in str(error.value)] == []
     assert not [path for path in cache.glob("*") if path.suffix != ".npy"]
+
+
+def test_a_data_set_with_depth_cameras_alone_says_so(tiny, cache):
+    shades = json.loads((tiny / "meta/info.json").read_text())["features"]
+    edit_features(tiny, **{key: {**shades[key], "info": {"is_depth_map": True}} for key in SHADES})
+    with pytest.raises(ValueError, match="depth maps") as error:
+        LeRobotChunkDataset(tiny, 4, cache_dir=cache)
+    assert all(key in str(error.value) for key in SHADES)
+
+
+RECORDED = {
+    "task": "push",
+    "observation.image": np.zeros((3, 16, 16, 3), np.uint8),
+    "observation.state": np.zeros((3, 2), np.float32),
+    "action": np.zeros((3, 1), np.float32),
+    "next.reward": np.zeros(3),
+    "next.done": np.zeros(3, bool),
+    "next.success": np.zeros(3, bool),
+}
+
+
+def write(root: Path, episodes: list, fps: int = 10, image_size: int = 16) -> None:
+    axes = {"observation.state": ["x", "y"], "action": ["x"]}
+    write_dataset(root, iter(episodes), fps=fps, robot_type="robot", axes=axes, image_size=image_size)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("task", "  "),
+        ("task", None),
+        ("observation.image", np.zeros((3, 8, 8, 3), np.uint8)),
+        ("observation.image", np.zeros((3, 16, 16, 3))),
+        ("observation.image", np.zeros((0, 16, 16, 3), np.uint8)),
+        ("observation.state", np.full((3, 2), np.nan)),
+        ("observation.state", np.zeros((2, 2))),
+        ("action", np.zeros((3, 2))),
+        ("action", np.full((3, 1), 1e39)),  # infinite in float32
+        ("action", ["a", "b", "c"]),
+        ("next.reward", np.full(3, np.inf)),
+        ("next.done", np.zeros((3, 1), bool)),
+        ("next.success", np.zeros(2, bool)),
+    ],
+)
+def test_an_episode_is_checked_before_it_is_written(key, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"episodes\[1\]: {key}"):
+        write(tmp_path / "set", [RECORDED, RECORDED | {key: value}])
+    missing = {name: part for name, part in RECORDED.items() if name != key}
+    with pytest.raises(ValueError, match=rf"episodes\[1\] has no {key}"):
+        write(tmp_path / "set", [RECORDED, missing])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_episode_as_described_is_written_at_a_whole_rate(tmp_path, cache):
+    for name, value in (("fps", 9.5), ("fps", 0), ("image_size", 0)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            write(tmp_path / "set", [RECORDED], **{name: value})
+    write(tmp_path / "set", [RECORDED, RECORDED | {"action": [[1], [2], [3]]}])
+    dataset = LeRobotChunkDataset(tmp_path / "set", 1, cache_dir=cache)
+    assert dataset.actions[3:, 0].tolist() == [1, 2, 3] and dataset.fps == 10
 
 
 @pytest.mark.parametrize(

@@ -762,6 +762,39 @@ def test_pretraining_continues_its_own_folder_and_refuses_any_other(capsys, tmp_
         assert end.value.code == 2 and foreign in capsys.readouterr().err
 
 
+def test_pretraining_with_other_options_is_refused_by_their_names(capsys, tmp_path, monkeypatch):
+    run_pretraining(monkeypatch, output_dir=tmp_path / "own")
+    before = {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()}
+    monkeypatch.setattr("pretrain_vision.render_scenes", None)  # it is not come to
+    with pytest.raises(SystemExit) as end:
+        run_pretraining(monkeypatch, output_dir=tmp_path / "own", near_target=0.6, learning_rate=7e-4)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "--near_target 0.3" in error and "--learning_rate 0.001" in error
+    assert "--seed" not in error.splitlines()[-1]
+    assert {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_scenes", 1),
+        ("batch_size", 0),
+        ("learning_rate", 0),
+        ("learning_rate", "nan"),
+        ("max_steps", 0),
+        ("near_target", 1.5),
+        ("near_target", "nan"),
+        ("seed", -1),
+    ],
+)
+def test_numbers_of_pretraining_are_checked_before_scenes_are_rendered(name, value, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain_vision.render_scenes", None)
+    with pytest.raises(SystemExit) as end:
+        run_pretraining(monkeypatch, output_dir=tmp_path / "run", **{name: value})
+    assert end.value.code == 2 and f"--{name} is {value}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_with_twice_the_batch(pusht_root, tmp_path):
     run_training(common_arguments(pusht_root, tmp_path / "one", per_device_train_batch_size=8))
