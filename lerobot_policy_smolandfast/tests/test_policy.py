@@ -203,7 +203,7 @@ def test_joints_have_the_data_sets_names(names):
     assert config.state_names == ["x", "y"] and config.action_names is None
 
 
-@pytest.mark.parametrize("names", [None, ["x"], {"motors": ["x", "y", "z"]}, []], ids=repr)
+@pytest.mark.parametrize("names", [None, ["x"], {"motors": ["x", "y", "z"]}, [], {"x": 0, "y": 0}], ids=repr)
 def test_joints_without_fitting_names_have_none(names):
     config = SMOLANDFASTConfig(device="cpu")
     config.read_dataset_features({"observation.state": {"shape": [2], "names": names}})
@@ -414,6 +414,15 @@ def test_chunks_are_those_of_lerobots_loader(shared):
         ({"n_action_steps": 7}, "n_action_steps is 7, more than the chunk_size of 6"),
         ({"chunk_size": 0, "n_action_steps": 0}, "chunk_size is 0"),
         ({"n_obs_steps": 2}, "n_obs_steps is 2"),
+        ({"fast_scale": 0}, "fast_scale is 0"),
+        ({"fast_scale": float("nan")}, "fast_scale is nan"),
+        ({"fast_vocab_size": 0}, "fast_vocab_size is 0"),
+        ({"n_state_bins": 0}, "n_state_bins is 0"),
+        ({"scale_factor": 0}, "scale_factor is 0"),
+        ({"text_learning_rate": 0}, "text_learning_rate is 0"),
+        ({"vision_learning_rate": -1.0}, "vision_learning_rate is -1"),
+        ({"connector_learning_rate": float("inf")}, "connector_learning_rate is inf"),
+        ({"scheduler_decay_lr": float("nan")}, "scheduler_decay_lr is nan"),
         ({"do_image_splitting": True}, "tiny preset"),
         ({"normalization_mapping": {"ACTION": NormalizationMode.MIN_MAX}}, "--policy.normalization"),
     ],
@@ -427,6 +436,8 @@ def test_data_that_does_not_fit_is_refused(make_policy, dataset, batch, tmp_path
     policy = make_policy()
     with pytest.raises(ValueError, match="has no observation.images.wrist"):
         policy.predict_action_chunk({key: value for key, value in batch.items() if key != CAMERAS[1]})
+    with pytest.raises(ValueError, match="has no action"):
+        policy.forward({key: value for key, value in batch.items() if key != "action"})
     with pytest.raises(ValueError, match="A new policy needs a data set"):
         SMOLANDFASTPolicy(make_config())
     with pytest.raises(ValueError, match="relative_actions is set"):

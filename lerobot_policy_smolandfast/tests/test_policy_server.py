@@ -143,6 +143,12 @@ def bound(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.parametrize("option", ["port=0", "port=65536", "fps=0", "fps=-3"])
+def test_numbers_out_of_range_are_an_error_line(option, bound):
+    with pytest.raises(SystemExit, match=f"--{option.replace('=', ' is ')}, expected"):
+        bound(f"--{option}")
+
+
 REACHABLE = ["0.0.0.0", "::", "192.168.0.7", "fe80::1", "robot.local", "localhost.evil.org", "0", ""]
 
 

@@ -1,5 +1,6 @@
 """The options of `--policy.type=smolandfast`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from smolandfast import SmolAndFastConfig
+from smolandfast.checks_smolandfast import check_whole
 from smolandfast.normalization_smolandfast import BOUNDS
 
 TINY = "tiny"
@@ -78,6 +80,14 @@ class SMOLANDFASTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}.")
         if self.n_obs_steps != 1:
             raise ValueError(f"n_obs_steps is {self.n_obs_steps}, expected 1: the policy sees one moment at a time.")
+        for name in ("fast_vocab_size", "n_state_bins", *(() if self.scale_factor is None else ("scale_factor",))):
+            check_whole(getattr(self, name), name)
+        for name in ("fast_scale", "text_learning_rate"):  # the schedule is in proportion to the latter
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0.")
+        for name in ("vision_learning_rate", "connector_learning_rate", "scheduler_decay_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more.")
         if self.do_image_splitting and self.vlm_model_name == TINY:
             raise ValueError("do_image_splitting is set, but the images of the tiny preset are too small to be split.")
         if set(self.normalization_mapping.values()) - {NormalizationMode.IDENTITY}:
@@ -155,7 +165,9 @@ def _joint_names(feature: dict[str, Any]) -> list[str] | None:
     """The names of a vector's dimensions: `[...]`, `{"motors": [...]}` or `{name: index}` in LeRobot's data sets."""
     names = feature.get("names")
     if isinstance(names, dict):
-        is_index = all(isinstance(value, int) for value in names.values())
+        is_index = all(type(value) is int for value in names.values())
+        if is_index and len(set(names.values())) < len(names):
+            return None
         groups = [group if isinstance(group, list) else [group] for group in names.values()]
         names = sorted(names, key=names.get) if is_index else sum(groups, [])
     size = (len(names),) if names else None

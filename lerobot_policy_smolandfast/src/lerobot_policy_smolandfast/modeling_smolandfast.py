@@ -150,6 +150,11 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         Raises:
             ValueError: Features that are missing, or an empty task without a default task.
         """
+        if ACTION not in batch:
+            raise ValueError(
+                f"The batch has no {ACTION}, only {sorted(batch)}. Training needs the demonstrated actions; use "
+                "predict_action_chunk to predict some."
+            )
         inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.model.device)
         with self._autocast():
             return self.model(**inputs, use_cache=False).loss, None

@@ -10,11 +10,13 @@ server binds to this machine alone, unless `--trust_network=true`. Reach it from
 
 import ipaddress
 import logging
+import sys
 from concurrent import futures
 from dataclasses import dataclass, field
 
 import draccus
 import grpc
+from draccus.utils import ParsingError
 from lerobot.async_inference.configs import PolicyServerConfig
 from lerobot.async_inference.constants import SUPPORTED_POLICIES
 from lerobot.async_inference.policy_server import PolicyServer
@@ -32,6 +34,13 @@ class SmolAndFastServerConfig(PolicyServerConfig):
         default=False,
         metadata={"help": "Bind to a host that other machines reach, all of which can then run code on this one"},
     )
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"--port is {self.port}, expected 1 to 65535.")
+        if self.fps < 1:
+            raise ValueError(f"--fps is {self.fps}, expected 1 or more: the policy's actions a second.")
+        super().__post_init__()
 
     def check_host(self) -> None:
         """Refuse a host that other machines can reach, unless `trust_network`."""
@@ -94,7 +103,10 @@ def main() -> None:
     # LeRobot 0.6.1 looks policies up in this list, and loads no plugins here: importing this package has done that.
     if SMOLANDFASTPolicy.name not in SUPPORTED_POLICIES:
         SUPPORTED_POLICIES.append(SMOLANDFASTPolicy.name)
-    serve()
+    try:
+        serve()
+    except ParsingError as error:  # its own message does not say which option is wrong
+        sys.exit(f"policy_server: error: {error.__cause__ or error}")
 
 
 if __name__ == "__main__":
