@@ -103,6 +103,7 @@ def test_quantiles_bound_what_is_learnt_and_what_the_robot_is_sent(data, use_rel
     limits = normalizer.action_limits
     expected = actions.clip(nearest, furthest).clip(*limits)
     size = np.abs([low, high, *limits]).max() + np.abs(reference).max()
+    size = max(size, 1e6 * float(np.finfo(np.float32).tiny))  # actions are float32, which has nothing smaller
     np.testing.assert_allclose(normalizer.unnormalize_actions(normalized, bins), expected, rtol=1e-6, atol=1e-6 * size)
     written = data.draw(arrays(np.float64, (30, 2, 2), elements=st.floats(-1e9, 1e9)))  # by an untrained policy
     sent = normalizer.unnormalize_actions(written, bins)
