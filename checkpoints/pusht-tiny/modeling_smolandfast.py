@@ -48,7 +48,7 @@ REFUSED_OPTIONS = ("max_length", "min_new_tokens", "min_length", "stop_strings",
 REFUSED_OPTIONS += ("prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
 
 
-# Where `GenerationMixin` is no direct base, `AutoModel` makes a new class at every load, which cannot be pickled.
+# Unless `GenerationMixin` is a direct base, `AutoModel` makes a new class at every load, which cannot be pickled.
 class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, GenerationMixin):
     """SmolVLM with a loss and a `generate()` for FAST action tokens.
 
