@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,9 @@ TOKENIZER_FILES = {
     "tokenization_fast_action.py",
 }
 CHUNK_SIZE = 8
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, for tests of Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 torch.set_num_threads(1 if PARALLEL else 2)
