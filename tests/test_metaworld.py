@@ -200,6 +200,7 @@ def test_collecting_goes_on_where_it_was_stopped(demonstrations, tmp_path, capsy
     (tmp_path / "data").rename(tmp_path / "old")
     collect_metaworld.main(arguments)
     assert part.stat().st_mtime_ns == written
+    (tmp_path / "data").rename(tmp_path / "older")
     with pytest.raises(SystemExit):
         collect_metaworld.main([*arguments, "--draw_every", "4"])
     assert "was begun with {'max_steps': 250, 'draw_every': 2, 'policy': None}" in capsys.readouterr().err
