@@ -24,7 +24,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from bench import RESULTS, seconds
-from evaluate import find_backend, installed_versions, load_predict, map_in_processes, run_script, write_json
+from evaluate import find_backend, installed_versions, load_predict, map_in_processes, write_json
 from pusht import BENCHMARK, CONTROL_HZ
 from rollouts import rollout
 
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

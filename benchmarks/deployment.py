@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from bench import RESULTS, describe_machine, seconds, write_table
 from bench_256m import TEXT, VISION
-from evaluate import load_policy, load_predict, make_predict, run_script
+from evaluate import load_policy, load_predict, make_predict
 from export_policy import export_policy
 from releases import collect
 
@@ -197,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

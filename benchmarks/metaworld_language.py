@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import find_backend, installed_versions, rollout_in_processes, run_script, write_json
+from evaluate import find_backend, installed_versions, rollout_in_processes, write_json
 from metaworld_tasks import BENCHMARK, TASKS
 from rollouts import success_rate
 
@@ -191,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

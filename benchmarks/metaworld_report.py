@@ -23,7 +23,6 @@ from evaluate import (
     load_predict,
     make_output_dir,
     rollout_in_processes,
-    run_script,
     summary,
     write_json,
 )
@@ -96,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

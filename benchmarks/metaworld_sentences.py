@@ -24,7 +24,7 @@ from metaworld_language import OUTSIDE, UNSEEN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import run_script, write_json
+from evaluate import write_json
 from metaworld_tasks import TASKS
 from metaworld_wordings import OTHER_WORDINGS
 
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

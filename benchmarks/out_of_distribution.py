@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from evaluate import load_policy, run_script, write_json  # noqa: E402
+from evaluate import load_policy, write_json  # noqa: E402
 from lerobot_dataset import LeRobotChunkDataset  # noqa: E402
 
 FRAMES = 96
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import load_policy, make_output_dir, make_predict, run_script
+from evaluate import load_policy, make_output_dir, make_predict
 from pusht import BENCHMARK as PUSHT
 from pusht import CONTROL_HZ
 from rollouts import Episode, rollout, write_contact_sheet
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

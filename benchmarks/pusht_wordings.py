@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import installed_versions, load_policy, make_output_dir, make_predict, run_script, write_json
+from evaluate import installed_versions, load_policy, make_output_dir, make_predict, write_json
 from pusht import BENCHMARK as PUSHT
 from pusht import TASK
 from rollouts import rollout
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from evaluate import load_policy, make_predict, run_script
+from evaluate import load_policy, make_predict
 from pusht import BENCHMARK as PUSHT
 from rollouts import rollout
 
@@ -111,4 +111,4 @@ def write_table(rows: list[dict], observations: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from evaluate import load_policy, make_predict, run_script, write_json  # noqa: E402
+from evaluate import load_policy, make_predict, write_json  # noqa: E402
 from pusht import BENCHMARK as PUSHT  # noqa: E402
 from rollouts import rollout  # noqa: E402
 
@@ -113,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -9,10 +9,11 @@ variable `CHECKPOINT` names the policy's repository on the Hub.
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+import interrupt  # noqa: F401 - before all that takes long
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
@@ -134,7 +135,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from evaluate import load_policy, make_predict, write_json

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import platform
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -25,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from rollouts import (
@@ -46,15 +46,6 @@ from smolandfast.loop_smolandfast import STRATEGIES
 from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
 
 NAMES = ["metrics.json", "rollouts.mp4", "rollouts.png"]  # all that is written
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script; Ctrl-C ends it with one line and the exit status that shells expect."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        sys.exit(130)
 
 
 def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
@@ -396,4 +387,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

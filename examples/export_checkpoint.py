@@ -12,8 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
+import interrupt  # noqa: F401 - before all that takes long
 import torch
-from evaluate import first_line, run_script
+from evaluate import first_line
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, read_json, write_checksums
@@ -73,4 +74,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -18,10 +18,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import onnx
 import torch
-from evaluate import find_checkpoint, load_policy, run_script
+from evaluate import find_checkpoint, load_policy
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from torch import nn
 from torch.export import Dim
@@ -338,4 +339,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -14,6 +14,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from accelerate import PartialState

@@ -16,6 +16,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from muon import make_muon

@@ -13,7 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from evaluate import check_checkpoint, first_line, load_benchmark, load_policy, run_script
+import interrupt  # noqa: F401 - before all that takes long
+from evaluate import check_checkpoint, first_line, load_benchmark, load_policy
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
@@ -160,4 +161,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

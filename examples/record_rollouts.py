@@ -9,6 +9,7 @@ of that action. LeRobot and [`LeRobotChunkDataset`] read it.
 import argparse
 from pathlib import Path
 
+import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 from evaluate import check_checkpoint, check_counts, load_checkpoint, make_predict
 from lerobot_writer import IMAGE_KEY, check_new_folder, write_dataset

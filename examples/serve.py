@@ -31,9 +31,10 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
+import interrupt  # noqa: F401 - before all that takes long
 import msgpack
 import numpy as np
-from evaluate import first_line, run_script
+from evaluate import first_line
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.server import Server, ServerConnection, serve
@@ -225,4 +226,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

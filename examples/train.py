@@ -17,6 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list

@@ -250,7 +250,7 @@ import sys
 sys.path[:0] = sys.argv[1:]
 import serve, test_serve
 serve.DeployedPolicy = test_serve.DeployedStandIn
-serve.run_script(lambda: serve.main(["--checkpoint", "deployed", "--port", "0"]))
+serve.main(["--checkpoint", "deployed", "--port", "0"])
 """
 
 
