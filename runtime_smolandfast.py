@@ -6,6 +6,7 @@ action strings are written under the grammar that `generate()` uses, so here too
 weights.
 """
 
+import functools
 import logging
 import math
 import time
@@ -270,24 +271,32 @@ class _OnnxRuntime:
         return self.session.run(None, inputs)
 
 
+@functools.cache
+def _openvino_core() -> Any:
+    """The one `openvino.Core` of the process, which is never freed.
+
+    On processors with AMX a core gives signals a stack of their own. Where several cores are freed, that stack may be
+    freed memory (seen with 2026.4), and the next signal, Ctrl-C too, ends the process without a word.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class _OpenVino:
     """A graph that OpenVINO runs, on a processor in float32: inputs by name to a list of outputs."""
 
     def __init__(self, path: Path, num_threads: int | None, device: str | None):
-        import openvino
-
         device = device or "CPU"
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if device == "CPU":
             options["INFERENCE_PRECISION_HINT"] = "f32"  # otherwise bf16, where the processor has it
             options |= {} if num_threads is None else {"INFERENCE_NUM_THREADS": num_threads}
-        self.request = openvino.Core().compile_model(path, device, options).create_infer_request()
+        self.request = _openvino_core().compile_model(path, device, options).create_infer_request()
 
     @staticmethod
     def check_device(device: str | None) -> None:
-        import openvino
-
-        found = openvino.Core().available_devices  # such as ["CPU", "GPU.0", "GPU.1"]
+        found = _openvino_core().available_devices  # such as ["CPU", "GPU.0", "GPU.1"]
         if device is not None and device not in {*found, *(name.partition(".")[0] for name in found)}:
             raise ValueError(f"device is {device!r}, expected one of {found}.")
 

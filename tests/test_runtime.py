@@ -76,6 +76,28 @@ def test_chunks_and_reports_are_those_of_the_checkpoint(deployed, stock, backend
     check_equal(DeployedPolicy(deployed, backend), *stock)
 
 
+SIGNALLED = """
+import signal, sys
+from smolandfast.runtime_smolandfast import DeployedPolicy
+signals = []
+signal.signal(signal.SIGINT, lambda *_: signals.append("seen"))
+first, second = (DeployedPolicy(sys.argv[1], backend=sys.argv[2]) for _ in range(2))
+del first
+signal.raise_signal(signal.SIGINT)
+del second
+signal.raise_signal(signal.SIGINT)
+print(*signals)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_signal_is_delivered_when_policies_have_been_freed(deployed, backend):
+    """With a core for each policy, OpenVINO's signal stack is freed memory then, where the processor has AMX."""
+    pytest.importorskip(backend)
+    result = subprocess.run([sys.executable, "-c", SIGNALLED, deployed, backend], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "seen seen\n"), result.stderr
+
+
 def test_chunks_of_fast_plus_are_too(fast_plus, demonstrations, tmp_path):
     """Its tokens may end inside a character, and hold more coefficients than a chunk has."""
     statistics = compute_statistics(*demonstrations)
