@@ -1,7 +1,7 @@
 """Muon for the matrices inside the layers, AdamW for the rest, as one optimizer for `Trainer`.
 
 From random weights, the tiny vision tower needed half as many samples with Muon (Jordan et al. 2024) as with AdamW;
-`benchmarks/pusht_recipe.md` has the figures. Muon optimizes matrices only.
+`LOG.md` has the figures. Muon optimizes matrices only.
 """
 
 import math
