@@ -21,7 +21,7 @@ PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # What `make test`, `make test-oldest` and `make test-newest` run: all tests, or for example TESTS="tests/test_loop.py".
 TESTS ?=
 CORE := $(addprefix tests/test_,auto_classes.py checkpoint.py configuration.py generation.py modeling.py \
-	normalization.py packing.py processing.py requirements.py runtime.py tokenization.py training.py)
+	normalization.py processing.py requirements.py runtime.py tokenization.py training.py)
 # The tests that draw Meta-World, and are skipped where OSMesa is missing.
 METAWORLD_TESTS := tests/test_metaworld.py tests/test_push_to_hub.py
 # DISCARD=1 removes an environment after its tests: some take 8 GB.

@@ -32,20 +32,16 @@ class Way:
 
     is_stock: bool = False
     is_autocast: bool = True  # TrainingArguments(bf16=True)
-    attention: str = "sdpa"
     is_checkpointed: bool = False
     has_lora: bool = False  # the frozen weights in bf16, the adapters in fp32
 
 
-OURS = {"attention": "bf16_training"}
 WAYS = {
     "stock, fp32": Way(is_stock=True, is_autocast=False),
     "stock, bf16 autocast": Way(is_stock=True),
     "bf16 autocast": Way(),
-    "bf16 autocast, bf16_training": Way(**OURS),
-    "the same, gradient checkpointing": Way(**OURS, is_checkpointed=True),
+    "bf16 autocast, gradient checkpointing": Way(is_checkpointed=True),
     "LoRA, bf16 autocast": Way(has_lora=True),
-    "LoRA, bf16 autocast, bf16_training": Way(**OURS, has_lora=True),
 }
 
 
@@ -53,7 +49,6 @@ def measure(way: Way, scale_factor: int) -> dict[str, float]:
     """Seconds of a step, peak memory in GB, the loss of the first step."""
     model = make_model(scale_factor).to(torch.bfloat16 if way.has_lora else torch.float32)
     model = (make_stock(model) if way.is_stock else model).train()
-    model.set_attn_implementation(way.attention)
     if way.is_checkpointed:
         model.gradient_checkpointing_enable()
     if way.has_lora:

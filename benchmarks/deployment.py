@@ -135,9 +135,6 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     state, task = np.mean(processor.normalizer.state_bounds, axis=0), processor.default_task
     models = {"PyTorch, float32": model}
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        models["PyTorch, bf16"] = load_policy(checkpoint, dtype=torch.bfloat16)[0]
-        models["PyTorch, bf16, pack()"] = load_policy(checkpoint, dtype=torch.bfloat16)[0].pack()
     figures = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -372,7 +372,6 @@ def make_policy(
                 **processor.model_kwargs(),
                 n_action_steps=args.n_action_steps,
                 dtype=torch.float32,
-                attn_implementation="bf16_training",
                 **frozen,
                 **kwargs,
             )

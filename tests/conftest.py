@@ -27,7 +27,6 @@ PYTHON_FILES = {
     "hub_smolandfast.py",
     "modeling_smolandfast.py",
     "normalization_smolandfast.py",
-    "packing_smolandfast.py",
     "processing_smolandfast.py",
     "prompt_smolandfast.py",
     "strings_smolandfast.py",

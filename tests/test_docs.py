@@ -111,16 +111,10 @@ def test_the_deployed_policy_drives_an_arm_as_it_is_written(tmp_path):
         assert result.stdout.startswith(words)
 
 
-@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"), reason="no bf16 products")
-def test_the_real_sizes_snippet_packs_the_shipped_policy_too():
-    exec(snippets("real_size.md", "python")[0], names := {"folder": str(ROOT / "checkpoints/pusht-tiny")})
-    assert names["model"].is_packed
-
-
 def test_no_python_snippet_is_left_out():
     """Two of them are run elsewhere: the README's ten lines in test_auto_classes, the controller in test_report."""
     counts = {page: len(snippets(page, "python")) for page in PAGES if snippets(page, "python")}
-    here = {"deployment.md": 1, "your_robot.md": 6, "training.md": 1, "real_size.md": 1}
+    here = {"deployment.md": 1, "your_robot.md": 6, "training.md": 1}
     assert counts == {"README.md": 1, "safety.md": 1} | here
 
 

@@ -1,4 +1,4 @@
-"""`runs/*.sh` start the scripts that they name with options that those have, once each, and go on where they stopped."""
+"""`runs/*.sh` run each script once, with options that it has, and continue where they stopped."""
 
 import os
 import shlex
@@ -9,7 +9,7 @@ import pytest
 from train_arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
-# Instead of Python: writes its arguments down, and the files that the scripts end with; stops at the step to interrupt.
+# Used as Python: logs its arguments, writes the files that the scripts write, fails at the step to interrupt.
 STAND_IN = """#!/usr/bin/env bash
 echo "$@" >> "$LOG"
 mkdir -p "${@: -1}/checkpoint-1500"

@@ -1,6 +1,5 @@
 """What training a policy needs and running one does not: no checkpoint carries these files."""
 
-from .attention import bf16_training_attention
 from .checkpoints import WholeCheckpointTrainer, find_checkpoints, last_whole_checkpoint
 from .collator import ActionDataCollator
 from .optimization import bf16_is_faster, make_optimizer, parameter_groups
@@ -10,7 +9,6 @@ __all__ = [
     "ActionDataCollator",
     "WholeCheckpointTrainer",
     "bf16_is_faster",
-    "bf16_training_attention",
     "find_checkpoints",
     "last_whole_checkpoint",
     "make_optimizer",

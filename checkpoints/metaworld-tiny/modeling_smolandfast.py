@@ -63,7 +63,6 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         config.check()
         super().__init__(config)
         self._freeze()
-        self.is_packed = False
 
     def _freeze(self) -> None:
         self.model.vision_model.requires_grad_(not self.config.freeze_vision_tower)
@@ -200,43 +199,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         if push_to_hub and is_main_process:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
 
-    def pack(self) -> "SmolAndFastForActionPrediction":
-        """Make inference in bf16 on a CPU faster, in place: see `packing_smolandfast.py`.
-
-        The model can then neither be trained nor saved, and its attention is PyTorch's fused one. Results differ from
-        those before by the rounding of bf16.
-
-        Returns:
-            The model itself. If its scores on made-up inputs then differ by more than rounding, or if parts of PyTorch
-            and Transformers that this stands on have changed, it is left as it was, and a warning says so.
-
-        Raises:
-            ValueError: Weights in another type than bf16, a processor without bf16 products, or a model that is packed
-                already.
-        """
-        if self.is_packed or getattr(self, "is_quantized", False):
-            raise ValueError("The weights are packed or quantized already. Load the model again, in bf16, to pack it.")
-        if self.dtype != torch.bfloat16 or self.device.type != "cpu":
-            raise ValueError(
-                f"The weights are {self.dtype} on {self.device}, expected bf16 on a CPU: elsewhere packing brings "
-                "nothing. Load the model with dtype=torch.bfloat16."
-            )
-        if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-            raise ValueError("This processor has no bf16 products (AVX-512 at least). Leave the model as it is.")
-        try:
-            from .packing_smolandfast import pack
-        except ImportError as error:
-            logger.warning(f"pack() left the model as it was, only slower: this release lacks what it needs. {error}.")
-            return self
-        was_training = self.training
-        self.is_packed = pack(self.eval())
-        return self.train(was_training)
-
     # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
     @wraps(SmolVLMForConditionalGeneration.forward)
     def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
-        if self.is_packed and self.training:
-            raise ValueError("A packed model cannot be trained. Load it again, or call eval().")
         if labels is None:
             self._check_inputs(*args, **kwargs)
             return super().forward(*args, return_dict=return_dict, **kwargs)
