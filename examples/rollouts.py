@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 from smolandfast.loop_smolandfast import Schedule
@@ -252,21 +253,14 @@ class RolloutResult:
 
 
 def success_rate(successes: Sequence[bool]) -> dict[str, float]:
-    low, high = wilson_interval(sum(successes), len(successes))
+    """Percent, with the 95 % Wilson score interval: within [0, 100], and not empty at either end."""
+    interval = binomtest(sum(successes), len(successes)).proportion_ci(method="wilson")
     return {
         "pc_success": 100.0 * sum(successes) / len(successes),
-        "pc_success_low": 100.0 * low,
-        "pc_success_high": 100.0 * high,
+        "pc_success_low": 100.0 * float(interval.low),
+        "pc_success_high": 100.0 * float(interval.high),
         "n_episodes": len(successes),
     }
-
-
-def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a success rate: within [0, 1], and not empty at 0 or 1."""
-    z2, failures = Z_95**2, num_trials - num_successes
-    centre = (num_successes + z2 / 2) / (num_trials + z2)
-    margin = Z_95 * math.sqrt(num_successes * failures / num_trials + z2 / 4) / (num_trials + z2)
-    return max(0.0, centre - margin), min(1.0, centre + margin)
 
 
 def rollout(
