@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from transformers import SmolVLMConfig
 from transformers.utils import logging
 
-from .checks_smolandfast import check_whole, naming_errors
+from .checks_smolandfast import as_value_error, check_whole
 
 # The releases that the whole test suite passes on, as in pyproject.toml. A checkpoint's code meets any.
 TESTED_TRANSFORMERS = ">=5.18,<5.25,!=5.20.*"
@@ -112,7 +112,7 @@ class SmolAndFastConfig(SmolVLMConfig):
         for name in BACKBONE_SIZES:
             if isinstance(part := getattr(self, name), dict):
                 _check_fields(f"{name}.", part)
-        with naming_errors("The configuration", FIX):
+        with as_value_error("The configuration", FIX):
             super().__post_init__(**kwargs)
         self.check()
 
@@ -126,7 +126,7 @@ class SmolAndFastConfig(SmolVLMConfig):
                 f"This is a checkpoint of model type {found!r}, expected 'smolandfast', or 'smolvlm' to start from. "
                 "Name a SmolAndFast folder or a SmolVLM one such as HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
             )
-        with naming_errors("The configuration", FIX, passing=(ValueError,)):
+        with as_value_error("The configuration", FIX, passing=(ValueError,)):
             result = super().from_dict(config_dict, **kwargs)
         # Transformers sets keyword arguments on the finished object, after `__post_init__`.
         (result[0] if isinstance(result, tuple) else result).check()
@@ -134,7 +134,7 @@ class SmolAndFastConfig(SmolVLMConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
-        with naming_errors("config.json"):
+        with as_value_error("config.json"):
             config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") in BACKBONE_MODEL_TYPES:
             config_dict["model_type"] = cls.model_type

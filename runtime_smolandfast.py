@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .checks_smolandfast import check_length, check_whole, naming_errors
+from .checks_smolandfast import as_value_error, check_length, check_whole
 from .files_smolandfast import SUMS, check_checksums, read_checksums, read_json
+from .grammar_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
 from .normalization_smolandfast import Normalizer
 from .prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
-from .strings_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
 
 logger = logging.getLogger("smolandfast")
 
@@ -84,7 +84,7 @@ class DeployedPolicy:
         about = read_json(folder / POLICY, AGAIN)
         if about.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {about.get('format')!r}, this code reads {FORMAT}. {AGAIN}")
-        with naming_errors(folder, AGAIN, passing=(ImportError,)):
+        with as_value_error(folder, AGAIN, passing=(ImportError,)):
             self._read(about)
             self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)

@@ -16,9 +16,9 @@ from scipy.fft import dct
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .checks_smolandfast import MAX_NORMALIZED, as_numbers, check_whole, in_batches, naming_errors
+from .checks_smolandfast import MAX_NORMALIZED, as_numbers, as_value_error, check_whole, in_batches
+from .grammar_smolandfast import FIRST_SYMBOL, MAX_CODE_POINT, MAX_SYMBOLS, inverse_dct, read_coefficients
 from .hub_smolandfast import HUB_KWARGS, find_file
-from .strings_smolandfast import FIRST_SYMBOL, MAX_CODE_POINT, MAX_SYMBOLS, inverse_dct, read_coefficients
 
 MAX_COEFFICIENT = 2**31
 # Of a larger data set, merges are learnt from evenly spaced chunks: they need about 100 bytes a coefficient.
@@ -132,7 +132,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             find_file(pretrained_model_name_or_path, name, **hub_kwargs)
             for name in ("processor_config.json", "tokenizer.json")
         )
-        with naming_errors(f"The action tokenizer in {pretrained_model_name_or_path}", passing=(ValueError,)):
+        with as_value_error(f"The action tokenizer in {pretrained_model_name_or_path}", passing=(ValueError,)):
             official = {} if official_file is None else json.loads(official_file.read_bytes())
             if "min_token" in official:
                 kwargs.setdefault("scale", official["scale"])
@@ -279,7 +279,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         return inverse_dct((coefficients / self.scale).reshape(-1, horizon, action_dim))
 
     def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
-        with naming_errors(f"ids[{index}]", "Pass a list of ids for each chunk."):
+        with as_value_error(f"ids[{index}]", "Pass a list of ids for each chunk."):
             ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(

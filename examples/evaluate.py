@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1000, help="episode i resets its environment with seed + i")
     parser.add_argument("--num_envs", type=int, default=16, help="episodes played side by side (16)")
     parser.add_argument("--num_processes", type=int, default=1, help="among which the tasks are divided (1)")
-    parser.add_argument("--full_pictures", action="store_true", help="metaworld: the pictures that LeRobot draws")
+    parser.add_argument("--full_render", action="store_true", help="metaworld: the pictures that LeRobot draws")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each chunk (the checkpoint's own)")
     parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, help="of sampling (1.0)")
@@ -309,10 +309,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.temperature is not None and not (args.do_sample and 0 < args.temperature < float("inf")):
         parser.error(f"--temperature is {args.temperature}. Give a positive number, and --do_sample with it.")
     benchmark = load_benchmark(parser, args.benchmark)
-    if args.full_pictures:
+    if args.full_render:
         if args.benchmark != "metaworld":
-            parser.error(f"--full_pictures: {args.benchmark} has one kind of pictures. Drop it.")
-        benchmark = replace(benchmark, make_scene=partial(benchmark.make_scene, full_pictures=True))
+            parser.error(f"--full_render: {args.benchmark} has one kind of pictures. Drop it.")
+        benchmark = replace(benchmark, make_scene=partial(benchmark.make_scene, full_render=True))
     for task in args.tasks or ():
         if task not in benchmark.tasks:
             parser.error(f"--tasks: {benchmark.name} has no {task}, only {', '.join(benchmark.tasks)}.")
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics = {
         **{name: getattr(args, name) for name in ("benchmark", "checkpoint", "num_envs", "dtype", "device")},
         **({} if args.backend is None else {"backend": args.backend, "max_tokens": args.max_tokens}),
-        **({"full_pictures": args.full_pictures} if args.benchmark == "metaworld" else {}),
+        **({"full_render": args.full_render} if args.benchmark == "metaworld" else {}),
         "n_action_steps": n_action_steps,
         "num_processes": args.num_processes,
         "num_threads": torch.get_num_threads() if args.num_processes == 1 else 1,

@@ -26,7 +26,7 @@ from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from PIL import Image
 from transformers.utils import logging
 
-from smolandfast.checks_smolandfast import as_rgb_images, check_whole, naming_errors
+from smolandfast.checks_smolandfast import as_rgb_images, as_value_error, check_whole
 from smolandfast.files_smolandfast import atomic_write, read_json
 from smolandfast.normalization_smolandfast import ACTION, STATE
 
@@ -278,7 +278,7 @@ class LeRobotChunkDataset(torch.utils.data.Dataset):
             f"in it, such as {default!r}. {AGAIN}",
         )
         what = f"{name} in {self.root / INFO} is {template!r}, which"
-        with naming_errors(what, f"Expected a path such as {default!r}. {AGAIN}"):
+        with as_value_error(what, f"Expected a path such as {default!r}. {AGAIN}"):
             indices = zip(table[f"{prefix}/chunk_index"], table[f"{prefix}/file_index"], strict=True)
             fill = template.format
             return [self.root / fill(**fields, chunk_index=int(c), file_index=int(f)) for c, f in indices]
@@ -460,7 +460,7 @@ def _read_info(root: Path) -> dict:
 
 def _read_numbers(path: Path, widths: dict[str, int]) -> dict[str, np.ndarray]:
     """Columns of a file as `(rows, width)`. Where the width is 1, plain numbers do as well as lists of one."""
-    with naming_errors(path, AGAIN), pq.ParquetFile(path) as file:
+    with as_value_error(path, AGAIN), pq.ParquetFile(path) as file:
         table = file.read(columns=list(widths))
     numbers = {}
     for name, width in widths.items():
@@ -479,7 +479,7 @@ def _read_numbers(path: Path, widths: dict[str, int]) -> dict[str, np.ndarray]:
 
 
 def _read_texts(path: Path, task_index: list[int]) -> list[str]:
-    with naming_errors(path, AGAIN):
+    with as_value_error(path, AGAIN):
         table = pq.read_table(path).to_pydict()
         name = "task" if "task" in table else "__index_level_0__"  # what pandas calls an index without a name
         tasks = dict(zip(table["task_index"], table[name], strict=True))
@@ -515,7 +515,7 @@ def _open_frames(path: Path, key: str, n_frames: int, fps: float | None, folder:
         frames = np.load(target, mmap_mode="r")  # refuses a file that was cut off
         if len(frames) == n_frames:
             return frames
-    no_room = naming_errors(folder, "Choose a cache_dir that can be written and has room.", passing=(ValueError,))
+    no_room = as_value_error(folder, "Choose a cache_dir that can be written and has room.", passing=(ValueError,))
     with no_room, atomic_write(target) as unfinished, open(unfinished, "wb") as file:
         count, shape = 0, None
         for frame in _decode_frames(path, key, fps):
@@ -535,7 +535,7 @@ def _open_frames(path: Path, key: str, n_frames: int, fps: float | None, folder:
 
 def _decode_frames(path: Path, key: str, fps: float | None) -> Iterator[np.ndarray]:
     """The frames of a video, or of the image column `key` of a parquet file, as uint8 `(H, W, 3)`."""
-    with naming_errors(path, AGAIN):
+    with as_value_error(path, AGAIN):
         if fps is not None:
             with av.open(str(path)) as video:
                 for i, frame in enumerate(video.decode(video=0)):

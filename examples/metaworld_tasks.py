@@ -157,15 +157,15 @@ class MetaworldScene:
 
     Args:
         task: A key of `TASKS`.
-        full_pictures: Draw as LeRobot does, 480 pixels a side, smoothed, with sharp shadows and reflections. Otherwise
+        full_render: Draw as LeRobot does, 480 pixels a side, smoothed, with sharp shadows and reflections. Otherwise
             256 pixels with coarse shadows and an arm of fewer triangles, which takes a seventh of the time:
             `benchmarks/metaworld_recipe.md`. Both are reduced to 128.
     """
 
-    def __init__(self, task: str, full_pictures: bool = False):
+    def __init__(self, task: str, full_render: bool = False):
         if task not in TASKS:
             raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}.")
-        self.task, self.full_pictures = task, full_pictures
+        self.task, self.full_render = task, full_render
         name = f"{task}-v3"
         benchmark = _make_benchmark(name)
         self.env = benchmark.train_classes[name]()
@@ -207,7 +207,7 @@ class MetaworldScene:
     def image(self) -> np.ndarray:
         """Draw the scene: uint8 `(128, 128, 3)`."""
         if self._renderer is None:
-            self._renderer = self._make_renderer(480 if self.full_pictures else 256)
+            self._renderer = self._make_renderer(480 if self.full_render else 256)
         self._renderer.update_scene(self.env.data, "corner2")
         picture = Image.fromarray(self._renderer.render()[::-1, ::-1])  # this camera stands on its head
         return np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
@@ -220,11 +220,11 @@ class MetaworldScene:
 
     def _make_renderer(self, size: int) -> mujoco.Renderer:
         model = self.env.model
-        if not self.full_pictures:
+        if not self.full_render:
             model = simplified(model)
             model.vis.quality.offsamples, model.vis.quality.shadowsize = 0, 512
         renderer = mujoco.Renderer(model, size, size)
-        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.full_pictures
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.full_render
         return renderer
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ from training_runs import (
 from transformers import TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
-from smolandfast.training import WholeCheckpointTrainer, bf16_is_faster, make_tiny_vision
+from smolandfast.training import AtomicCheckpointTrainer, bf16_is_faster, make_tiny_vision
 
 FIRST_SEED, MAX_SCENES = 10_000_000, 10_000  # demonstrations and evaluations have lower seeds
 # Of the 21 numbers of `MetaworldScene.poses`: hand, opening, positions of two objects and the goal.
@@ -187,7 +187,7 @@ def pretrain(
     indices = np.flatnonzero(frames.frame_index % args.sample_every == 0)
     model.means.copy_(torch.from_numpy(labels.mean(axis=0)))
     groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
-    trainer = WholeCheckpointTrainer(
+    trainer = AtomicCheckpointTrainer(
         model,
         TrainingArguments(
             args.output_dir,

@@ -38,7 +38,7 @@ from training_runs import (
 from transformers import TrainerCallback, TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
-from smolandfast.training import WholeCheckpointTrainer, bf16_is_faster, make_tiny_vision
+from smolandfast.training import AtomicCheckpointTrainer, bf16_is_faster, make_tiny_vision
 
 HARMONICS = 4  # of the T's angle, in the labels
 # What pretraining writes: not the files that only a policy's checkpoints have. Those with a dot are unfinished.
@@ -174,7 +174,7 @@ def pretrain(model: nn.Module, args: argparse.Namespace) -> None:
     images, points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     held_out = max(args.num_scenes // 60, 1)
     groups = [{"params": list(model.parameters()), "lr": args.learning_rate, "weight_decay": 0.01}]
-    trainer = WholeCheckpointTrainer(
+    trainer = AtomicCheckpointTrainer(
         model,
         TrainingArguments(
             args.output_dir,

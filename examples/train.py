@@ -45,7 +45,7 @@ from smolandfast import (
 from smolandfast.files_smolandfast import read_json
 from smolandfast.training import (
     ActionDataCollator,
-    WholeCheckpointTrainer,
+    AtomicCheckpointTrainer,
     find_checkpoints,
     make_optimizer,
     make_tiny_model,
@@ -174,7 +174,7 @@ class GroupedByLength(Sampler):
         return iter(np.concatenate([*batches, *last]).tolist())
 
 
-class PolicyTrainer(WholeCheckpointTrainer):
+class PolicyTrainer(AtomicCheckpointTrainer):
     """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that.
 
     With `push_to_hub`, the model card is ours; `card_options` are arguments of [`model_card.write_card`].

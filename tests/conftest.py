@@ -29,7 +29,7 @@ PYTHON_FILES = {
     "normalization_smolandfast.py",
     "processing_smolandfast.py",
     "prompt_smolandfast.py",
-    "strings_smolandfast.py",
+    "grammar_smolandfast.py",
     "tokenization_fast_action.py",
 }
 # What its action tokenizer's own folder carries.
@@ -37,7 +37,7 @@ TOKENIZER_FILES = {
     "checks_smolandfast.py",
     "files_smolandfast.py",
     "hub_smolandfast.py",
-    "strings_smolandfast.py",
+    "grammar_smolandfast.py",
     "tokenization_fast_action.py",
 }
 CHUNK_SIZE = 8

@@ -27,7 +27,7 @@ from smolandfast import SmolAndFastForActionPrediction
 from smolandfast.files_smolandfast import SUMS
 from smolandfast.training import (
     ActionDataCollator,
-    WholeCheckpointTrainer,
+    AtomicCheckpointTrainer,
     last_whole_checkpoint,
     make_optimizer,
     make_tiny_model,
@@ -214,7 +214,7 @@ def make_trainer(processor, policy, batch):
             disable_tqdm=True,
             **{"max_steps": 2, "save_steps": 1} | options,
         )
-        return WholeCheckpointTrainer(
+        return AtomicCheckpointTrainer(
             policy,
             arguments,
             data_collator=ActionDataCollator(processor),

@@ -72,7 +72,7 @@ def test_a_scene_is_what_lerobots_wrapper_shows():
     env._freeze_rand_vec, env.seeded_rand_vec = False, True
     env.seed(5)
     observation, _ = env.reset(seed=5)
-    ours = MetaworldScene("push", full_pictures=True)
+    ours = MetaworldScene("push", full_render=True)
     ours.reset(5)
     for action in np.random.default_rng(0).uniform(-1.5, 1.5, (5, 4)).astype(np.float32):
         np.testing.assert_array_equal(ours.state, observation[:4].astype(np.float32))
@@ -277,11 +277,11 @@ def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cach
     both = json.loads((tmp_path / "processes/metrics.json").read_text())
     for name in ("tasks", "seeds", "max_rewards", "episode_lengths"):
         assert both[name] == metrics[name]
-    evaluate.main([*again, str(tmp_path / "full"), "--full_pictures", "--record", "0"])
-    assert json.loads((tmp_path / "full/metrics.json").read_text())["full_pictures"] is True
+    evaluate.main([*again, str(tmp_path / "full"), "--full_render", "--record", "0"])
+    assert json.loads((tmp_path / "full/metrics.json").read_text())["full_render"] is True
     with pytest.raises(SystemExit):
-        evaluate.main(["--checkpoint", "checkpoints/pusht-tiny", "--full_pictures"])
-    assert "--full_pictures: pusht has one kind of pictures" in capsys.readouterr().err
+        evaluate.main(["--checkpoint", "checkpoints/pusht-tiny", "--full_render"])
+    assert "--full_render: pusht has one kind of pictures" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(output)])
     assert "has 4 action dimensions, pusht 2" in capsys.readouterr().err

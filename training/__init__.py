@@ -1,13 +1,13 @@
 """What training a policy needs and running one does not: no checkpoint carries these files."""
 
-from .checkpoints import WholeCheckpointTrainer, find_checkpoints, last_whole_checkpoint
+from .checkpoints import AtomicCheckpointTrainer, find_checkpoints, last_whole_checkpoint
 from .collator import ActionDataCollator
 from .optimization import bf16_is_faster, make_optimizer, parameter_groups
 from .tiny import make_tiny_model, make_tiny_processor, make_tiny_vision
 
 __all__ = [
     "ActionDataCollator",
-    "WholeCheckpointTrainer",
+    "AtomicCheckpointTrainer",
     "bf16_is_faster",
     "find_checkpoints",
     "last_whole_checkpoint",

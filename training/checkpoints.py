@@ -96,7 +96,7 @@ class CheckpointSealer(TrainerCallback):
     on_train_end = on_save  # `enable_jit_checkpoint` saves without an `on_save`
 
 
-class WholeCheckpointTrainer(Trainer):
+class AtomicCheckpointTrainer(Trainer):
     """`Trainer` that can be killed at any moment, and resumed with `train(resume_from_checkpoint="last")`.
 
     A save that fails, on a full disk for example, is an `OSError`; earlier checkpoints stay as they are. Checkpoints

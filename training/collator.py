@@ -26,7 +26,7 @@ class ActionDataCollator:
                 if name not in sample:
                     raise ValueError(
                         f"samples[{i}] has no {name!r}, only {sorted(sample)}; expected {', '.join(FIELDS)}. Return "
-                        "them from the data set, and with another Trainer than WholeCheckpointTrainer set "
+                        "them from the data set, and with another Trainer than AtomicCheckpointTrainer set "
                         "TrainingArguments(remove_unused_columns=False), or it removes them."
                     )
         return self.processor(**{name: [sample[name] for sample in samples] for name in FIELDS})

@@ -103,10 +103,10 @@ def _as_rgb(image, name: str) -> np.ndarray:
                 f"{name} is a PIL image of mode {image.mode!r}, expected 8-bit RGB. Depth and 16-bit images have no "
                 "colours: leave that camera out, or scale it to uint8 yourself, as for training."
             )
-        with naming_errors(name, "Pass an image that PIL can convert to RGB."):
+        with as_value_error(name, "Pass an image that PIL can convert to RGB."):
             image = np.asarray(image.convert("RGB"))
     elif hasattr(image, "detach"):
-        with naming_errors(name, "Pass a PIL image, a NumPy array or a tensor."):
+        with as_value_error(name, "Pass a PIL image, a NumPy array or a tensor."):
             image = image.detach().cpu()
             image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):
@@ -134,7 +134,7 @@ def _as_rgb(image, name: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def naming_errors(
+def as_value_error(
     what: object, fix: str = "Download or save it again.", passing: tuple[type, ...] = ()
 ) -> Iterator[None]:
     """Turn whatever a library raises on malformed content into a ValueError that names the content and the fix.

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from transformers import LogitsProcessor, StoppingCriteria
 
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
-from .strings_smolandfast import INVALID, grammar_tables
+from .grammar_smolandfast import INVALID, grammar_tables
 
 
 class ActionGrammar:

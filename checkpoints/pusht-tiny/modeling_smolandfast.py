@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .checks_smolandfast import SHORTEN, check_length, check_whole, naming_errors
+from .checks_smolandfast import SHORTEN, as_value_error, check_length, check_whole
 from .configuration_smolandfast import SmolAndFastConfig
 from .files_smolandfast import AGAIN, read_json, write_checksums
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
@@ -134,7 +134,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         Returns:
             Whether the connector's projection has to be re-created.
         """
-        with naming_errors(f"The configuration of {name}"), torch.device("meta"):
+        with as_value_error(f"The configuration of {name}"), torch.device("meta"):
             model = cls(config)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         tied = (HEAD_KEY,) if config.tie_word_embeddings else ()
@@ -467,7 +467,7 @@ def _check_generation_config(file: Path) -> None:
         fits &= not name.endswith("_token_id") or all(type(i) is int and abs(i) < 2**31 for i in ids)
         if value is not None and not fits:
             raise ValueError(f"{name} in {file} is {value!r}, expected an id, or for output_* True or False. {AGAIN}")
-    with naming_errors(file):
+    with as_value_error(file):
         GenerationConfig.from_dict(content)
 
 

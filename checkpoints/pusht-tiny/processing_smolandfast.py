@@ -21,13 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
 from transformers.utils import logging
 
-from .checks_smolandfast import as_numbers, check_fps, check_length, check_whole, naming_errors
+from .checks_smolandfast import as_numbers, as_value_error, check_fps, check_length, check_whole
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
 from .files_smolandfast import read_json
+from .grammar_smolandfast import MAX_SYMBOL_BYTES
 from .hub_smolandfast import HUB_KWARGS, find_file
 from .normalization_smolandfast import Normalizer
 from .prompt_smolandfast import BINS_IN_PROMPT, check_image_keys, read_observations, warning_of_new_tasks, write_prompt
-from .strings_smolandfast import MAX_SYMBOL_BYTES
 from .tokenization_fast_action import FastActionTokenizer
 
 logger = logging.get_logger(__name__)
@@ -175,7 +175,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         kwargs.pop("trust_remote_code", None)
         actions = {**hub_kwargs, "subfolder": str(PurePosixPath(hub_kwargs.get("subfolder") or "", ACTION_TOKENIZER))}
-        with naming_errors(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
+        with as_value_error(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
             if find_file(pretrained_model_name_or_path, PROCESSOR_FILE, **hub_kwargs) is None:
                 raise OSError(
                     f"{pretrained_model_name_or_path} has no {PROCESSOR_FILE}, so no SmolAndFast processor was saved "
@@ -238,7 +238,7 @@ class SmolAndFastProcessor(ProcessorMixin):
                     f"{pretrained_model_name_or_path} has no chat template. Name a SmolVLM checkpoint such as "
                     "HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
                 )
-            with naming_errors(file):
+            with as_value_error(file):
                 chat_template = read_json(file)["chat_template"]
         return cls(
             image_processor,
@@ -369,7 +369,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         is_one = np.ndim(state) == 1
         images, tasks, state = observations
         bins = self.normalizer.state_bins(state)
-        with naming_errors("The image processor", "Load it from the checkpoint again."):
+        with as_value_error("The image processor", "Load it from the checkpoint again."):
             pixels = self.image_processor(
                 images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
             )
@@ -474,7 +474,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         self, generated_ids, relaxed: bool = False
     ) -> tuple[np.ndarray, list[np.ndarray], list[tuple[int, int]]]:
         """Normalised chunks `(batch, chunk_size, action_dim)`, the prompts, and where each string starts and ends."""
-        with naming_errors("generated_ids", "Pass what generate() returned."):
+        with as_value_error("generated_ids", "Pass what generate() returned."):
             ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind != "i":
             raise ValueError(
@@ -525,7 +525,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         """What the chat template writes before and after the user's images and text."""
         mark, num_images = "{prompt}", len(self.image_keys)
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
-        with naming_errors("chat_template", "Load SmolVLM's, or the saved files again."):
+        with as_value_error("chat_template", "Load SmolVLM's, or the saved files again."):
             rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         parts = rendered.split(mark)
         if len(parts) != 2 or parts[0].count(self.tokenizer.image_token) != num_images:
