@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from evaluate import load_policy, write_json  # noqa: E402
-from lerobot_dataset import LeRobotChunkDataset  # noqa: E402
+
+from smolandfast.training import LeRobotChunkDataset  # noqa: E402
 
 FRAMES = 96
 

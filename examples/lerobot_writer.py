@@ -1,6 +1,6 @@
 """Write episodes as a LeRobot v3.0 data set, in the layout of the Hub's `lerobot/pusht`.
 
-Each table is one file, and so is the video; LeRobot and [`lerobot_dataset.LeRobotChunkDataset`] read them.
+Each table is one file, and so is the video; LeRobot and [`smolandfast.training.LeRobotChunkDataset`] read them.
 """
 
 import json

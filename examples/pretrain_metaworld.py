@@ -18,9 +18,7 @@ import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from accelerate import PartialState
-from lerobot_dataset import LeRobotChunkDataset
 from metaworld_tasks import BENCHMARK, IMAGE_SIZE, TASKS, MetaworldScene, shift_picture, shift_points
-from muon import make_muon
 from pretrain_vision import OUTPUTS, SaveVision, load_vision, save_vision
 from pusht_scenes import EpochSetter
 from torch import nn
@@ -37,7 +35,13 @@ from training_runs import (
 from transformers import TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
-from smolandfast.training import AtomicCheckpointTrainer, bf16_is_faster, make_tiny_vision
+from smolandfast.training import (
+    AtomicCheckpointTrainer,
+    LeRobotChunkDataset,
+    bf16_is_faster,
+    make_muon,
+    make_tiny_vision,
+)
 
 FIRST_SEED, MAX_SCENES = 10_000_000, 10_000  # demonstrations and evaluations have lower seeds
 # Of the 21 numbers of `MetaworldScene.poses`: hand, opening, positions of two objects and the goal.

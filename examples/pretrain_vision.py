@@ -19,7 +19,6 @@ from pathlib import Path
 import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
-from muon import make_muon
 from pusht import WORLD_SIZE
 from pusht_scenes import NUM_POINTS, EpochSetter, render_scenes, vary_scene
 from safetensors import SafetensorError
@@ -38,7 +37,7 @@ from training_runs import (
 from transformers import TrainerCallback, TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
-from smolandfast.training import AtomicCheckpointTrainer, bf16_is_faster, make_tiny_vision
+from smolandfast.training import AtomicCheckpointTrainer, bf16_is_faster, make_muon, make_tiny_vision
 
 HARMONICS = 4  # of the T's angle, in the labels
 # What pretraining writes: not the files that only a policy's checkpoints have. Those with a dot are unfinished.

@@ -23,9 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from evaluate import make_predict
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
-from lerobot_dataset import JoinedChunkDatasets, LeRobotChunkDataset, download_dataset
 from model_card import write_card
-from muon import make_muon
 from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, EpochSetter, rotate_points, turn_points, vary_scene
 from rollouts import Benchmark, get_benchmark, rollout
 from safetensors import SafetensorError
@@ -46,7 +44,11 @@ from smolandfast.files_smolandfast import read_json
 from smolandfast.training import (
     ActionDataCollator,
     AtomicCheckpointTrainer,
+    JoinedChunkDatasets,
+    LeRobotChunkDataset,
+    download_dataset,
     find_checkpoints,
+    make_muon,
     make_optimizer,
     make_tiny_model,
     make_tiny_processor,

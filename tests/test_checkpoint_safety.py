@@ -19,7 +19,7 @@ import torch
 from conftest import TASK, make_processor
 from PIL import Image
 from pusht_scenes import render_scenes
-from test_lerobot_dataset import write_table
+from test_data import write_table
 from train import EvaluateLastStep
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 

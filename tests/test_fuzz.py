@@ -20,9 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from lerobot_dataset import LeRobotChunkDataset
 from test_checkpoint_safety import write_demonstrations
-from test_lerobot_dataset import DATA, EPISODES, FRONT, INFO, WRIST, tiny_source  # noqa: F401
+from test_data import DATA, EPISODES, FRONT, INFO, WRIST, tiny_source  # noqa: F401
 
 from smolandfast import (
     FastActionTokenizer,
@@ -32,7 +31,7 @@ from smolandfast import (
     SmolAndFastProcessor,
     compute_statistics,
 )
-from smolandfast.training import make_tiny_model
+from smolandfast.training import LeRobotChunkDataset, make_tiny_model
 
 CASES = os.environ.get("FUZZ_CASES")
 settings.register_profile(

@@ -15,7 +15,6 @@ import metaworld
 import mujoco
 import pretrain_metaworld
 import train
-from lerobot_dataset import LeRobotChunkDataset
 from metaworld_language import OUTSIDE, UNSEEN
 from metaworld_report import kind_of_ending
 from metaworld_tasks import (
@@ -31,6 +30,8 @@ from metaworld_tasks import (
 )
 from PIL import Image
 from rollouts import Episode, rollout
+
+from smolandfast.training import LeRobotChunkDataset
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import record_rollouts
-from lerobot_dataset import LeRobotChunkDataset
 from pusht import ENV_ID, TASK
 from record_rollouts import DATASET, play, write_dataset
 from record_rollouts import main as record
+
+from smolandfast.training import LeRobotChunkDataset
 
 ROOT = Path(__file__).parents[1]
 RECORDED, RECORDED_SEED = Path(__file__).parent / "data/pusht_rollouts", 1028

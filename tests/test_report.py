@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK, make_processor
-from lerobot_dataset import LeRobotChunkDataset
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.generation_smolandfast import ActionGrammar
+from smolandfast.training import LeRobotChunkDataset
 
 ROOT = Path(__file__).parents[1]
 WITH_SCORES = {"return_dict_in_generate": True, "output_scores": True}

@@ -17,8 +17,6 @@ from conftest import TASK, make_processor
 from evaluate import load_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lerobot_dataset import LeRobotChunkDataset
-from muon import Muon, make_muon
 from pretrain_vision import OUTPUTS, make_labels
 from pretrain_vision import main as pretrain_vision
 from pusht import BENCHMARK as PUSHT
@@ -33,7 +31,15 @@ from transformers.optimization import get_scheduler
 
 from smolandfast import FastActionTokenizer, SmolAndFastProcessor
 from smolandfast.prompt_smolandfast import PROMPT
-from smolandfast.training import ActionDataCollator, make_optimizer, make_tiny_model, parameter_groups
+from smolandfast.training import (
+    ActionDataCollator,
+    LeRobotChunkDataset,
+    make_muon,
+    make_optimizer,
+    make_tiny_model,
+    parameter_groups,
+)
+from smolandfast.training.muon import Muon
 from smolandfast.training.tiny import make_text_tokenizer
 
 ROOT = Path(__file__).parents[1]

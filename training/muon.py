@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from smolandfast.training import bf16_is_faster
+from .optimization import bf16_is_faster
 
 
 class Muon(torch.optim.Optimizer):

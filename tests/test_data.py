@@ -10,16 +10,16 @@ from unittest.mock import Mock
 
 import av
 import huggingface_hub
-import lerobot_dataset
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import warnings_of
 from huggingface_hub.utils import httpx
-from lerobot_dataset import JoinedChunkDatasets, LeRobotChunkDataset, download_dataset
 from lerobot_writer import write_dataset
 from PIL import Image
+
+from smolandfast.training import JoinedChunkDatasets, LeRobotChunkDataset, data, download_dataset
 
 ROLLOUTS = Path(__file__).parent / "data/pusht_rollouts"
 FPS, LENGTHS = 10, [5, 7, 4]
@@ -395,7 +395,7 @@ def test_files_are_where_info_says(tiny, cache):
 def test_a_newer_version_3_is_tried_with_a_warning(tiny, cache):
     for version, is_known in (("v3.0", True), ("v3.1", False), ("v3.12", False)):
         edit_info(tiny, codebase_version=version)
-        with warnings_of(lerobot_dataset) as messages:
+        with warnings_of(data) as messages:
             assert len(LeRobotChunkDataset(tiny, 1, cache_dir=cache)) == 16
         assert len(messages) == (not is_known) and all(version in message for message in messages)
 
@@ -435,7 +435,7 @@ def test_frames_are_decoded_once_and_never_into_the_data_set(tiny, cache, monkey
     before = sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*"))
     first = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
     assert len(list(cache.iterdir())) == 3  # two videos of the front camera, one of the wrist's
-    monkeypatch.setattr(lerobot_dataset, "_decode_frames", lambda path, *args: pytest.fail(f"{path} is decoded again"))
+    monkeypatch.setattr(data, "_decode_frames", lambda path, *args: pytest.fail(f"{path} is decoded again"))
     again = LeRobotChunkDataset(tiny, 2, episodes=[1], cache_dir=cache)
     np.testing.assert_array_equal(again[0]["images"][1], first[5]["images"][1])
     assert sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*")) == before
@@ -690,7 +690,7 @@ def test_a_data_set_that_cannot_be_downloaded_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="'nobody/no-such-data-set'.*--dataset_root"):
         download_dataset("nobody/no-such-data-set")
-    monkeypatch.setattr(lerobot_dataset, "snapshot_download", Mock(side_effect=httpx.ReadError("it was cut")))
+    monkeypatch.setattr(data, "snapshot_download", Mock(side_effect=httpx.ReadError("it was cut")))
     with pytest.raises(OSError, match="it was cut.*--dataset_root"):
         download_dataset("nobody/no-such-data-set")
 

@@ -26,9 +26,9 @@ from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from PIL import Image
 from transformers.utils import logging
 
-from smolandfast.checks_smolandfast import as_rgb_images, as_value_error, check_whole
-from smolandfast.files_smolandfast import atomic_write, read_json
-from smolandfast.normalization_smolandfast import ACTION, STATE
+from ..checks_smolandfast import as_rgb_images, as_value_error, check_whole
+from ..files_smolandfast import atomic_write, read_json
+from ..normalization_smolandfast import ACTION, STATE
 
 logger = logging.get_logger(__name__)
 
