@@ -51,7 +51,6 @@ def export(checkpoints: list[str], folder: Path) -> None:
     for model in models:
         processor.check_model(model)
     model = mean_of(models).to(torch.bfloat16)
-    model.config.processor_fingerprint = processor.fingerprint  # missing in checkpoints saved before 0.2
     with atomic_write(folder) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)

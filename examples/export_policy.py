@@ -44,7 +44,7 @@ logging.getLogger().setLevel(logging.WARNING)  # importing the quantizer has mad
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators that are not used
 ROOT = Path(__file__).resolve().parents[1]
 CODE = [
-    f"{name}_smolandfast.py" for name in ("checks", "files", "loop", "normalization", "prompt", "runtime", "strings")
+    f"{name}_smolandfast.py" for name in ("checks", "files", "grammar", "loop", "normalization", "prompt", "runtime")
 ]
 # All that is written; the first names the folder as an export.
 NAMES = [*FILES, SUMS, "README.md", "pyproject.toml", "smolandfast_runtime/*.py"]

@@ -20,6 +20,8 @@ from PIL import Image
 from pusht import BENCHMARK as PUSHT
 from rollouts import rollout
 
+from smolandfast import SmolAndFastProcessor
+
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
 
@@ -56,12 +58,11 @@ def test_visitors_do_not_meet(policy):
 def test_a_policy_of_another_control_rate_is_an_error_line(tmp_path, capsys):
     app = pytest.importorskip("app", reason="the page needs pip install -e '.[app]'")
     folder = shutil.copytree(CHECKPOINT, tmp_path / "policy")
-    for name, changes in {
-        "processor_config.json": {"fps": 30},
-        "config.json": {"processor_fingerprint": None},
-    }.items():
-        content = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps(content))
+    processor = SmolAndFastProcessor.from_pretrained(folder)
+    processor.fps = 30
+    processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"processor_fingerprint": processor.fingerprint}
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit) as stop:
         app.main(["--checkpoint", str(folder)])
     assert stop.value.code == 2 and "has 30 control steps a second (fps), pusht 10" in capsys.readouterr().err

@@ -117,14 +117,6 @@ def test_a_fitted_and_a_byte_level_vocabulary_at_once_are_refused():
         SmolAndFastConfig(**action_side(fast_token_bytes=["00", "01"]))
 
 
-def test_fields_of_earlier_releases_load_and_are_not_written_again(tmp_path):
-    former = {"n_state_bins": 64, "fast_skip_tokens": 3, "do_image_splitting": True, "fast_chunk_shape": [8, 2]}
-    former["normalization_fingerprint"] = "0123456789abcdef"
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "smolandfast", **ACTION_SIDE, **former}))
-    config = SmolAndFastConfig.from_pretrained(tmp_path)
-    assert config.processor_fingerprint is None and not former.keys() & config.to_dict().keys()
-
-
 @pytest.mark.parametrize("base_id", [-1, 2, 2000])
 def test_action_tokens_outside_the_vocabulary_are_refused(base_id):
     text_config = {"model_type": "llama", "vocab_size": 2000}

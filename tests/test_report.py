@@ -152,9 +152,10 @@ def test_a_processor_of_another_model_is_refused(processor, model, demonstration
         make_processor(chunk_9).check_model(model)
 
 
-def test_a_checkpoint_from_before_the_fingerprint_takes_any_statistics(processor, model):
+def test_a_model_that_names_no_processor_is_refused(processor, model):
     model.config.processor_fingerprint = None
-    processor.check_model(model)
+    with pytest.raises(ValueError, match="another model: processor_fingerprint differ"):
+        processor.check_model(model)
 
 
 def test_the_shipped_policy_is_surer_of_demonstrations_than_of_noise(pusht_root):

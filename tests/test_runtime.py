@@ -397,7 +397,8 @@ def test_a_policy_that_splits_images_is_refused(checkpoint, tmp_path, capsys):
     content = json.loads(settings_file.read_text())
     content["image_processor"]["do_image_splitting"] = True
     settings_file.write_text(json.dumps(content))
-    config = json.loads((folder / "config.json").read_text()) | {"processor_fingerprint": None}
+    fingerprint = SmolAndFastProcessor.from_pretrained(folder).fingerprint
+    config = json.loads((folder / "config.json").read_text()) | {"processor_fingerprint": fingerprint}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
         export_policy.main(["--checkpoint", str(folder), "--output_dir", str(tmp_path / "policy")])

@@ -34,14 +34,6 @@ BACKBONE_SIZES = {
     "text_config": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     + ("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
 }
-# Fields of checkpoints saved before 0.2: the processor's own choices, which its fingerprint now stands for.
-FORMER_FIELDS = (
-    "do_image_splitting",
-    "fast_chunk_shape",
-    "fast_skip_tokens",
-    "n_state_bins",
-    "normalization_fingerprint",
-)
 
 
 def action_token_map(
@@ -106,8 +98,6 @@ class SmolAndFastConfig(SmolVLMConfig):
     freeze_connector: bool = False
 
     def __post_init__(self, **kwargs):
-        for name in FORMER_FIELDS:
-            kwargs.pop(name, None)
         _check_fields("", {"dtype": self.dtype, "id2label": self.id2label})
         for name in BACKBONE_SIZES:
             if isinstance(part := getattr(self, name), dict):

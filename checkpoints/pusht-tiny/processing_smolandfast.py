@@ -316,8 +316,6 @@ class SmolAndFastProcessor(ProcessorMixin):
             expected["max_position_embeddings"] = self.max_position_embeddings
             found["max_position_embeddings"] = model.config.text_config.max_position_embeddings
         differing = [name for name in expected if found[name] != expected[name]]
-        if found["processor_fingerprint"] is None and "processor_fingerprint" in differing:  # saved before 0.2
-            differing.remove("processor_fingerprint")
         if differing:
             raise ValueError(
                 f"This processor belongs to another model: {', '.join(differing)} differ from model.config. Load both "
