@@ -367,11 +367,12 @@ def test_a_camera_that_blocks_ends_the_loop_with_an_error_that_says_so(blocked):
 
 
 def test_a_camera_that_blocks_does_not_keep_a_loop_that_has_ended(blocked):
-    robot, observations = Robot(), iter([True, True])
-    robot.observe = lambda: next(observations, None) or blocked.wait()
     for options in ({}, {"hold": [0.0]}):
+        robot = Robot()
+        robot.observe = lambda: loop.stop() or blocked.wait()  # noqa: B023 - the loop of this round
+        loop = drive(robot, timeout=0.1, **options)
         with pytest.raises(TimeoutError, match="The loop has ended, but observe has not returned for 0.1 s"):
-            drive(robot, timeout=0.1, **options).run(10)
+            loop.run()
 
 
 def test_a_prediction_that_blocks_ends_the_loop_and_hold_is_sent(blocked):
