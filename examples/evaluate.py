@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1000, help="episode i resets its environment with seed + i")
     parser.add_argument("--num_envs", type=int, default=16, help="episodes played side by side (16)")
     parser.add_argument("--num_processes", type=int, default=1, help="among which the tasks are divided (1)")
-    parser.add_argument("--full_render", action="store_true", help="metaworld: the pictures that LeRobot draws")
+    parser.add_argument("--full_render", action="store_true", help="metaworld: the images that LeRobot draws")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each chunk (the checkpoint's own)")
     parser.add_argument("--do_sample", action="store_true", help="sample tokens instead of taking the likeliest")
     parser.add_argument("--temperature", type=float, help="of sampling (1.0)")

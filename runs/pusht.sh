@@ -24,13 +24,13 @@ step() { # FOLDER FILE SCRIPT OPTION...: run a script that ends with $out/FOLDER
     fi
 }
 
-train() { # FOLDER OPTION...: a policy whose vision tower is frozen
+train() { # FOLDER OPTION...: a policy whose vision tower is frozen; Trainer writes training_args.bin last
     local folder=$1 resume=()
     shift
     if [ -n "$(ls -A "$out/$folder" 2>/dev/null)" ]; then
         resume=(--resume_from_checkpoint last)
     fi
-    step "$folder" model.safetensors train.py --preset tiny --dataset_root "$data" --freeze_vision_tower True \
+    step "$folder" training_args.bin train.py --preset tiny --dataset_root "$data" --freeze_vision_tower True \
         --eval_strategy no --load_best_model_at_end False "${resume[@]}" "$@"
 }
 
@@ -52,4 +52,7 @@ train words --init_from "$out/tuned" --max_steps 2000 --save_steps 500 --save_to
 step mean model.safetensors export_checkpoint.py --checkpoint "$out/words/checkpoint-1500" "$out/tuned"
 train words2 --init_from "$out/mean" --max_steps 600 --save_steps 300 --warmup_steps 20 \
     --text_learning_rate 2e-4 --connector_learning_rate 1e-4
-step one-speed model.safetensors export_checkpoint.py --checkpoint "$out/words2" "$out/words/checkpoint-1500"
+step policy model.safetensors export_checkpoint.py --checkpoint "$out/words2" "$out/words/checkpoint-1500"
+
+# The figures: 200 episodes that nothing above has played.
+step figures metrics.json evaluate.py --checkpoint "$out/policy" --episodes 200 --seed 7000
