@@ -32,7 +32,7 @@ PYTHON_LEROBOT ?= python3.12
 TORCH_LEROBOT ?= torch==2.10.0
 LEROBOT_VERSION ?= 0.6.1
 
-.PHONY: demo demo-metaworld test test-all test-oldest test-newest test-lerobot core metaworld-tests copies lock fuzz lint bench clean
+.PHONY: demo demo-metaworld test test-all test-oldest test-newest test-lerobot core metaworld-tests lock fuzz lint bench clean
 
 demo: $(FOR_EXAMPLES)
 	$(VENV)/bin/python examples/evaluate.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
@@ -79,10 +79,6 @@ core:
 
 metaworld-tests:
 	@echo $(METAWORLD_TESTS)
-
-# Writes the code files in checkpoints/ anew: plain copies of those at the top.
-copies:
-	for file in $$(git ls-files 'checkpoints/*.py'); do cp $$(basename $$file) $$file; done
 
 # Writes requirements/ anew: the newest releases that pyproject.toml allows, and its floors.
 lock:

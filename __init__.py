@@ -1,5 +1,7 @@
 """SmolAndFast, a small vision-language-action policy: SmolVLM2 that writes FAST action tokens."""
 
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+
 from .configuration_smolandfast import SmolAndFastConfig
 from .modeling_smolandfast import SmolAndFastForActionPrediction
 from .normalization_smolandfast import Normalizer, compute_statistics
@@ -14,3 +16,9 @@ __all__ = [
     "SmolAndFastProcessor",
     "compute_statistics",
 ]
+
+# Where this package is installed, the Auto classes load with it: no code of a checkpoint runs.
+AutoConfig.register("smolandfast", SmolAndFastConfig)
+AutoModel.register(SmolAndFastConfig, SmolAndFastForActionPrediction)
+AutoProcessor.register(SmolAndFastConfig, SmolAndFastProcessor)
+AutoTokenizer.register(SmolAndFastConfig, fast_tokenizer_class=FastActionTokenizer)

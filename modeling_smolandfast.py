@@ -102,6 +102,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
             _check_generation_config(found)
         is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
         kwargs |= {"ignore_mismatched_sizes": is_recreated, "force_download": False}  # everything has come by now
+        if kwargs.get("subfolder") and os.path.isdir(pretrained_model_name_or_path):
+            # GenerationConfig takes "." for the subfolder itself where that lies in the working directory.
+            pretrained_model_name_or_path = os.path.abspath(pretrained_model_name_or_path)
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         model._freeze()  # loading made new parameters

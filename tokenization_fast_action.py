@@ -7,6 +7,7 @@ ids alone: not the robot's units, and not where a language model keeps the ids i
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from numbers import Real
 
@@ -194,6 +195,37 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             scale=float(scale),
             min_coefficient=low,
             max_coefficient=high,
+        )
+        tokenizer._set_fit_report(tokenizer.report(chunks, action_scale))
+        return tokenizer
+
+    def resample(
+        self, chunks: "np.ndarray | torch.Tensor", action_scale: "float | np.ndarray" = 1.0
+    ) -> "FastActionTokenizer":
+        """The same tokens for chunks of another number of actions over the same time, as of another frame rate.
+
+        An orthonormal DCT of half as many samples has coefficients smaller by a factor of sqrt(2); `scale` makes up
+        for it, so that a motion keeps its coefficients, and a model what it has learnt of the tokens.
+
+        Args:
+            chunks: `(N, H, D)`, normalised: H is the new horizon, and the chunks are what `fit_report` measures.
+            action_scale: See [`FastActionTokenizer.fit`].
+
+        Raises:
+            ValueError: Wrong shape, or a tokenizer that serves any horizon (FAST+).
+        """
+        if self.horizon is None:
+            raise ValueError("This tokenizer serves any horizon (FAST+), so there is nothing to resample. Use it.")
+        chunks = as_numbers(chunks, "chunks", ("N", "H", self.action_dim), keep_floats=True)
+        if chunks.size == 0:
+            raise ValueError(f"chunks has shape {chunks.shape}: pass at least one (H, D) chunk.")
+        tokenizer = type(self)(
+            tokenizer_object=self.backend_tokenizer,
+            horizon=int(chunks.shape[1]),
+            action_dim=self.action_dim,
+            scale=self.scale * math.sqrt(self.horizon / chunks.shape[1]),
+            min_coefficient=self.min_coefficient,
+            max_coefficient=self.max_coefficient,
         )
         tokenizer._set_fit_report(tokenizer.report(chunks, action_scale))
         return tokenizer

@@ -35,7 +35,7 @@ def seconds(*functions, repeats: int = 7) -> list[float]:
 
 
 def bench_policy() -> dict[str, float]:
-    processor = SmolAndFastProcessor.from_pretrained(CHECKPOINT, trust_remote_code=True)
+    processor = SmolAndFastProcessor.from_pretrained(CHECKPOINT)
     model = SmolAndFastForActionPrediction.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     rng = np.random.default_rng(0)
     images = list(rng.integers(0, 256, (64, 96, 96, 3), dtype=np.uint8))

@@ -51,9 +51,9 @@ print(json.dumps([seconds, int(peak[1]) / 1000]))
 """
 LOAD_TORCH = """
 import torch
-from transformers import AutoModel, AutoProcessor
-model = AutoModel.from_pretrained({folder!r}, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
+model = SmolAndFastForActionPrediction.from_pretrained({folder!r})
+processor = SmolAndFastProcessor.from_pretrained({folder!r})
 """
 PREDICT_TORCH = "processor.post_process_actions(model.generate(**processor(images=image, text={task!r}, state=state)))"
 LOAD_DEPLOYED = """

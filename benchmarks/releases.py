@@ -73,11 +73,13 @@ def main() -> None:
     args = parser.parse_args()
     rows, expected = [], None
     with tempfile.TemporaryDirectory() as folder:
-        seen, path = Path(folder, "seen.npz"), Path(folder, "chunks.npz")
+        seen, path, policy = Path(folder, "seen.npz"), Path(folder, "chunks.npz"), Path(folder, "policy")
+        for part in load_policy(args.checkpoint):
+            part.save_pretrained(policy)  # the code too
         np.savez(seen, **collect(args.checkpoint, range(args.seed, args.seed + 4), args.observations))
         for environment in args.environments:
             python = environment.absolute() / "bin/python"
-            command = [python, "-c", PREDICT, Path(args.checkpoint).absolute(), seen, path]
+            command = [python, "-c", PREDICT, policy, seen, path]
             printed = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
             row, chunks = json.loads(printed.splitlines()[-1]), np.load(path)
             expected = chunks["chunks"] if expected is None else expected

@@ -8,9 +8,9 @@ import gymnasium
 import numpy as np
 import torch
 from app_views import draw_coverage, draw_image, draw_scene, draw_tokens
+from evaluate import load_policy
 from pusht import ACTION_DIM, BENCHMARK, CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, WORLD_SIZE
 from rollouts import check_chunks, check_policy
-from transformers import AutoModel, AutoProcessor
 
 from smolandfast.loop_smolandfast import Schedule
 from smolandfast.runtime_smolandfast import POLICY, DeployedPolicy
@@ -52,9 +52,7 @@ class Policy:
     """The model and its processor, shared by all visitors."""
 
     def __init__(self, checkpoint: str):
-        self.model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
-        self.processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-        self.processor.check_model(self.model)
+        self.model, self.processor = load_policy(checkpoint, dtype=torch.float32)
         normalizer = self.processor.normalizer
         check_policy(
             BENCHMARK, normalizer.action_dim, normalizer.state_dim, self.processor.image_keys, self.processor.fps

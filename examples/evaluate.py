@@ -39,8 +39,9 @@ from rollouts import (
     write_video,
 )
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.files_smolandfast import atomic_write, check_output_dir
 from smolandfast.loop_smolandfast import STRATEGIES
 from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
@@ -48,15 +49,17 @@ from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
 NAMES = ["metrics.json", "rollouts.mp4", "rollouts.png"]  # all that is written
 
 
-def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[Any, Any]:
-    """The model, for inference, and the processor of a folder or Hub id; kwargs go to `AutoModel.from_pretrained`.
+def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
+    """The model, for inference, and the processor of a folder or Hub id; kwargs go to the model's `from_pretrained`.
+
+    The code is the installed package's: none that lies beside the weights is run.
 
     Raises:
         OSError: files are missing or damaged.
         ValueError: a checkpoint of another kind, or the processor of another model.
     """
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, **kwargs)
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, **kwargs)
+    processor = SmolAndFastProcessor.from_pretrained(checkpoint)
     processor.check_model(model)
     return model.eval(), processor
 

@@ -1,4 +1,4 @@
-"""Turn a trained checkpoint into one that ships with the repository.
+"""Turn a trained checkpoint into one that ships with the repository: weights and JSON, without the code.
 
     python examples/export_checkpoint.py --checkpoint outputs/tiny --output_dir checkpoints/pusht-tiny
 
@@ -20,7 +20,7 @@ from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, read_json, write_checksums
 
 # All that is written; the first names the folder as an export, if its SHA256SUMS lists it.
-NAMES = ["config.json", SUMS, "*.safetensors", "*.json", "*.jinja", "*.py"]
+NAMES = ["config.json", SUMS, "*.safetensors", "*.json", "*.jinja"]
 
 
 def mean_of(models: list[SmolAndFastForActionPrediction]) -> SmolAndFastForActionPrediction:
@@ -47,13 +47,15 @@ def export(checkpoints: list[str], folder: Path) -> None:
     """
     check_output_dir(folder, NAMES, sealed=True)
     models = [SmolAndFastForActionPrediction.from_pretrained(name, dtype=torch.float32) for name in checkpoints]
-    processor = SmolAndFastProcessor.from_pretrained(checkpoints[0], trust_remote_code=True)
+    processor = SmolAndFastProcessor.from_pretrained(checkpoints[0])
     for model in models:
         processor.check_model(model)
     model = mean_of(models).to(torch.bfloat16)
     with atomic_write(folder) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
+        for path in unfinished.rglob("*.py"):  # the repository has the code at its root
+            path.unlink()
         config = read_json(unfinished / "config.json") | {"dtype": "float32"}
         (unfinished / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         names = {path.relative_to(unfinished).as_posix() for path in unfinished.rglob("*") if path.is_file()}

@@ -20,24 +20,25 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import read_metrics, read_trainer_state, write_card
 from rollouts import MODULES, Benchmark
-from transformers.dynamic_module_utils import get_relative_imports
+from transformers.dynamic_module_utils import custom_object_save
 
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.files_smolandfast import atomic_write
 from smolandfast.training import find_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 # The model's files in a checkpoint folder. The optimizer, the random state and pickled arguments are not published.
-MODEL_FILES = ["SHA256SUMS", "*.safetensors", "*.json", "*.jinja", "*.py"]
+MODEL_FILES = ["SHA256SUMS", "*.safetensors", "*.json", "*.jinja"]
 TRAINING_FILES = ["trainer_state.json"]
 # Files of an earlier upload that would be read instead of the new ones. All others stay.
 REPLACED_FILES = ["SHA256SUMS", "*.safetensors", "*.safetensors.index.json"]
 
 
-def collect_repository(checkpoint: Path, folder: Path) -> None:
-    """Copy the model's files into a new folder.
+def collect_repository(checkpoint: Path, folder: Path) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
+    """Copy the model's files into a new folder, add the code that `trust_remote_code` loads, and load the policy.
 
     Raises:
-        OSError: a code file is missing.
+        OSError, ValueError: See [`load_policy`].
     """
     folder.mkdir(parents=True)
     files = [path for path in (*checkpoint.glob("*"), *checkpoint.glob("action_tokenizer/*")) if path.is_file()]
@@ -46,14 +47,11 @@ def collect_repository(checkpoint: Path, folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(checkpoint / name, folder / name)
     shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
-    # Loading would not notice a missing file: Transformers caches code that it has loaded before.
-    for path in folder.glob("*.py"):
-        for needed in get_relative_imports(path):
-            if not (folder / f"{needed}.py").is_file():
-                raise FileNotFoundError(
-                    f"{path.name} in {checkpoint} imports {needed}.py, which is missing. Save the checkpoint again "
-                    "with save_pretrained, or copy the file from the project's root."
-                )
+    model, processor = load_policy(folder)  # the copy, so that what is published is known to load
+    for part in (model, processor):
+        custom_object_save(part, folder)
+    custom_object_save(processor.action_tokenizer, folder / "action_tokenizer")
+    return model, processor
 
 
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
@@ -112,8 +110,7 @@ def write_repository(args: argparse.Namespace, benchmark: Benchmark, folder: Pat
     trainer_state, kept_step = find_training(checkpoint, args.trainer_state)
     beside = args.metrics.with_name("rollouts.png")
     contact_sheet = args.contact_sheet or (beside if beside.is_file() else None)
-    collect_repository(checkpoint, folder)
-    model, processor = load_policy(folder)  # the copy, so that what is published is known to load
+    model, processor = collect_repository(checkpoint, folder)
     options = {name: getattr(args, name) for name in ("license", "datasets", "base_model")}
     measured = (metrics, trainer_state, kept_step, contact_sheet)
     write_card(folder, args.repo_id, benchmark, model, processor, *measured, **options)

@@ -307,9 +307,13 @@ def fit_statistics_and_tokenizer(
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
     with naming_option("--fast_scale, --fast_vocab_size"):
         tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)
+    print_report(tokenizer)
+    return statistics, tokenizer
+
+
+def print_report(tokenizer: FastActionTokenizer) -> None:
     report = {name: " ".join(f"{x:.4g}" for x in np.atleast_1d(value)) for name, value in tokenizer.fit_report.items()}
     print("FAST:", ", ".join(f"{name} {numbers}" for name, numbers in report.items()))
-    return statistics, tokenizer
 
 
 def widen(statistics: dict, other: dict) -> None:
@@ -320,7 +324,10 @@ def widen(statistics: dict, other: dict) -> None:
 
 
 def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[dict, FastActionTokenizer]:
-    """Statistics and FAST tokenizer of the policy that `--init_from` names, which have to fit the data."""
+    """Statistics and FAST tokenizer of the policy that `--init_from` names, which have to fit the data.
+
+    For another `--chunk_size` the tokenizer is resampled: its chunks still span the same time.
+    """
     with naming_option("--init_from"):
         earlier = read_json(Path(args.init_from, "processor_config.json"))
         normalizer = Normalizer(earlier.get("statistics"), **read_earlier_options(args))
@@ -334,7 +341,14 @@ def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[d
                     f"{name} of {args.init_from} is {found}, here it is {expected}. Name a policy of the same kind, "
                     "or measure the data again with --refit."
                 )
-        return earlier["statistics"], FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
+        tokenizer = FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
+        if tokenizer.horizon not in (None, args.chunk_size):
+            frames = np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_FITTED_CHUNKS)).round().astype(np.int64)
+            bins = normalizer.state_bins(dataset.states[frames])
+            chunks = normalizer.normalize_actions(dataset.action_chunks(frames), bins)
+            tokenizer = tokenizer.resample(chunks, normalizer.action_scale)
+            print_report(tokenizer)
+        return earlier["statistics"], tokenizer
 
 
 def read_earlier_options(args: PolicyArguments) -> dict:

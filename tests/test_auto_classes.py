@@ -11,6 +11,14 @@ import pytest
 from conftest import PYTHON_FILES, warnings_of
 from pusht import BENCHMARK as PUSHT
 from rollouts import rollout
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+
+from smolandfast import (
+    FastActionTokenizer,
+    SmolAndFastConfig,
+    SmolAndFastForActionPrediction,
+    SmolAndFastProcessor,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,10 +100,22 @@ def ten_lines() -> str:
     return code
 
 
-def test_the_readmes_ten_lines_work(ten_lines, tmp_path):
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
-    assert run_outside(ten_lines, tmp_path).strip().endswith("(1, 16, 2)")
+def find_repository(code: str, repository: str) -> str:
+    """The README's lines for a reader who is somewhere else: he writes where the repository is."""
+    places = {
+        'repo, policy = "."': f"repo, policy = {repository!r}",
+        '"assets/pusht.png"': repr(f"{ROOT}/assets/pusht.png"),
+    }
+    for here, there in places.items():
+        assert here in code
+        code = code.replace(here, there)
+    return code
+
+
+def test_the_readmes_ten_lines_work_from_an_empty_folder(ten_lines, tmp_path):
+    (tmp_path / "empty").mkdir()
+    printed = run_outside(find_repository(ten_lines, str(ROOT)), tmp_path / "empty")
+    assert printed.strip().endswith("(1, 16, 2)")
 
 
 def test_the_readmes_ten_lines_play(ten_lines, monkeypatch):
@@ -120,6 +140,20 @@ def test_the_readmes_ten_lines_play(ten_lines, monkeypatch):
         result = rollout(PUSHT, predict, range(1000, 1004), names["model"].config.n_action_steps)
     assert not messages
     assert np.mean(result.max_rewards) > 0.8  # 0.08 is holding still
+
+
+@pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}])
+def test_where_the_package_is_installed_no_code_of_a_checkpoint_runs(folder, processor, options):
+    expected = processor.tokenizer.tokenize("State: 1234")
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit('code of a checkpoint ran')")
+    assert type(AutoConfig.from_pretrained(folder, **options)) is SmolAndFastConfig
+    assert type(AutoModel.from_pretrained(folder, **options)) is SmolAndFastForActionPrediction
+    assert type(AutoProcessor.from_pretrained(folder, **options)) is SmolAndFastProcessor
+    fast = AutoTokenizer.from_pretrained(folder, subfolder="action_tokenizer", **options)
+    assert type(fast) is FastActionTokenizer
+    text = AutoTokenizer.from_pretrained(folder, **options)
+    assert type(text) is PreTrainedTokenizerFast and text.tokenize("State: 1234") == expected
 
 
 def test_loading_twice_gives_one_class_and_models_that_can_be_pickled(folder, tmp_path):

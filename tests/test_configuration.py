@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, BertConfig, Idefics3Config, SmolVLMConfig
+from transformers import BertConfig, Idefics3Config, SmolVLMConfig
 
 from smolandfast import SmolAndFastConfig
 
@@ -156,8 +156,6 @@ def test_a_saved_configuration_names_its_code_for_the_auto_classes(tmp_path):
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoConfig"] == "configuration_smolandfast.SmolAndFastConfig"
     assert (tmp_path / "configuration_smolandfast.py").exists()
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
 
 
 @needs_smolvlm2

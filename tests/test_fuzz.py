@@ -326,7 +326,7 @@ def test_any_generated_ids_become_actions_or_are_refused(processor, small_policy
 
 
 def use_processor(folder, small_policy, observation):
-    processor = SmolAndFastProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = SmolAndFastProcessor.from_pretrained(folder)
     inputs = processor(**observation)
     assert_chunks(processor.post_process_actions(small_policy.generate(**inputs)), processor)
 

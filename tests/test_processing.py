@@ -72,7 +72,7 @@ def test_a_sentence_that_was_not_trained_is_warned_of_once(demonstrations, batch
     others = [f"Do it in way {i}." for i in range(4)]
     made = make_processor(demonstrations, training_tasks=[TASK, *others])
     made.save_pretrained(tmp_path)
-    processor = SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    processor = SmolAndFastProcessor.from_pretrained(tmp_path)
     assert processor.training_tasks == made.training_tasks
     one = {"images": batch["images"][0], "state": batch["state"][0]}
     with warnings_of(processing_smolandfast) as messages:
@@ -193,7 +193,7 @@ def test_cameras_and_control_rate_are_saved_and_part_of_the_meaning(demonstratio
     options = {"image_keys": TWO_CAMERAS, "fps": 25}
     processor = make_processor(demonstrations, **options)
     processor.save_pretrained(tmp_path)
-    loaded = SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    loaded = SmolAndFastProcessor.from_pretrained(tmp_path)
     assert (loaded.image_keys, loaded.fps, loaded.fingerprint) == (TWO_CAMERAS, 25, processor.fingerprint)
     others = [{"image_keys": TWO_CAMERAS[::-1]}, {"image_keys": TWO_CAMERAS[:1]}, {"fps": 30}, {"fps": None}]
     fingerprints = {make_processor(demonstrations, **options | other).fingerprint for other in others}
@@ -221,7 +221,7 @@ def test_a_saved_processor_loads_with_the_packages_own_classes(demonstrations, t
         path.write_text("raise SystemExit('code of a checkpoint ran')")
     loaded = [
         SmolAndFastProcessor.from_pretrained(folder),
-        SmolAndFastProcessor.from_pretrained(str(folder), trust_remote_code=True),
+        SmolAndFastProcessor.from_pretrained(str(folder)),
         SmolAndFastProcessor.from_pretrained(tmp_path / "repository", subfolder="deep/policy"),
     ]
     for other in loaded:
@@ -380,7 +380,7 @@ def test_a_smaller_square_makes_fewer_visual_tokens(real_processor, smolvlm_asse
     processor = SmolAndFastProcessor.from_vlm(*parts, scale_factor=4, image_size=256)
     processor.save_pretrained(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8))
-    for made in (processor, SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)):
+    for made in (processor, SmolAndFastProcessor.from_pretrained(tmp_path)):
         inputs = made(images=image, text="Push.", state=demonstrations[0][0])
         assert inputs["pixel_values"].shape == (1, 1, 3, 256, 256)
         assert (inputs["input_ids"] == 49190).sum() == made.image_seq_len == 16
@@ -461,7 +461,7 @@ def test_prompt_ids_equal_the_stock_processors(smolvlm_assets, demonstrations, r
 
 def test_saving_and_loading_keeps_everything(processor, batch, tmp_path):
     processor.save_pretrained(tmp_path)
-    loaded = SmolAndFastProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    loaded = SmolAndFastProcessor.from_pretrained(tmp_path)
     expected, inputs = processor(**batch), loaded(**batch)
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
     assert loaded.model_kwargs() == processor.model_kwargs()

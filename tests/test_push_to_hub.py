@@ -117,14 +117,29 @@ def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, argumen
         *(f"action_tokenizer/{name}" for name in TOKENIZER_FILES),
     }
     assert len(hub.commits) == 1
-    for name in PYTHON_FILES | MODEL - {"README.md"}:
+    for name in MODEL - {"README.md"}:
         assert files[name] == (CHECKPOINT / name).read_bytes()
+    for name in PYTHON_FILES:
+        assert files[name] == (ROOT / name).read_bytes()
     out = capsys.readouterr().out
     assert "Published: " in out and "--trainer_state" in out and "--contact_sheet" in out
     code = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.S)[1]
     assert len(code.strip().splitlines()) <= 10
     code += "\nprint(actions.shape, model.config.model_type, repo_id)"
     assert load_elsewhere(hub, code, tmp_path).strip() == "(1, 16, 2) smolandfast user/pusht"
+
+
+def test_the_readmes_ten_lines_load_this_repository_from_the_hub(hub, tmp_path):
+    """The code at its root, weights and JSON in a folder."""
+    files = [*ROOT.glob("*.py"), *CHECKPOINT.rglob("*")]
+    hub.repos["user/smolandfast"] = {
+        path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files if path.is_file()
+    }
+    code = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code = code.replace('policy = "."', 'policy = "user/smolandfast"').replace('"assets', f'"{ROOT}/assets')
+    assert load_elsewhere(hub, code, tmp_path).strip() == "(1, 16, 2)"
+    requested = {request.partition("resolve")[2] for request in hub.requests}
+    assert any(name.endswith("/modeling_smolandfast.py") for name in requested)
 
 
 def test_the_card_says_what_was_measured_and_the_hub_takes_it(hub, arguments, tmp_path):
@@ -358,10 +373,10 @@ def test_a_wrong_argument_is_an_error_line(arguments, wrong, message, capsys):
 
 def test_a_checkpoint_that_does_not_load_is_not_published(hub, arguments, tmp_path, capsys):
     shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
-    (tmp_path / "checkpoint/generation_smolandfast.py").unlink()
+    (tmp_path / "checkpoint/action_tokenizer/tokenizer.json").unlink()
     with pytest.raises(SystemExit):
         push([*arguments, "--checkpoint", str(tmp_path / "checkpoint")])
-    assert "generation_smolandfast.py" in capsys.readouterr().err
+    assert "tokenizer" in capsys.readouterr().err
     assert hub.repos == {}
 
 

@@ -257,8 +257,8 @@ def checkpoint(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "smolandfast", "action_dim": 2}')
     model = StandInModel()
-    monkeypatch.setattr(evaluate.AutoModel, "from_pretrained", lambda *args, **kwargs: model)
-    monkeypatch.setattr(evaluate.AutoProcessor, "from_pretrained", lambda *args, **kwargs: StandInProcessor())
+    monkeypatch.setattr(evaluate.SmolAndFastForActionPrediction, "from_pretrained", lambda *args, **kwargs: model)
+    monkeypatch.setattr(evaluate.SmolAndFastProcessor, "from_pretrained", lambda *_, **__: StandInProcessor())
     monkeypatch.setattr(evaluate, "rollout", lambda *args, **kwargs: rollout(*args, **kwargs, max_steps=10))
     return folder, model
 

@@ -162,7 +162,7 @@ def test_the_shipped_policy_is_surer_of_demonstrations_than_of_noise(pusht_root)
     """On average: one chunk alone tells little, as docs/safety.md says."""
     folder = ROOT / "checkpoints/pusht-tiny"
     model = SmolAndFastForActionPrediction.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = SmolAndFastProcessor.from_pretrained(folder, trust_remote_code=True)
+    processor = SmolAndFastProcessor.from_pretrained(folder)
     dataset = LeRobotChunkDataset(pusht_root, 16, episodes=range(200, 206))
     samples = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, 64)]
     states = np.stack([sample["state"] for sample in samples])

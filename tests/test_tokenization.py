@@ -305,6 +305,35 @@ def test_the_report_measures_errors_in_robot_units():
     assert report["vocab_used"] == pytest.approx(len({token for row in ids for token in row}) / len(tokenizer))
 
 
+def test_a_resampled_tokenizer_writes_a_motion_with_the_same_tokens(tmp_path):
+    phases = np.random.default_rng(0).uniform(-1, 1, (50, 3, 2))
+
+    def motion(horizon: int) -> np.ndarray:  # three cosines of the DCT itself, sampled at the middle of each step
+        waves = np.cos(np.pi * np.arange(3)[:, None] * (np.arange(horizon) + 0.5) / horizon)  # (3, H)
+        return np.einsum("nkd,kh->nhd", phases, waves) / 3
+
+    tokenizer = FastActionTokenizer.fit(motion(16), scale=30.0, vocab_size=300)
+    resampled = tokenizer.resample(motion(8), action_scale=2.0)
+    assert (resampled.horizon, resampled.action_dim, resampled.get_vocab()) == (8, 2, tokenizer.get_vocab())
+    assert resampled.fit_report == resampled.report(motion(8), 2.0)
+    long, short = tokenizer.encode_actions(motion(16)), resampled.encode_actions(motion(8))
+    for i in range(50):
+        coefficients = [np.concatenate([tokenizer.token_coefficients(k) for k in ids]) for ids in (long[i], short[i])]
+        assert len(coefficients[1]) == 16
+        np.testing.assert_array_equal(coefficients[1], coefficients[0][:16])
+    resampled.save_pretrained(tmp_path)
+    assert FastActionTokenizer.from_pretrained(tmp_path).encode_actions(motion(8)) == short
+
+
+def test_only_chunks_of_the_same_action_are_resampled(fitted):
+    with pytest.raises(ValueError, match=r"chunks .*\(5, 8, 3\).* 2"):
+        fitted.resample(np.zeros((5, 8, 3)))
+    with pytest.raises(ValueError, match=r"chunks .*\(0, 8, 2\)"):
+        fitted.resample(np.zeros((0, 8, 2)))
+    with pytest.raises(ValueError, match=r"FAST\+"):
+        FastActionTokenizer(tokenizer_object=fitted.backend_tokenizer, min_coefficient=0).resample(np.zeros((5, 8, 2)))
+
+
 def test_an_action_scale_of_another_robot_is_refused(fitted):
     chunks = smooth_chunks(5, 10, 2)
     for action_scale, message in [

@@ -111,7 +111,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(make, processor, m
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert set(losses(whole)) == {1, 2, 3, 4, 5}
     assert losses(resumed) == losses(whole)
-    assert SmolAndFastProcessor.from_pretrained(tmp_path / "checkpoint-4", trust_remote_code=True)
+    assert SmolAndFastProcessor.from_pretrained(tmp_path / "checkpoint-4")
 
 
 def test_gradient_checkpointing_in_trainer_has_the_same_losses(processor, model, demonstrations, tmp_path):
@@ -213,7 +213,14 @@ def test_an_earlier_policy_is_learnt_on_from_with_its_statistics_and_tokens(tmp_
             for one, part in ((earlier_model, earlier), (model, processor))
         ]
     torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
-    args.scale_factor = 2
+    args.chunk_size = processor.chunk_size // 2
+    strided = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", args.chunk_size, frame_stride=2)
+    half = make_policy(strided, args, PUSHT)[1]
+    assert half.statistics == earlier.statistics
+    assert half.action_tokenizer.get_vocab() == earlier.action_tokenizer.get_vocab()
+    assert half.action_tokenizer.scale == pytest.approx(earlier.action_tokenizer.scale * 2**0.5)
+    assert half.action_tokenizer.fit_report["num_chunks"] == len(strided)
+    args.chunk_size, args.scale_factor = processor.chunk_size, 2
     with pytest.raises(ValueError, match="has a weight .* of shape .* which the tiny policy has not"):
         make_policy(dataset, args, PUSHT)
 

@@ -79,7 +79,7 @@ def address(tmp_path, log):
 
 def test_a_robot_is_driven_and_goes_on_after_the_connection_was_cut(address, policy):
     model = SmolAndFastForActionPrediction.from_pretrained(CHECKPOINT).eval()
-    processor = SmolAndFastProcessor.from_pretrained(CHECKPOINT, trust_remote_code=True)
+    processor = SmolAndFastProcessor.from_pretrained(CHECKPOINT)
     env = gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels_agent_pos", disable_env_checker=True)
     observation, info = env.reset(seed=1003)
     start, client, best = info["block_pose"], Client(address, policy), 0.0
@@ -106,7 +106,7 @@ def test_it_is_bound_to_this_machine(address, policy):
 
 def test_images_reach_the_policy_in_the_robots_own_size(address, policy, log):
     model = SmolAndFastForActionPrediction.from_pretrained(CHECKPOINT).eval()
-    processor = SmolAndFastProcessor.from_pretrained(CHECKPOINT, trust_remote_code=True)
+    processor = SmolAndFastProcessor.from_pretrained(CHECKPOINT)
     rng = np.random.default_rng(0)
     image = {"dtype": "image", "shape": (120, 160, 3), "names": ["height", "width", "channels"]}
     client = Client(address, policy, FEATURES | {"observation.images.top": image})
