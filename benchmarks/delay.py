@@ -24,8 +24,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from bench import RESULTS, seconds
+from envs.pusht import BENCHMARK, CONTROL_HZ
 from evaluate import find_backend, installed_versions, load_predict, map_in_processes, write_json
-from pusht import BENCHMARK, CONTROL_HZ
 from rollouts import rollout
 
 from smolandfast.loop_smolandfast import STRATEGIES

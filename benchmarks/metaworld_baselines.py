@@ -23,7 +23,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot_baselines import train_for_hours
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-from metaworld_tasks import BENCHMARK, IMAGE_SIZE, STATE_DIM, TASKS
+from envs.metaworld import BENCHMARK, IMAGE_SIZE, STATE_DIM, TASKS
 from rollouts import Predict, rollout
 
 RESULTS = Path(__file__).resolve().parent / "results/metaworld_baselines.json"

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from envs.metaworld import BENCHMARK, TASKS
 from evaluate import find_backend, installed_versions, rollout_in_processes, write_json
-from metaworld_tasks import BENCHMARK, TASKS
 from rollouts import success_rate
 
 # Tasks with the same things on the table.

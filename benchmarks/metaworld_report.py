@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from envs.metaworld import BENCHMARK, TASKS
 from evaluate import (
     find_backend,
     installed_versions,
@@ -26,7 +27,6 @@ from evaluate import (
     summary,
     write_json,
 )
-from metaworld_tasks import BENCHMARK, TASKS
 from PIL import Image
 from rollouts import Episode, write_contact_sheet, write_end_sheet
 

@@ -24,9 +24,9 @@ from metaworld_language import OUTSIDE, UNSEEN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from envs.metaworld import TASKS
+from envs.metaworld.wordings import OTHER_WORDINGS
 from evaluate import write_json
-from metaworld_tasks import TASKS
-from metaworld_wordings import OTHER_WORDINGS
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 KNOWN = [(task, text) for task in TASKS for text in (TASKS[task], *OTHER_WORDINGS.get(task, []))]

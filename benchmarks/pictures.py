@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
+from envs.pusht import BENCHMARK as PUSHT  # noqa: E402
+from envs.pusht import CONTROL_HZ  # noqa: E402
 from evaluate import load_policy, make_predict  # noqa: E402
-from pusht import BENCHMARK as PUSHT  # noqa: E402
-from pusht import CONTROL_HZ  # noqa: E402
 from rollouts import Episode, rollout  # noqa: E402
 
 SEEDS = range(1000, 1003)

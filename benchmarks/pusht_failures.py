@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from envs.pusht import BENCHMARK as PUSHT
+from envs.pusht import CONTROL_HZ
 from evaluate import load_policy, make_output_dir, make_predict
-from pusht import BENCHMARK as PUSHT
-from pusht import CONTROL_HZ
 from rollouts import Episode, rollout, write_contact_sheet
 
 NEAR = 0.85  # reward: 81 % covered

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from envs.pusht import BENCHMARK as PUSHT
+from envs.pusht import TASK
 from evaluate import installed_versions, load_policy, make_output_dir, make_predict, write_json
-from pusht import BENCHMARK as PUSHT
-from pusht import TASK
 from rollouts import rollout
 
-# None of them is in `pusht.WORDINGS`. The first is what the README once told a policy that knew only TASK.
+# None of them is in `envs.pusht.WORDINGS`. The first is what the README once told a policy that knew only TASK.
 UNSEEN = [
     "Push the block onto the target.",
     "Get the tee into its slot, please.",

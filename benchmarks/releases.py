@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from envs.pusht import BENCHMARK as PUSHT
 from evaluate import load_policy, make_predict
-from pusht import BENCHMARK as PUSHT
 from rollouts import rollout
 
 ROOT = Path(__file__).resolve().parents[1]

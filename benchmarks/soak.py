@@ -24,8 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
+from envs.pusht import BENCHMARK as PUSHT  # noqa: E402
 from evaluate import load_policy, make_predict, write_json  # noqa: E402
-from pusht import BENCHMARK as PUSHT  # noqa: E402
 from rollouts import rollout  # noqa: E402
 
 

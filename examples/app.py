@@ -20,8 +20,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio i
 import gradio as gr
 from app_session import SEED, DeployedPagePolicy, Policy, Session, load_page_policy
 from app_views import DRAG_JS, SCENE_CSS
+from envs.pusht import CONTROL_HZ
 from evaluate import find_checkpoint
-from pusht import CONTROL_HZ
 
 SESSION_SECONDS = 3600  # a visitor who is idle for this long starts a new session
 

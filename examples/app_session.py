@@ -8,10 +8,12 @@ import gymnasium
 import numpy as np
 import torch
 from app_views import draw_coverage, draw_image, draw_scene, draw_tokens
-from evaluate import load_policy
-from pusht import ACTION_DIM, BENCHMARK, CONTROL_HZ, ENV_ID, MAX_EPISODE_STEPS, WORLD_SIZE
-from rollouts import check_chunks, check_policy
+from envs import check_policy
+from envs.pusht import ACTION_DIM, BENCHMARK, CONTROL_HZ, MAX_EPISODE_STEPS
+from envs.pusht.simulator import ENV_ID, WORLD_SIZE
+from rollouts import check_chunks
 
+from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.loop_smolandfast import Schedule
 from smolandfast.runtime_smolandfast import POLICY, DeployedPolicy
 
@@ -52,7 +54,9 @@ class Policy:
     """The model and its processor, shared by all visitors."""
 
     def __init__(self, checkpoint: str):
-        self.model, self.processor = load_policy(checkpoint, dtype=torch.float32)
+        self.model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.processor = SmolAndFastProcessor.from_pretrained(checkpoint)
+        self.processor.check_model(self.model)
         normalizer = self.processor.normalizer
         check_policy(
             BENCHMARK, normalizer.action_dim, normalizer.state_dim, self.processor.image_keys, self.processor.fps

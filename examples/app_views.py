@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import gymnasium
 import numpy as np
+from envs.pusht.simulator import WORLD_SIZE
 from PIL import Image
-from pusht import WORLD_SIZE
 
 AGENT_RADIUS, HANDLE = 15, (0, 120)  # the T is turned by a handle at the end of its stem
 GOAL, BLOCK, AGENT, AHEAD, SOLVED = "#90ee90", "#778899", "#4169e1", "#ff7f0e", "#1f9d4d"

@@ -28,9 +28,10 @@ from pathlib import Path
 import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
+from envs.metaworld import CONTROL_HZ, IMAGE_SIZE, TASKS, MetaworldScene
+from envs.metaworld.simulator import MT10
 from evaluate import load_policy, make_predict, write_json
 from lerobot_writer import check_new_folder, write_dataset
-from metaworld_tasks import CONTROL_HZ, IMAGE_SIZE, MT10, TASKS, MetaworldScene
 from rollouts import Predict
 from tqdm import tqdm
 

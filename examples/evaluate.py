@@ -27,17 +27,8 @@ from typing import Any, NamedTuple
 import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
-from rollouts import (
-    MODULES,
-    Benchmark,
-    Predict,
-    RolloutResult,
-    check_policy,
-    get_benchmark,
-    rollout,
-    write_contact_sheet,
-    write_video,
-)
+from envs import BENCHMARKS, Benchmark, check_policy, get_benchmark
+from rollouts import Predict, RolloutResult, rollout, write_contact_sheet, write_video
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
@@ -86,7 +77,7 @@ def find_backend(checkpoint: str | Path) -> str | None:
 
 
 class LoadedPolicy(NamedTuple):
-    """What [`rollouts.rollout`] and [`rollouts.check_policy`] need of a policy."""
+    """What [`rollouts.rollout`] and [`envs.check_policy`] need of a policy."""
 
     predict: Predict
     chunk_size: int
@@ -181,7 +172,7 @@ def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, **mi
 
 
 def load_benchmark(parser: argparse.ArgumentParser, name: str) -> Benchmark:
-    """[`rollouts.get_benchmark`]; its exception becomes an error line."""
+    """[`envs.get_benchmark`]; its exception becomes an error line."""
     try:
         return get_benchmark(name)
     except ValueError as error:
@@ -285,10 +276,10 @@ def summary(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Evaluate a SmolAndFast checkpoint in a simulator.")
     parser.add_argument("--checkpoint", required=True, help="folder that train.py wrote, or a Hub id")
-    parser.add_argument("--benchmark", choices=sorted(MODULES), default="pusht", help="the simulator (pusht)")
+    parser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht", help="the simulator (pusht)")
     parser.add_argument("--tasks", nargs="+", help="tasks of the benchmark (all)")
     parser.add_argument("--episodes", type=int, default=50, help="of each task (50)")
     parser.add_argument("--seed", type=int, default=1000, help="episode i resets its environment with seed + i")
@@ -306,15 +297,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_tokens", type=int, help="tokens to write of a chunk, of a deployed policy (all)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", help="cpu, or a GPU (which is taken where there is one)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Benchmark:
+    """Complete the arguments, or stop with an error line; returns the benchmark."""
     check_counts(parser, args, episodes=1, num_envs=1, num_processes=1, n_action_steps=1, max_tokens=1)
     check_counts(parser, args, seed=0, record=0, delay=0)
     if args.temperature is not None and not (args.do_sample and 0 < args.temperature < float("inf")):
         parser.error(f"--temperature is {args.temperature}. Give a positive number, and --do_sample with it.")
     benchmark = load_benchmark(parser, args.benchmark)
     if args.full_render:
-        if args.benchmark != "metaworld":
-            parser.error(f"--full_render: {args.benchmark} has one kind of pictures. Drop it.")
+        if not benchmark.has_full_render:
+            parser.error(f"--full_render: {args.benchmark} has one kind of images. Drop it.")
         benchmark = replace(benchmark, make_scene=partial(benchmark.make_scene, full_render=True))
     for task in args.tasks or ():
         if task not in benchmark.tasks:
@@ -335,45 +330,58 @@ def main(argv: list[str] | None = None) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} does not work here: {first_line(error)} Try --device cpu.")
-    make_output_dir(parser, args.output_dir, NAMES)
+    return benchmark
 
-    sampling = {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
-    load_options = {name: getattr(args, name) for name in ("backend", "device", "max_tokens")} | sampling
-    load_options["dtype"] = getattr(torch, args.dtype)
-    policy = load_checkpoint(parser, args, load_predict, **load_options)
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"do_sample": args.do_sample} | ({"temperature": args.temperature or 1.0} if args.do_sample else {})
+
+
+def load_for(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, benchmark: Benchmark
+) -> tuple[LoadedPolicy, dict[str, Any]]:
+    """The policy of a benchmark, and the options of [`load_predict`] that load it; or an error line."""
+    options = {name: getattr(args, name) for name in ("backend", "device", "max_tokens")}
+    options |= {"dtype": getattr(torch, args.dtype), **sampling_options(args)}
+    policy = load_checkpoint(parser, args, load_predict, **options)
     try:
         check_policy(benchmark, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
     except ValueError as error:
         parser.error(f"--checkpoint {args.checkpoint}: {error}")
-    n_action_steps = args.n_action_steps or policy.n_action_steps
-    if n_action_steps > policy.chunk_size:
+    args.n_action_steps = args.n_action_steps or policy.n_action_steps
+    if args.n_action_steps > policy.chunk_size:
         parser.error(
-            f"--n_action_steps is {n_action_steps}, the checkpoint predicts {policy.chunk_size}. Give at most that."
+            f"--n_action_steps is {args.n_action_steps}, a chunk has {policy.chunk_size} actions. Give at most that."
         )
-    options = {
-        "seeds": range(args.seed, args.seed + args.episodes),
-        "n_action_steps": n_action_steps,
-        "num_envs": args.num_envs,
-        "record": args.record,
-        "delay": args.delay,
-        "strategy": args.strategy,
-    }
+    return policy, options
+
+
+def play(
+    args: argparse.Namespace, benchmark: Benchmark, policy: LoadedPolicy, load_options: dict[str, Any]
+) -> RolloutResult:
+    names = ("n_action_steps", "num_envs", "record", "delay", "strategy")
+    options = {"seeds": range(args.seed, args.seed + args.episodes), **{name: getattr(args, name) for name in names}}
     tasks = args.tasks or list(benchmark.tasks)
-    if args.num_processes == 1:
-        torch.manual_seed(args.seed)
-        result = rollout(benchmark, policy.predict, tasks=tasks, progress=True, **options)
-    else:
-        result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, load_options, **options)
+    if args.num_processes > 1:
+        return rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, load_options, **options)
+    torch.manual_seed(args.seed)
+    return rollout(benchmark, policy.predict, tasks=tasks, progress=True, **options)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    benchmark = check_arguments(parser, args)
+    make_output_dir(parser, args.output_dir, NAMES)
+    policy, load_options = load_for(parser, args, benchmark)
+    result = play(args, benchmark, policy, load_options)
     metrics = {
         **{name: getattr(args, name) for name in ("benchmark", "checkpoint", "num_envs", "dtype", "device")},
         **({} if args.backend is None else {"backend": args.backend, "max_tokens": args.max_tokens}),
-        **({"full_render": args.full_render} if args.benchmark == "metaworld" else {}),
-        "n_action_steps": n_action_steps,
-        "num_processes": args.num_processes,
+        **({"full_render": args.full_render} if benchmark.has_full_render else {}),
+        **{name: getattr(args, name) for name in ("n_action_steps", "num_processes", "delay", "strategy")},
         "num_threads": torch.get_num_threads() if args.num_processes == 1 else 1,
-        **sampling,
-        "delay": args.delay,
-        "strategy": args.strategy,
+        **sampling_options(args),
         **result.smoothness(),
         "versions": installed_versions(benchmark),
         **result.metrics(),
@@ -385,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.record:
         write_contact_sheet(args.output_dir / "rollouts.png", result.recordings, benchmark)
         write_video(args.output_dir / "rollouts.mp4", result.recordings, benchmark)
-        print(f"  video           {args.output_dir / 'rollouts.mp4'}, as a picture {args.output_dir / 'rollouts.png'}")
+        print(f"  video           {args.output_dir / 'rollouts.mp4'}, as an image {args.output_dir / 'rollouts.png'}")
     print(f"  metrics         {args.output_dir / 'metrics.json'}")
 
 

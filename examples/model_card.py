@@ -6,15 +6,16 @@ text around them is in `model_card_template.md`. Pictures are saved beside the c
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from envs import Benchmark
 from evaluate import write_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from PIL import Image
-from rollouts import Benchmark
 
 from smolandfast.checks_smolandfast import as_numbers
 from smolandfast.files_smolandfast import read_json
@@ -97,27 +98,11 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def write_card(
-    folder: Path,
-    repo_id: str,
-    benchmark: Benchmark,
-    model: Any,
-    processor: Any,
-    metrics: dict[str, Any] | None = None,
-    trainer_state: dict[str, Any] | None = None,
-    kept_step: int | None = None,
-    contact_sheet: Path | None = None,
-    license: str = "apache-2.0",
-    datasets: Sequence[str] = (),
-    base_model: str | None = None,
-) -> ModelCard:
-    """Write `README.md` and what it refers to, pictures and `evaluation.json`, into a folder.
+@dataclass
+class CardFacts:
+    """What a card says beside the policy's own configuration.
 
     Args:
-        folder: A model repository, or a folder that is to become one.
-        repo_id: The repository's `user/name`.
-        benchmark: What the policy plays.
-        model, processor: The policy.
         metrics: See [`read_metrics`]. Without them the card says that the policy has not been evaluated.
         trainer_state: See [`read_trainer_state`].
         kept_step: The training step that the weights are from, by default the last.
@@ -125,18 +110,39 @@ def write_card(
         license: The Hub's identifier of the license.
         datasets: Hub ids of the demonstrations, as far as they are there.
         base_model: Hub id of the model that training started from; `None` for random weights.
+    """
+
+    metrics: dict[str, Any] | None = None
+    trainer_state: dict[str, Any] | None = None
+    kept_step: int | None = None
+    contact_sheet: Path | None = None
+    license: str = "apache-2.0"
+    datasets: Sequence[str] = ()
+    base_model: str | None = None
+
+
+def write_card(
+    folder: Path, repo_id: str, benchmark: Benchmark, model: Any, processor: Any, facts: CardFacts
+) -> ModelCard:
+    """Write `README.md` and what it refers to, images and `evaluation.json`, into a folder.
+
+    Args:
+        folder: A model repository, or a folder that is to become one.
+        repo_id: The repository's `user/name`.
+        benchmark: What the policy plays.
+        model, processor: The policy.
 
     Raises:
-        OSError: the contact sheet is not a picture, or the folder cannot be written.
+        OSError: the contact sheet is not an image, or the folder cannot be written.
     """
-    name, config = repo_id.split("/")[-1], model.config
+    name, config, metrics = repo_id.split("/")[-1], model.config, facts.metrics
     data = ModelCardData(
         model_name=name,
         library_name="transformers",
         pipeline_tag="robotics",
-        license=license,
-        datasets=list(datasets) or None,
-        base_model=base_model,
+        license=facts.license,
+        datasets=list(facts.datasets) or None,
+        base_model=facts.base_model,
         tags=[*TAGS, benchmark.name],
         eval_results=None if metrics is None else _eval_results(metrics, benchmark),
     )
@@ -150,15 +156,15 @@ def write_card(
     if metrics is not None:
         shown = {key: value for key, value in metrics.items() if key != "checkpoint"}  # a path on somebody's machine
         write_json(folder / "evaluation.json", shown)
-    if contact_sheet is not None:
+    if facts.contact_sheet is not None:
         try:
-            with Image.open(contact_sheet) as picture:
-                picture.save(folder / "rollouts.png")
+            with Image.open(facts.contact_sheet) as image:
+                image.save(folder / "rollouts.png")
         except OSError as error:
             fix = "Give the rollouts.png that examples/evaluate.py wrote."
-            raise OSError(f"The contact sheet {contact_sheet} is not a picture ({error}). {fix}") from error
-    if trainer_state is not None:
-        plot_training(folder / "training_curve.png", trainer_state["log_history"], benchmark)
+            raise OSError(f"The contact sheet {facts.contact_sheet} is not an image ({error}). {fix}") from error
+    if facts.trainer_state is not None:
+        plot_training(folder / "training_curve.png", facts.trainer_state["log_history"], benchmark)
     low, high = processor.normalizer.action_limits
     card = ModelCard.from_template(
         data,
@@ -181,8 +187,8 @@ def write_card(
         action_high=high.tolist(),
         metrics=metrics,
         seeds=None if metrics is None else "{} to {}".format(*_seeds(metrics)),
-        training=None if trainer_state is None else _training(trainer_state, kept_step),
-        contact_sheet=None if contact_sheet is None else "rollouts.png",
+        training=None if facts.trainer_state is None else _training(facts.trainer_state, facts.kept_step),
+        contact_sheet=None if facts.contact_sheet is None else "rollouts.png",
     )
     card.save(folder / "README.md")
     return card

@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 import interrupt  # noqa: F401 - before all that takes long
+from envs import BENCHMARKS, Benchmark
 from evaluate import check_checkpoint, first_line, load_benchmark, load_policy
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
-from model_card import read_metrics, read_trainer_state, write_card
-from rollouts import MODULES, Benchmark
+from model_card import CardFacts, read_metrics, read_trainer_state, write_card
 from transformers.dynamic_module_utils import custom_object_save
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
@@ -112,8 +112,8 @@ def write_repository(args: argparse.Namespace, benchmark: Benchmark, folder: Pat
     contact_sheet = args.contact_sheet or (beside if beside.is_file() else None)
     model, processor = collect_repository(checkpoint, folder)
     options = {name: getattr(args, name) for name in ("license", "datasets", "base_model")}
-    measured = (metrics, trainer_state, kept_step, contact_sheet)
-    write_card(folder, args.repo_id, benchmark, model, processor, *measured, **options)
+    facts = CardFacts(metrics, trainer_state, kept_step, contact_sheet, **options)
+    write_card(folder, args.repo_id, benchmark, model, processor, facts)
     if trainer_state is None:
         print("The card has no training curve: give --trainer_state.")
     if contact_sheet is None:
@@ -123,7 +123,7 @@ def write_repository(args: argparse.Namespace, benchmark: Benchmark, folder: Pat
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Publish a policy on the Hub, with a measured model card.")
     parser.add_argument("--checkpoint", required=True, help="folder that train.py or export_checkpoint.py wrote")
-    parser.add_argument("--benchmark", choices=sorted(MODULES), default="pusht", help="what it plays (pusht)")
+    parser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht", help="what it plays (pusht)")
     parser.add_argument("--repo_id", required=True, help="user/name on the Hub; created if it does not exist")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json that evaluate.py wrote")
     parser.add_argument("--contact_sheet", type=Path, help="picture of the rollouts (rollouts.png beside the metrics)")

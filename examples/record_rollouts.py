@@ -11,10 +11,10 @@ from pathlib import Path
 
 import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
+from envs.pusht import BENCHMARK as PUSHT
+from envs.pusht import CONTROL_HZ, IMAGE_SIZE, MAX_EPISODE_STEPS, TASK
 from evaluate import check_checkpoint, check_counts, load_checkpoint, make_predict
 from lerobot_writer import IMAGE_KEY, check_new_folder, write_dataset
-from pusht import BENCHMARK as PUSHT
-from pusht import CONTROL_HZ, IMAGE_SIZE, MAX_EPISODE_STEPS, TASK
 from rollouts import Episode, Predict, rollout
 from tqdm import tqdm
 

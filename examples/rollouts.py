@@ -1,31 +1,25 @@
-"""Play a policy in a simulator, score it, film it: what all benchmarks share.
-
-A benchmark is a module with a `BENCHMARK`, see [`Benchmark`]; `get_benchmark` knows their names.
-"""
+"""Play a policy in a simulator, score it, film it: what all benchmarks share."""
 
 import contextlib
-import importlib
 import io
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Protocol
+from typing import Any
 
 import av
 import numpy as np
+from envs import FRAME_SIZE, Benchmark, Scene
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import binomtest
 from tqdm import tqdm
 
 from smolandfast.loop_smolandfast import Schedule
 
-MODULES = {"pusht": "pusht", "metaworld": "metaworld_tasks"}
-EXTRAS = {"metaworld": "metaworld"}  # of pyproject.toml, beside `examples`
-FRAME_SIZE = 384  # pixels along each side of a filmed scene
 Z_95 = NormalDist().inv_cdf(0.975)
 BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 130, 50)
 
@@ -33,97 +27,6 @@ BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 
 Predict = Callable[[list[np.ndarray], np.ndarray, list[str]], np.ndarray]
 # (the episode after a step, image and state before it, its action)
 OnStep = Callable[["Episode", np.ndarray, np.ndarray, np.ndarray], None]
-
-
-class Scene(Protocol):
-    """One task's simulation. `reset` comes first, and after an episode's end."""
-
-    def reset(self, seed: int) -> Any:
-        """Place everything as `seed` says."""
-
-    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """Execute an action `(action_dim,)`; returns reward, success, and whether the episode is over."""
-
-    def image(self) -> np.ndarray:
-        """What the policy sees: uint8 `(image_size, image_size, 3)`."""
-
-    def film(self) -> np.ndarray:
-        """The same for people: uint8 `(FRAME_SIZE, FRAME_SIZE, 3)`."""
-
-    def close(self) -> None:
-        """Free what the simulator holds."""
-
-    @property
-    def state(self) -> np.ndarray:
-        """The robot's state: float32 `(state_dim,)`."""
-
-    @property
-    def poses(self) -> np.ndarray:
-        """Where things are, in the simulator's own numbers."""
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What `train.py` and `evaluate.py` need to know of a simulator."""
-
-    name: str
-    repo_id: str  # demonstrations on the Hub
-    tasks: dict[str, str]  # the sentence of each task
-    groups: dict[str, str]  # the group of each task, for the report; may be empty
-    make_scene: Callable[[str], Scene]  # of a task
-    fps: int
-    max_steps: int  # after which an episode ends unsolved
-    state_dim: int
-    action_dim: int
-    image_size: int
-    preset: dict[str, Any]  # of `train.py`'s options, on top of its tiny preset
-    packages: tuple[str, ...]  # whose releases results depend on
-    card: dict[str, str]  # what a model card says of it: its title, env_id, success and citation
-    # (image, state, random generator, max_shift) -> image and state of a world that is moved, with the same actions
-    shift: Callable[..., tuple[np.ndarray, np.ndarray]] | None = None
-    wordings: dict[str, list[str]] = field(default_factory=dict)  # other wordings of a sentence, for training
-    max_reward: float | None = None  # if rewards are comparable between episodes, their best
-    film_every: int = 1  # steps from one filmed scene to the next
-    # (state, last action or None) -> the action that stands still, while a prediction is late
-    hold: Callable[[np.ndarray, np.ndarray | None], np.ndarray] | None = None
-
-
-def get_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name.
-
-    Raises:
-        ValueError: there is none, or its simulator is not installed.
-    """
-    if name not in MODULES:
-        raise ValueError(f"benchmark is {name!r}, expected one of {', '.join(MODULES)}.")
-    try:
-        return importlib.import_module(MODULES[name]).BENCHMARK
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get(name, "examples")
-        raise ValueError(f"{name} needs {error.name}: run `pip install -e '.[{extra}]'`.") from error
-    except ImportError as error:  # a library of the system's; the message says what to install
-        raise ValueError(str(error)) from error
-
-
-def check_policy(
-    benchmark: Benchmark, action_dim: int, state_dim: int, image_keys: Sequence[str], fps: float | None
-) -> None:
-    """Refuse a policy of another robot, or of another control rate (`None`: not known).
-
-    Raises:
-        ValueError: The message names what differs.
-    """
-    for what, found, expected in (
-        ("action dimensions", action_dim, benchmark.action_dim),
-        ("state dimensions", state_dim, benchmark.state_dim),
-        (f"cameras ({', '.join(image_keys)})", len(image_keys), 1),
-        ("control steps a second (fps)", fps, benchmark.fps),
-    ):
-        if found is not None and found != expected:
-            raise ValueError(
-                f"The policy has {found:g} {what}, {benchmark.name} {expected}. Use one that was trained for "
-                f"{benchmark.name}."
-            )
 
 
 @dataclass
@@ -263,21 +166,38 @@ def success_rate(successes: Sequence[bool]) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How [`rollout`] plays.
+
+    Args:
+        num_envs: Episodes side by side. Affects only how many observations `predict` gets at once.
+        max_steps: Steps after which an episode ends unsolved, by default the benchmark's.
+        record: The first `record` episodes of each task are filmed.
+        progress: Show a progress bar.
+        on_step: Called after each step of each episode. Every step is then drawn.
+        delay: Steps from an observation to the arrival of its chunk, in which the world goes on.
+        strategy: What is executed meanwhile, see [`Schedule`]. Without delay, `switch` and `wait` do the same.
+    """
+
+    num_envs: int = 16
+    max_steps: int | None = None
+    record: int = 0
+    progress: bool = False
+    on_step: OnStep | None = None
+    delay: int = 0
+    strategy: str = "switch"
+
+
 def rollout(
     benchmark: Benchmark,
     predict: Predict,
     seeds: Sequence[int],
     n_action_steps: int,
     tasks: Sequence[str] | None = None,
-    num_envs: int = 16,
-    max_steps: int | None = None,
-    record: int = 0,
-    progress: bool = False,
-    on_step: OnStep | None = None,
-    delay: int = 0,
-    strategy: str = "switch",
+    **options: Any,
 ) -> RolloutResult:
-    """Play each task once for each seed, up to `num_envs` episodes side by side.
+    """Play each task once for each seed, some episodes side by side.
 
     Args:
         benchmark: What is played.
@@ -287,84 +207,73 @@ def rollout(
         seeds: Of each task's episodes.
         n_action_steps: Actions of each chunk that are executed before the next prediction.
         tasks: All by default.
-        num_envs: Affects only how many observations `predict` gets at once.
-        max_steps: Steps after which an episode ends unsolved, by default the benchmark's.
-        record: The first `record` episodes of each task are filmed.
-        progress: Show a progress bar.
-        on_step: Called after each step of each episode. Every step is then drawn.
-        delay: Steps from an observation to the arrival of its chunk, in which the world goes on.
-        strategy: What is executed meanwhile, see [`Schedule`]. Without delay, `switch` and `wait` do the same.
+        options: Those of [`RolloutOptions`].
 
     Raises:
         ValueError: an argument out of range, or a chunk of the wrong shape or with a value that is not finite.
     """
     tasks = list(benchmark.tasks if tasks is None else tasks)
-    max_steps = benchmark.max_steps if max_steps is None else max_steps
-    counts = (len(tasks), len(seeds), n_action_steps, num_envs, max_steps)
-    if min(counts) < 1:
-        names = "len(tasks), len(seeds), n_action_steps, num_envs, max_steps"
-        raise ValueError(f"{names} are {counts}, expected at least 1 each.")
-    if delay < 0 or (delay > 0 and benchmark.hold is None):
-        raise ValueError(
-            f"delay is {delay}, expected 0 or more; above 0, {benchmark.name} has to know how to stand still."
-        )
-    unknown = [task for task in tasks if task not in benchmark.tasks]
-    if unknown:
-        raise ValueError(f"tasks has {unknown[0]!r}, expected some of {benchmark.name}'s {list(benchmark.tasks)}.")
-    episodes = [Episode(task, int(seed), is_filmed=i < record) for task in tasks for i, seed in enumerate(seeds)]
+    how = RolloutOptions(**options)
+    if how.max_steps is None:
+        how = replace(how, max_steps=benchmark.max_steps)
+    _check_arguments(benchmark, seeds, n_action_steps, tasks, how)
+    episodes = [Episode(task, int(seed), is_filmed=i < how.record) for task in tasks for i, seed in enumerate(seeds)]
     to_come: dict[str, deque[Episode]] = {}
     for episode in episodes:
         to_come.setdefault(episode.task, deque()).append(episode)
-    slots = [_Slot() for _ in range(min(num_envs, len(episodes)))]
+    slots = [_Slot() for _ in range(min(how.num_envs, len(episodes)))]
     num_chunks, predict_seconds = 0, 0.0
-    with contextlib.ExitStack() as stack, tqdm(total=len(episodes), unit="episode", disable=not progress) as bar:
+    with contextlib.ExitStack() as stack, tqdm(total=len(episodes), unit="episode", disable=not how.progress) as bar:
         for slot in slots:
             stack.callback(slot.close)
         while True:
             for slot in slots:
                 if slot.episode is None and to_come:
                     slot.start(_take(to_come, slots, slot.task), benchmark)
-                    slot.episode.schedule = Schedule(n_action_steps, strategy)
+                    slot.episode.schedule = Schedule(n_action_steps, how.strategy)
             playing = [slot for slot in slots if slot.episode is not None]
             if not playing:
                 break
-
             waiting = [s for s in playing if s.episode.coming is None and s.episode.schedule.is_due()]
             if waiting:
-                images = [slot.scene.image() for slot in waiting]
-                states = np.stack([slot.scene.state for slot in waiting])
-                start = time.perf_counter()
-                sentences = [benchmark.tasks[slot.task] for slot in waiting]
-                chunks = predict(images, states, sentences)
-                predict_seconds += time.perf_counter() - start
-                chunks = check_chunks(chunks, len(waiting), n_action_steps, benchmark.action_dim)
-                for slot, chunk in zip(waiting, chunks, strict=True):
-                    slot.episode.coming = chunk, slot.episode.schedule.step
+                predict_seconds += _predict_chunks(waiting, benchmark, predict, n_action_steps)
                 num_chunks += len(waiting)
-
             for slot in playing:
-                scene, episode = slot.scene, slot.episode
-                if episode.coming is not None and episode.schedule.step - episode.coming[1] >= delay:
-                    episode.schedule.arrive(*episode.coming)
-                    if episode.actions:
-                        episode.switches.append(len(episode.actions))
-                    episode.coming = None
-                action = episode.schedule.next_action()
-                if action is None:
-                    action = benchmark.hold(scene.state, episode.actions[-1] if episode.actions else None)
-                episode.actions.append(action)
-                before = (scene.image(), scene.state, action) if on_step is not None else ()
-                reward, episode.success, over = scene.step(action)
-                episode.rewards.append(reward)
-                episode.poses.append(scene.poses)
-                episode.done = episode.success or over or len(episode.rewards) >= max_steps
-                episode.film(scene, benchmark.film_every)
-                if on_step is not None:
-                    on_step(episode, *before)
-                if episode.done:
+                slot.advance(benchmark, how)
+                if slot.episode.done:
                     slot.episode = None
                     bar.update()
     return RolloutResult(benchmark, episodes, num_chunks, predict_seconds)
+
+
+def _check_arguments(
+    benchmark: Benchmark, seeds: Sequence[int], n_action_steps: int, tasks: list[str], how: RolloutOptions
+) -> None:
+    counts = (len(tasks), len(seeds), n_action_steps, how.num_envs, how.max_steps)
+    if min(counts) < 1:
+        names = "len(tasks), len(seeds), n_action_steps, num_envs, max_steps"
+        raise ValueError(f"{names} are {counts}, expected at least 1 each.")
+    if how.delay < 0 or (how.delay > 0 and benchmark.hold is None):
+        raise ValueError(
+            f"delay is {how.delay}, expected 0 or more; above 0, {benchmark.name} has to know how to stand still."
+        )
+    unknown = [task for task in tasks if task not in benchmark.tasks]
+    if unknown:
+        raise ValueError(f"tasks has {unknown[0]!r}, expected some of {benchmark.name}'s {list(benchmark.tasks)}.")
+
+
+def _predict_chunks(waiting: "list[_Slot]", benchmark: Benchmark, predict: Predict, n_action_steps: int) -> float:
+    """Send the slots' episodes their next chunks; returns the seconds in `predict`."""
+    images = [slot.scene.image() for slot in waiting]
+    states = np.stack([slot.scene.state for slot in waiting])
+    sentences = [benchmark.tasks[slot.task] for slot in waiting]
+    start = time.perf_counter()
+    chunks = predict(images, states, sentences)
+    seconds = time.perf_counter() - start
+    chunks = check_chunks(chunks, len(waiting), n_action_steps, benchmark.action_dim)
+    for slot, chunk in zip(waiting, chunks, strict=True):
+        slot.episode.coming = chunk, slot.episode.schedule.step
+    return seconds
 
 
 class _Slot:
@@ -382,6 +291,27 @@ class _Slot:
         self.episode = episode
         self.scene.reset(episode.seed)
         episode.film(self.scene, benchmark.film_every)
+
+    def advance(self, benchmark: Benchmark, how: RolloutOptions) -> None:
+        """One step of the simulation, with the episode's next action."""
+        scene, episode = self.scene, self.episode
+        if episode.coming is not None and episode.schedule.step - episode.coming[1] >= how.delay:
+            episode.schedule.arrive(*episode.coming)
+            if episode.actions:
+                episode.switches.append(len(episode.actions))
+            episode.coming = None
+        action = episode.schedule.next_action()
+        if action is None:
+            action = benchmark.hold(scene.state, episode.actions[-1] if episode.actions else None)
+        episode.actions.append(action)
+        before = (scene.image(), scene.state, action) if how.on_step is not None else ()
+        reward, episode.success, over = scene.step(action)
+        episode.rewards.append(reward)
+        episode.poses.append(scene.poses)
+        episode.done = episode.success or over or len(episode.rewards) >= how.max_steps
+        episode.film(scene, benchmark.film_every)
+        if how.on_step is not None:
+            how.on_step(episode, *before)
 
     def close(self) -> None:
         if self.scene is not None:

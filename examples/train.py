@@ -21,16 +21,24 @@ import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from envs import Benchmark, get_benchmark
 from evaluate import make_predict
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
-from model_card import write_card
-from pusht_scenes import IMAGE_SIZE, TARGET_SYMMETRY, EpochSetter, rotate_points, turn_points, vary_scene
-from rollouts import Benchmark, get_benchmark, rollout
+from model_card import CardFacts, write_card
+from rollouts import rollout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
-from train_arguments import PARTS, PolicyArguments, make_parser, needs_evaluation, one_line, parse_arguments
-from training_runs import EpochDataset, interruption, naming_option
+from train_arguments import (
+    PARTS,
+    VARIATIONS,
+    PolicyArguments,
+    make_parser,
+    needs_evaluation,
+    one_line,
+    parse_arguments,
+)
+from training_runs import EpochDataset, EpochSetter, interruption, naming_option
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
 
 from smolandfast import (
@@ -81,15 +89,12 @@ class VariedDemonstrations(EpochDataset):
             raise ValueError(f"--drop_n_last_frames is {args.drop_n_last_frames}, and no episode is longer. Lower it.")
         sentences = _sentences_of_groups(args.oversample or [], benchmark)
         self.indices = np.repeat(self.indices, [1 + (dataset.text(i) in sentences) for i in self.indices.tolist()])
-        options = ("mirror_probability", "turn_probability", "max_shift", "max_angle")
-        self.variation, self.shift = {name: getattr(args, name) for name in options}, benchmark.shift
-        names = ", ".join(f"--{name}" for name in options)
-        if self.shift is not None and any(self.variation[name] for name in options if name != "max_shift"):
-            raise ValueError(f"{benchmark.name} can only be shifted: set all of {names} but --max_shift to 0.")
-        sizes = list(dataset.image_sizes.values())
-        if self.shift is None and any(self.variation.values()) and sizes != [(IMAGE_SIZE, IMAGE_SIZE)]:
+        self.vary, self.options = benchmark.vary, variation_options(args, benchmark)
+        sizes, size = list(dataset.image_sizes.values()), benchmark.image_size
+        if any(self.options.values()) and sizes != [(size, size)]:
+            names = ", ".join(f"--{name}" for name in VARIATIONS)
             raise ValueError(
-                f"Only one image of {IMAGE_SIZE}x{IMAGE_SIZE} pixels, PushT's, can be varied; the data set has images "
+                f"Only one image of {size}x{size} pixels, {benchmark.name}'s, can be varied; the data set has images "
                 f"of {sizes} (height, width). Set {names} to 0."
             )
         self.reword_probability = args.reword_probability
@@ -114,14 +119,18 @@ class VariedDemonstrations(EpochDataset):
         text, rng = self.text(i)
         i = int(self.indices[i])
         sample = {**self.dataset[i], "text": text}
-        if not any(self.variation.values()):
+        if not any(self.options.values()):
             return sample
-        if self.shift is not None:
-            image, state = self.shift(sample["images"][0], sample["state"], rng, self.variation["max_shift"])
-            return {**sample, "images": [image], "state": state}
-        points = np.concatenate([sample["state"][None], sample["actions"]])
-        image, points = vary_scene(sample["images"][0], points, rng, **self.variation)
-        return {**sample, "images": [image], "state": points[0], "actions": points[1:]}
+        image, state, actions = self.vary(sample["images"][0], sample["state"], sample["actions"], rng, **self.options)
+        return {**sample, "images": [image], "state": state, "actions": actions}
+
+
+def variation_options(args: PolicyArguments, benchmark: Benchmark) -> dict[str, float]:
+    """The options by which the benchmark's demonstrations are varied. Raises `ValueError` for one that it has not."""
+    for name in VARIATIONS:
+        if getattr(args, name) and name not in benchmark.variations:
+            raise ValueError(f"--{name} is {getattr(args, name)}, which {benchmark.name} has no use for. Set it to 0.")
+    return {name: getattr(args, name) for name in benchmark.variations}
 
 
 def _sentences_of_groups(groups: list[str], benchmark: Benchmark) -> set[str]:
@@ -179,7 +188,7 @@ class GroupedByLength(Sampler):
 class PolicyTrainer(AtomicCheckpointTrainer):
     """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that.
 
-    With `push_to_hub`, the model card is ours; `card_options` are arguments of [`model_card.write_card`].
+    With `push_to_hub`, the model card is ours; `card_options` are arguments of [`model_card.CardFacts`].
     """
 
     def __init__(
@@ -224,16 +233,13 @@ class PolicyTrainer(AtomicCheckpointTrainer):
             return
         folder, best = Path(self.args.output_dir), self.state.best_global_step
         has_trained = any("loss" in entry for entry in self.state.log_history)
-        write_card(
-            folder,
-            self.hub_model_id or folder.name,
-            self.benchmark,
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
+        facts = CardFacts(
             trainer_state=asdict(self.state) if has_trained else None,
             kept_step=best if self.args.load_best_model_at_end and best else self.state.global_step,
             **self.card_options,
         )
+        model, name = self.accelerator.unwrap_model(self.model), self.hub_model_id or folder.name
+        write_card(folder, name, self.benchmark, model, self.processing_class, facts)
 
     def push_to_hub(self, *args, **kwargs):
         try:
@@ -264,7 +270,7 @@ class PushCodeFiles(TrainerCallback):
 
 
 def fit_statistics_and_tokenizer(
-    dataset: LeRobotChunkDataset, args: PolicyArguments
+    dataset: LeRobotChunkDataset, args: PolicyArguments, benchmark: Benchmark
 ) -> tuple[dict, FastActionTokenizer]:
     """Measure the demonstrations, and their turned copies where training turns them; fit FAST to the result.
 
@@ -274,17 +280,18 @@ def fit_statistics_and_tokenizer(
     """
     if args.init_from is not None and not args.refit:
         return read_earlier(dataset, args)
-    symmetries = range(1, 8) if args.turn_probability > 0 else [TARGET_SYMMETRY] if args.mirror_probability > 0 else []
+    options = variation_options(args, benchmark)
+    symmetries = benchmark.symmetries(**options)
     # Each symmetry is applied to every seventh chunk.
-    parts = [(0, np.arange(len(dataset))), *((s, np.arange(s, len(dataset), 7)) for s in symmetries)]
-    symmetry = np.concatenate([np.full(len(indices), s) for s, indices in parts])
-    frames = np.concatenate([indices for _, indices in parts])
+    parts = [np.arange(len(dataset)), *(np.arange(i + 1, len(dataset), 7) for i in range(len(symmetries)))]
+    symmetry = np.repeat(np.arange(len(parts)), [len(indices) for indices in parts])  # 0: as demonstrated
+    frames = np.concatenate(parts)
 
     def take(chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states, chunks = dataset.states[frames[chosen]], dataset.action_chunks(frames[chosen])
         for s in set(symmetry[chosen].tolist()) - {0}:
-            turned = symmetry[chosen] == s
-            states[turned], chunks[turned] = turn_points(states[turned], s), turn_points(chunks[turned], s)
+            turned, move = symmetry[chosen] == s, symmetries[s - 1]
+            states[turned], chunks[turned] = move(states[turned]), move(chunks[turned])
         return states, chunks
 
     count = min(len(frames), MAX_FITTED_CHUNKS)
@@ -297,9 +304,8 @@ def fit_statistics_and_tokenizer(
     if args.action_tokenizer is not None:
         with naming_option("--action_tokenizer"):
             return statistics, FastActionTokenizer.from_pretrained(args.action_tokenizer)
-    if args.max_angle > 0:
-        angles = (0.0, -args.max_angle, args.max_angle)
-        states, chunks = (np.concatenate([rotate_points(x, angle) for angle in angles]) for x in (states, chunks))
+    rotations = benchmark.rotations(**options)
+    states, chunks = (np.concatenate([x, *(move(x) for move in rotations)]) for x in (states, chunks))
     with naming_option("--use_relative_actions"):
         normalizer = Normalizer(
             statistics, use_relative_actions=args.use_relative_actions, **read_earlier_options(args)
@@ -364,7 +370,7 @@ def make_policy(
     dataset: LeRobotChunkDataset, args: PolicyArguments, benchmark: Benchmark, **kwargs
 ) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
     """The preset's model and processor; kwargs go to `from_pretrained` or the configuration."""
-    statistics, action_tokenizer = fit_statistics_and_tokenizer(dataset, args)
+    statistics, action_tokenizer = fit_statistics_and_tokenizer(dataset, args, benchmark)
     wordings = sum(benchmark.wordings.values(), []) if args.reword_probability > 0 else []
     default_task = dataset.tasks[0] if len(dataset.tasks) == 1 else ""
     options = {

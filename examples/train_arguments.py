@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from rollouts import MODULES, Benchmark, get_benchmark
+from envs import BENCHMARKS, Benchmark, get_benchmark
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 from transformers.optimization import get_scheduler
 
@@ -59,7 +59,7 @@ class PolicyArguments:
     """What is trained, on what, and how it is evaluated."""
 
     preset: str = field(default="tiny", metadata={"choices": sorted(PRESETS), "help": "defaults for everything below"})
-    benchmark: str = field(default="pusht", metadata={"choices": sorted(MODULES), "help": "what is learnt and played"})
+    benchmark: str = field(default="pusht", metadata={"choices": BENCHMARKS, "help": "what is learnt and played"})
     dataset_root: list[str] | None = field(
         default=None, metadata={"help": "folder of a local data set, or several to learn from together"}
     )
@@ -100,7 +100,7 @@ class PolicyArguments:
     )
     vision_weights: str | None = field(
         default=None,
-        metadata={"help": "vision.safetensors of pretrain_vision.py or pretrain_metaworld.py, for the tiny preset"},
+        metadata={"help": "vision.safetensors of pretrain_vision.py, for the tiny preset"},
     )
     vision_learning_rate: float = 2e-5
     connector_learning_rate: float = 2e-4
@@ -141,6 +141,7 @@ class PolicyArguments:
     eval_seed: int = field(default=100_000, metadata={"help": "first seed of those episodes"})
 
 
+VARIATIONS = ("mirror_probability", "turn_probability", "max_shift", "max_angle")  # of the demonstrations
 PARTS = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
 OWN_OPTIMIZER = (
     "this script makes its own optimizer, Muon with AdamW (tiny) or AdamW (256M). Drop it, and set "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, read_checksums, read_json
 from smolandfast.training import find_checkpoints
@@ -23,7 +24,7 @@ OPTIONS = "options.json"  # what pretraining was begun with, in its output folde
 
 
 class EpochDataset(torch.utils.data.Dataset):
-    """A data set whose samples depend on the epoch, which [`pusht_scenes.EpochSetter`] sets.
+    """A data set whose samples depend on the epoch, which [`EpochSetter`] sets.
 
     The number lies in shared memory: workers hold a copy of the data set, and with `dataloader_persistent_workers`
     they keep it from epoch to epoch.
@@ -38,6 +39,17 @@ class EpochDataset(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
+
+
+class EpochSetter(TrainerCallback):
+    """Calls the training set's `set_epoch` at the start of each epoch.
+
+    Its random choices can then depend on seed, epoch and index alone, so a resumed run, or one on several processes,
+    sees the same samples as an uninterrupted one.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))  # a resumed run begins inside an epoch
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from app_session import Policy, Session, load_page_policy
 from app_views import draw_coverage
+from envs.pusht import BENCHMARK as PUSHT
 from evaluate import make_predict
 from PIL import Image
-from pusht import BENCHMARK as PUSHT
 from rollouts import rollout
 
 from smolandfast import SmolAndFastProcessor
@@ -137,8 +137,9 @@ def test_the_page_has_its_events_and_no_analytics(policy):
 
 def copy_space(folder):
     """The files of a Space, as `docs/publishing.md` names them."""
-    for name in ("app.py", "app_session.py", "app_views.py", "pusht.py", "rollouts.py"):
+    for name in ("app.py", "app_session.py", "app_views.py", "rollouts.py"):
         shutil.copy(ROOT / "examples" / name, folder)
+    shutil.copytree(ROOT / "examples/envs", folder / "envs")
     (folder / "smolandfast").mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder / "smolandfast")

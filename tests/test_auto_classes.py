@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PYTHON_FILES, warnings_of
-from pusht import BENCHMARK as PUSHT
+from envs.pusht import BENCHMARK as PUSHT
 from rollouts import rollout
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 

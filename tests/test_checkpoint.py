@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from envs.pusht import BENCHMARK as PUSHT
 from evaluate import main as evaluate
 from evaluate import make_predict
 from export_checkpoint import export
 from export_checkpoint import main as export_checkpoint
-from pusht import BENCHMARK as PUSHT
 from rollouts import rollout
 from safetensors import safe_open
 from safetensors.torch import load_file

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK, make_processor
+from envs.pusht.scenes import render_scenes
 from PIL import Image
-from pusht_scenes import render_scenes
 from test_data import write_table
 from train import EvaluateLastStep
 from transformers import AutoModel, TrainerCallback, TrainingArguments

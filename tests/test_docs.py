@@ -39,7 +39,7 @@ ELSEWHERE = (
     "python -m lerobot_policy",
     "ACCELERATE",
     "python examples/collect_metaworld.py",
-    "python examples/pretrain_metaworld.py",
+    "python examples/pretrain_vision.py --benchmark metaworld",
     "python examples/train.py --benchmark metaworld",
     "python examples/evaluate.py --benchmark metaworld",
 )

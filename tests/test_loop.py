@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from envs import get_benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rollouts import get_benchmark, rollout
+from rollouts import rollout
 
 from smolandfast.loop_smolandfast import NEW_SHARE, STRATEGIES, ControlLoop, Schedule
 

@@ -13,21 +13,12 @@ import collect_metaworld
 import evaluate
 import metaworld
 import mujoco
-import pretrain_metaworld
+import pretrain_vision
 import train
+from envs.metaworld import BENCHMARK, DIFFICULTIES, TASKS, MetaworldScene
+from envs.metaworld.simulator import ARM_MESHES, MT10, shift_image, shift_points, simplified
 from metaworld_language import OUTSIDE, UNSEEN
 from metaworld_report import kind_of_ending
-from metaworld_tasks import (
-    ARM_MESHES,
-    BENCHMARK,
-    DIFFICULTIES,
-    MT10,
-    TASKS,
-    MetaworldScene,
-    shift_picture,
-    shift_points,
-    simplified,
-)
 from PIL import Image
 from rollouts import Episode, rollout
 
@@ -162,7 +153,7 @@ def test_a_picture_that_is_moved_shows_points_that_are_moved_with_it():
     image = scene.image()
     column, row = pixel(points[2]).astype(int)  # the goal is a green sphere
     assert image[row, column].argmax() == 1
-    shifted = shift_picture(image, 5, -3)
+    shifted = shift_image(image, 5, -3)
     np.testing.assert_array_equal(shifted[row - 3, column + 5], image[row, column])
     np.testing.assert_array_equal(shifted[:-3, 5:], image[3:, :-5])
 
@@ -257,11 +248,22 @@ def test_failures_are_told_apart_by_what_became_of_the_object():
 
 
 def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cache, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("metaworld_tasks.BENCHMARK", dataclasses.replace(BENCHMARK, max_steps=24))
+    monkeypatch.setattr("envs.metaworld.BENCHMARK", dataclasses.replace(BENCHMARK, max_steps=24))
     output = tmp_path / "policy"
     vision = tmp_path / "vision"
-    drawn = "--tasks reach --num_scenes 4 --max_shift 4 --max_steps 2 --batch_size 4 --num_processes 1"
-    pretrain_metaworld.main([*drawn.split(), "--dataset_root", str(demonstrations), "--output_dir", str(vision)])
+    drawn = "--benchmark metaworld --tasks reach --num_scenes 4 --max_shift 4 --max_steps 2 --batch_size 4 "
+    drawn += "--num_processes 1"
+    pretrain_vision.main(
+        [
+            "--benchmark",
+            "metaworld",
+            *drawn.split(),
+            "--dataset_root",
+            str(demonstrations),
+            "--output_dir",
+            str(vision),
+        ]
+    )
     options = f"--vision_weights {vision}/vision.safetensors --freeze_vision_tower --reword_probability 0.5 "
     options += "--benchmark metaworld --max_steps 2 --eval_steps 2 --save_steps 2 --warmup_steps 1 --eval_episodes 1 "
     options += "--sample_every 2 --max_shift 3 --oversample hard --batch_by_length "
@@ -282,7 +284,7 @@ def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cach
     assert json.loads((tmp_path / "full/metrics.json").read_text())["full_render"] is True
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", "checkpoints/pusht-tiny", "--full_render"])
-    assert "--full_render: pusht has one kind of pictures" in capsys.readouterr().err
+    assert "--full_render: pusht has one kind of images" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(output)])
     assert "has 4 action dimensions, pusht 2" in capsys.readouterr().err

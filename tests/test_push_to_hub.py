@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from conftest import PYTHON_FILES, TOKENIZER_FILES
+from envs.pusht import BENCHMARK as PUSHT
 from huggingface_hub import ModelCard, constants
 from model_card import read_metrics, read_trainer_state
 from PIL import Image
 from push_to_hub import find_training
 from push_to_hub import main as push
-from pusht import BENCHMARK as PUSHT
 from stand_in_hub import TOKEN, StandInHub
 from train import PolicyTrainer, PushCodeFiles
 from train import main as train
@@ -359,8 +359,8 @@ def test_a_file_that_is_no_trainer_state_is_refused(tmp_path, content):
         (["--repo_id", "pusht"], "expected user/name"),
         (["--repo_id", "user/a/b"], "expected user/name"),
         (["--metrics", "missing.json"], "missing.json cannot be read"),
-        (["--contact_sheet", "missing.png"], "missing.png is not a picture"),
-        (["--contact_sheet", __file__], "is not a picture"),
+        (["--contact_sheet", "missing.png"], "missing.png is not an image"),
+        (["--contact_sheet", __file__], "is not an image"),
         (["--trainer_state", "missing.json"], "missing.json cannot be read"),
         (["--checkpoint", "missing"], "not a folder"),
     ],

@@ -15,14 +15,15 @@ import av
 import evaluate
 import gymnasium
 import numpy as np
-import pusht
 import pytest
 import torch
+from envs import FRAME_SIZE, get_benchmark
+from envs.pusht import BENCHMARK as PUSHT
+from envs.pusht import TASK
+from envs.pusht.simulator import ENV_ID
 from PIL import Image
-from pusht import BENCHMARK as PUSHT
-from pusht import TASK
 from pusht_failures import kind_of_ending
-from rollouts import get_benchmark, rollout, success_rate, write_contact_sheet, write_video
+from rollouts import rollout, success_rate, write_contact_sheet, write_video
 from transformers import BatchFeature
 
 SEEDS = [1000, 1001, 1002, 1003, 1004]
@@ -72,7 +73,7 @@ def test_the_policy_sees_and_moves_what_a_plain_gymnasium_loop_would():
         return wander(images, states, texts)
 
     result = rollout(PUSHT, predict, [21], n_action_steps=3, max_steps=30)
-    env = gymnasium.make(pusht.ENV_ID, obs_type="pixels_agent_pos", max_episode_steps=30)
+    env = gymnasium.make(ENV_ID, obs_type="pixels_agent_pos", max_episode_steps=30)
     observation, _ = env.reset(seed=21)
     rewards, done = [], False
     for image, state in seen:
@@ -105,7 +106,7 @@ def test_n_action_steps_are_executed_between_two_predictions():
 
     result = rollout(PUSHT, predict, [3], n_action_steps=3, max_steps=11)
     assert result.num_chunks == len(asked) == 4  # 3 + 3 + 3 + 2 steps
-    env = gymnasium.make(pusht.ENV_ID, obs_type="pixels_agent_pos")
+    env = gymnasium.make(ENV_ID, obs_type="pixels_agent_pos")
     observation, _ = env.reset(seed=3)
     for i, state in enumerate(asked):
         assert np.allclose(state, observation["agent_pos"])
@@ -192,7 +193,7 @@ def test_the_video_is_h264_with_a_frame_for_each_moment(filmed, tmp_path):
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert len(frames) == 13  # the start and 12 steps
     height, width, _ = frames[0].shape
-    assert width > 2 * pusht.FRAME_SIZE and height > 2 * pusht.FRAME_SIZE  # three tiles: two by two
+    assert width > 2 * FRAME_SIZE and height > 2 * FRAME_SIZE  # three tiles: two by two
     assert np.abs(frames[0].astype(int) - frames[-1]).max() > 100  # something moved
 
 
@@ -219,7 +220,7 @@ class StandInProcessor:
 
     def __call__(self, images, text, state, return_tensors):
         assert return_tensors == "pt" and all(len(row) == 1 for row in images)
-        assert text == [pusht.TASK] * len(images) == [pusht.TASK] * len(state)
+        assert text == [TASK] * len(images) == [TASK] * len(state)
         pixels = torch.from_numpy(np.stack([row[0] for row in images]))
         return BatchFeature({"pixel_values": pixels, "input_ids": torch.as_tensor(state)})
 
@@ -302,7 +303,7 @@ def test_sampling_and_n_action_steps_reach_the_policy(checkpoint, tmp_path):
         (["--episodes", "0"], "--episodes is 0. Give at least 1."),
         (["--num_envs", "0"], "--num_envs is 0. Give at least 1."),
         (["--record", "-1"], "--record is -1. Give at least 0."),
-        (["--n_action_steps", "11"], "--n_action_steps is 11, the checkpoint predicts 10. Give at most that."),
+        (["--n_action_steps", "11"], "--n_action_steps is 11, a chunk has 10 actions. Give at most that."),
         (["--temperature", "0.7"], "--do_sample"),
         (["--do_sample", "--temperature", "0"], "Give a positive number"),
         (["--device", "toaster"], "Try --device cpu."),
@@ -439,7 +440,7 @@ def test_an_ending_is_told_by_its_rewards_and_by_whether_the_block_still_moves(s
 
 def test_the_blocks_poses_are_the_simulators():
     result = rollout(PUSHT, hold_still, [3], n_action_steps=1, max_steps=5)
-    env = gymnasium.make(pusht.ENV_ID, obs_type="pixels_agent_pos")
+    env = gymnasium.make(ENV_ID, obs_type="pixels_agent_pos")
     _, info = env.reset(seed=3)
     assert np.shape(result.episodes[0].poses) == (5, 3)
     np.testing.assert_allclose(result.episodes[0].poses[0], info["block_pose"], atol=0.5)
@@ -448,11 +449,11 @@ def test_the_blocks_poses_are_the_simulators():
 def test_what_a_simulator_lacks_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
-    monkeypatch.delitem(sys.modules, "metaworld_tasks", raising=False)
+    for name in [name for name in sys.modules if name.startswith(("envs.metaworld", "envs.pusht"))]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ValueError, match="apt install libosmesa6") as refused:
         get_benchmark("metaworld")
     assert "pip install" not in str(refused.value) and "\n" not in str(refused.value)
     monkeypatch.setitem(sys.modules, "gym_pusht", None)
-    monkeypatch.delitem(sys.modules, "pusht")
     with pytest.raises(ValueError, match=r"gym_pusht.*pip install -e '\.\[examples\]'"):
         get_benchmark("pusht")

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import record_rollouts
-from pusht import ENV_ID, TASK
+from envs.pusht import TASK
+from envs.pusht.simulator import ENV_ID
 from record_rollouts import DATASET, play, write_dataset
 from record_rollouts import main as record
 
@@ -169,7 +170,8 @@ def test_interrupted_recording_ends_in_one_line_and_leaves_nothing(tmp_path, cap
 def collect_metaworld(monkeypatch):
     """`examples/collect_metaworld.py` without Meta-World: it can only assemble finished demonstrations."""
     stand_in = SimpleNamespace(CONTROL_HZ=80, IMAGE_SIZE=32, MT10=[], TASKS={"reach": "Reach."}, MetaworldScene=object)
-    monkeypatch.setitem(sys.modules, "metaworld_tasks", stand_in)
+    monkeypatch.setitem(sys.modules, "envs.metaworld", stand_in)
+    monkeypatch.setitem(sys.modules, "envs.metaworld.simulator", stand_in)
     monkeypatch.delitem(sys.modules, "collect_metaworld", raising=False)
     yield importlib.import_module("collect_metaworld")
     del sys.modules["collect_metaworld"]

@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASK, make_processor
+from envs.pusht import BENCHMARK as PUSHT
+from envs.pusht.pretraining import make_labels
+from envs.pusht.scenes import TARGET_SYMMETRY, render_scenes, turn_image, turn_points, vary_scene
 from evaluate import load_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pretrain_vision import OUTPUTS, make_labels
+from pretrain_vision import OUTPUTS
 from pretrain_vision import main as pretrain_vision
-from pusht import BENCHMARK as PUSHT
-from pusht_scenes import TARGET_SYMMETRY, EpochSetter, render_scenes, turn_image, turn_points, vary_scene
 from safetensors.torch import load_file, save
 from test_checkpoint_safety import write_demonstrations
 from train import GroupedByLength, PolicyArguments, VariedDemonstrations, fit_embeddings, make_policy, parse_args
 from train import fit_statistics_and_tokenizer as fit
 from train import main as train
+from training_runs import EpochSetter
 from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
@@ -694,7 +696,7 @@ def test_persistent_workers_vary_the_samples_in_every_epoch(own_cache):
 def test_statistics_are_of_all_chunks_and_the_tokenizer_is_fitted_to_some(monkeypatch, own_cache):
     dataset = LeRobotChunkDataset(ROLLOUTS, 16)
     args, _ = parse_args(["--output_dir", "unused", "--bf16", "False", "--max_angle", "0"])
-    whole, tokenizer = fit(dataset, args)
+    whole, tokenizer = fit(dataset, args, PUSHT)
     sizes, take = [], dataset.action_chunks
 
     def counted(indices=None):
@@ -704,7 +706,7 @@ def test_statistics_are_of_all_chunks_and_the_tokenizer_is_fitted_to_some(monkey
     dataset.action_chunks = counted
     monkeypatch.setattr("train.MAX_FITTED_CHUNKS", 300)
     monkeypatch.setattr("train.CHUNKS_AT_ONCE", 100)
-    some, fitted = fit(dataset, args)
+    some, fitted = fit(dataset, args, PUSHT)
     for name in ("observation.state", "action", "relative_action"):
         for limit in ("min", "max"):
             assert some[name][limit] == whole[name][limit]
@@ -768,7 +770,7 @@ def test_pretraining_continues_its_own_folder_and_refuses_any_other(capsys, tmp_
     policy.mkdir(parents=True)
     (policy / "config.json").write_text("{}")
     (tmp_path / "own/notes.txt").write_text("mine")
-    monkeypatch.setattr("pretrain_vision.render_scenes", None)  # it is not come to
+    monkeypatch.setattr("envs.pusht.pretraining.render_scenes", None)  # it is not come to
     for folder, foreign in ((tmp_path / "own", "notes.txt"), (policy.parent, "checkpoint-7/config.json")):
         with pytest.raises(SystemExit) as end:
             run_pretraining(monkeypatch, output_dir=folder)
@@ -778,7 +780,7 @@ def test_pretraining_continues_its_own_folder_and_refuses_any_other(capsys, tmp_
 def test_pretraining_with_other_options_is_refused_by_their_names(capsys, tmp_path, monkeypatch):
     run_pretraining(monkeypatch, output_dir=tmp_path / "own")
     before = {path: path.read_bytes() for path in (tmp_path / "own").rglob("*") if path.is_file()}
-    monkeypatch.setattr("pretrain_vision.render_scenes", None)  # it is not come to
+    monkeypatch.setattr("envs.pusht.pretraining.render_scenes", None)  # it is not come to
     with pytest.raises(SystemExit) as end:
         run_pretraining(monkeypatch, output_dir=tmp_path / "own", near_target=0.6, learning_rate=7e-4)
     error = capsys.readouterr().err
@@ -801,7 +803,7 @@ def test_pretraining_with_other_options_is_refused_by_their_names(capsys, tmp_pa
     ],
 )
 def test_numbers_of_pretraining_are_checked_before_scenes_are_rendered(name, value, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain_vision.render_scenes", None)
+    monkeypatch.setattr("envs.pusht.pretraining.render_scenes", None)
     with pytest.raises(SystemExit) as end:
         run_pretraining(monkeypatch, output_dir=tmp_path / "run", **{name: value})
     assert end.value.code == 2 and f"--{name} is {value}" in capsys.readouterr().err

@@ -4,11 +4,15 @@ A scene is a 96x96 image and points in the simulator's coordinates, [0, 512]^2 w
 gives another valid scene, so each demonstration stands for many.
 """
 
+from functools import partial
+
 import gymnasium
 import numpy as np
 from PIL import Image
-from pusht import ENV_ID, IMAGE_SIZE, WORLD_SIZE
-from transformers import TrainerCallback
+
+from envs import Move
+
+from .simulator import ENV_ID, IMAGE_SIZE, WORLD_SIZE
 
 # Points that determine the T's pose, in its own frame: middle of the bar, end of the stem.
 T_POINTS = ((0.0, 15.0), (0.0, 120.0))
@@ -114,12 +118,20 @@ def vary_scene(
     return image, points.astype(np.float32)
 
 
-class EpochSetter(TrainerCallback):
-    """Calls the training set's `set_epoch` at the start of each epoch.
+def vary_demonstration(
+    image: np.ndarray, state: np.ndarray, actions: np.ndarray, rng: np.random.Generator, **options: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[`vary_scene`] of an image, the pusher's place `(2,)` and the places that it is drawn to `(H, 2)`."""
+    image, points = vary_scene(image, np.concatenate([state[None], actions]), rng, **options)
+    return image, points[0], points[1:]
 
-    Its random choices can then depend on seed, epoch and index alone, so a resumed run, or one on several processes,
-    sees the same samples as an uninterrupted one.
-    """
 
-    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
-        train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))  # a resumed run begins inside an epoch
+def symmetries(mirror_probability: float, turn_probability: float, **others: float) -> list[Move]:
+    """The symmetries of the square, other than the identity, that demonstrations are varied by."""
+    chosen = range(1, 8) if turn_probability > 0 else [TARGET_SYMMETRY] if mirror_probability > 0 else []
+    return [partial(turn_points, symmetry=symmetry) for symmetry in chosen]
+
+
+def rotations(max_angle: float, **others: float) -> list[Move]:
+    """The rotations furthest from the demonstrations."""
+    return [partial(rotate_points, angle=angle) for angle in (-max_angle, max_angle)] if max_angle > 0 else []

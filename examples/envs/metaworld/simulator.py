@@ -15,9 +15,9 @@ import warnings
 from ctypes.util import find_library
 
 import numpy as np
-from metaworld_wordings import OTHER_WORDINGS
 from PIL import Image
-from rollouts import FRAME_SIZE, Benchmark
+
+from envs import FRAME_SIZE
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "osmesa")
@@ -115,16 +115,9 @@ MT10 = (
     "window-open",
     "window-close",
 )
-CITATION = """@inproceedings{yu2019metaworld,
-  title     = {Meta-World: A Benchmark and Evaluation for Multi-Task and Meta Reinforcement Learning},
-  author    = {Yu, Tianhe and Quillen, Deirdre and He, Zhanpeng and Julian, Ryan and Hausman, Karol and Finn, Chelsea
-               and Levine, Sergey},
-  booktitle = {Conference on Robot Learning (CoRL)},
-  year      = {2019}
-}"""
 
 
-def shift_picture(image: np.ndarray, right: int, down: int) -> np.ndarray:
+def shift_image(image: np.ndarray, right: int, down: int) -> np.ndarray:
     """Move a picture by whole pixels; what comes in at an edge repeats it."""
     rows, columns = (np.clip(np.arange(n) - by, 0, n - 1) for n, by in zip(image.shape, (down, right), strict=False))
     return image[rows[:, None], columns]
@@ -136,15 +129,15 @@ def shift_points(points: np.ndarray, right: int, down: int) -> np.ndarray:
     return (points + depths[..., None] * (right * RIGHT + down * DOWN) / FOCAL_LENGTH).astype(np.float32)
 
 
-def shift_observation(
-    image: np.ndarray, state: np.ndarray, rng: np.random.Generator, max_shift: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Picture and state in a world moved to the side by up to `max_shift` pixels, so that heights stay what they are.
+def vary_demonstration(
+    image: np.ndarray, state: np.ndarray, actions: np.ndarray, rng: np.random.Generator, max_shift: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image and state in a world moved to the side by up to `max_shift` pixels, so that heights stay what they are.
 
     A pixel is about a centimetre, and turns the directions of actions by half a degree, which is left out.
     """
     right = int(rng.integers(-max_shift, max_shift + 1))
-    return shift_picture(image, right, 0), np.append(shift_points(state[:3], right, 0), state[3:])
+    return shift_image(image, right, 0), np.append(shift_points(state[:3], right, 0), state[3:]), actions
 
 
 @functools.cache
@@ -258,44 +251,3 @@ def simplified(model: mujoco.MjModel) -> mujoco.MjModel:
             array[triangles][: len(kept)] = values[kept]
         model.mesh_facenum[i] = len(kept)
     return model
-
-
-def hold(state: np.ndarray, last_action: np.ndarray | None) -> np.ndarray:
-    """The action that stands still: actions are velocities, and the gripper's force."""
-    return np.array([0, 0, 0, 0 if last_action is None else last_action[3]], dtype=np.float32)
-
-
-BENCHMARK = Benchmark(
-    name="metaworld",
-    repo_id="lerobot/metaworld_mt50",
-    tasks=TASKS,
-    groups=DIFFICULTIES,
-    make_scene=MetaworldScene,
-    fps=CONTROL_HZ,
-    max_steps=MAX_EPISODE_STEPS,
-    state_dim=STATE_DIM,
-    action_dim=ACTION_DIM,
-    image_size=IMAGE_SIZE,
-    preset={
-        "scale_factor": 4,
-        "chunk_size": 12,
-        "n_action_steps": 8,
-        "fast_scale": 4.0,
-        "fast_vocab_size": 512,
-        "max_steps": 6_000,
-        "eval_steps": 2_000,
-        "save_steps": 2_000,
-        "eval_episodes": 1,
-    },
-    packages=("metaworld", "mujoco"),
-    card={
-        "title": "Meta-World",
-        "env_id": "Meta-World/MT50",
-        "success": "as Meta-World judges, at any step",
-        "citation": CITATION,
-    },
-    shift=shift_observation,
-    wordings={TASKS[task]: wordings for task, wordings in OTHER_WORDINGS.items()},
-    film_every=4,
-    hold=hold,
-)

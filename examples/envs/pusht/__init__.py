@@ -1,22 +1,14 @@
-"""The PushT simulator.
-
-`gym_pusht/PushT-v0` (Chi et al. 2023, "Diffusion Policy"): a round pusher moves a T-shaped block onto its outline. An
-action is the point in [0, 512]^2 that the pusher is drawn to for a tenth of a second. The reward is the covered share
-of the outline, divided by 0.95 and cut at 1; covering 95 % ends the episode as a success.
-"""
+"""PushT (Chi et al. 2023): a round pusher moves a T-shaped block onto its outline."""
 
 import itertools
-import os
 
-import gymnasium
 import numpy as np
-from rollouts import FRAME_SIZE, Benchmark
 
-os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # else importing pygame prints a greeting
-import gym_pusht  # noqa: E402, F401  (registers the environment)
+from envs import Benchmark
 
-ENV_ID = "gym_pusht/PushT-v0"
-TASK = "Push the T-shaped block onto the T-shaped target."
+from .scenes import rotations, symmetries, vary_demonstration
+from .simulator import ACTION_DIM, CONTROL_HZ, ENV_ID, IMAGE_SIZE, MAX_EPISODE_STEPS, TASK, PushTScene
+
 # Other wordings of the task, for training: a policy that has only ever read one sentence understands no other.
 VERBS = ("Push", "Move", "Slide", "Please bring", "Use the pusher to shove", "carefully guide")
 BLOCKS = ("the T-shaped block", "the T", "the grey T", "the letter T", "the grey piece")
@@ -29,11 +21,6 @@ GOALS = (
     "to where it belongs",
 )
 WORDINGS = [" ".join(words) for words in itertools.product(VERBS, BLOCKS, GOALS)]
-MAX_EPISODE_STEPS = 300
-CONTROL_HZ = 10
-ACTION_DIM = 2
-IMAGE_SIZE = 96
-WORLD_SIZE = 512  # the simulator's pixels a side
 CITATION = """@inproceedings{chi2023diffusionpolicy,
   title     = {Diffusion Policy: Visuomotor Policy Learning via Action Diffusion},
   author    = {Chi, Cheng and Feng, Siyuan and Du, Yilun and Xu, Zhenjia and Cousineau, Eric and Burchfiel, Benjamin
@@ -41,38 +28,6 @@ CITATION = """@inproceedings{chi2023diffusionpolicy,
   booktitle = {Proceedings of Robotics: Science and Systems (RSS)},
   year      = {2023}
 }"""
-
-
-class PushTScene:
-    """PushT as a [`rollouts.Scene`]; the state is the pusher's position, poses are the block's: x, y, angle."""
-
-    def __init__(self, task: str = "pusht"):
-        sizes = {"visualization_width": FRAME_SIZE, "visualization_height": FRAME_SIZE}
-        self.env = gymnasium.make(ENV_ID, obs_type="pixels_agent_pos", disable_env_checker=True, **sizes).unwrapped
-
-    def reset(self, seed: int) -> None:
-        self._observation, self._info = self.env.reset(seed=seed)
-
-    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        self._observation, reward, terminated, _, self._info = self.env.step(action)
-        return float(reward), bool(self._info["is_success"]), bool(terminated)
-
-    def image(self) -> np.ndarray:
-        return self._observation["pixels"]
-
-    def film(self) -> np.ndarray:
-        return self.env.render()
-
-    def close(self) -> None:
-        self.env.close()
-
-    @property
-    def state(self) -> np.ndarray:
-        return self._observation["agent_pos"].astype(np.float32)
-
-    @property
-    def poses(self) -> np.ndarray:
-        return self._info["block_pose"]
 
 
 def hold(state: np.ndarray, last_action: np.ndarray | None) -> np.ndarray:
@@ -110,6 +65,10 @@ BENCHMARK = Benchmark(
     },
     packages=("gymnasium", "gym_pusht", "pymunk"),
     card={"title": "PushT", "env_id": ENV_ID, "success": "95 % of the target covered", "citation": CITATION},
+    vary=vary_demonstration,
+    variations=("mirror_probability", "turn_probability", "max_shift", "max_angle"),
+    symmetries=symmetries,
+    rotations=rotations,
     wordings={TASK: WORDINGS},
     max_reward=1.0,
     hold=hold,
