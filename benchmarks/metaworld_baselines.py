@@ -4,9 +4,9 @@
     make .venv-lerobot/installed && .venv-lerobot/bin/pip install metaworld==3.0.0 mujoco==3.3.0
     .venv-lerobot/bin/python benchmarks/metaworld_baselines.py --task hammer --dataset_root outputs/hammer
 
-`lerobot-train` with picture and state, not the places of things that the data set also has; chunks as ours, the
+`lerobot-train` with image and state, not the places of things that the data set also has; chunks as ours, the
 ResNet from random weights, and a learning rate for hours instead of days. Played as `examples/evaluate.py` plays ours:
-same seeds, same pictures, eight actions of each chunk. ACT reads no sentence, so each task is trained alone. Adds a
+same seeds, same images, eight actions of each chunk. ACT reads no sentence, so each task is trained alone. Adds a
 row to `benchmarks/results/metaworld_baselines.json`.
 """
 
@@ -52,7 +52,7 @@ def load_predict(folder: Path) -> tuple[Predict, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS), required=True)
-    parser.add_argument("--dataset_root", type=Path, required=True, help="its demonstrations, with every picture")
+    parser.add_argument("--dataset_root", type=Path, required=True, help="its demonstrations, with every image")
     parser.add_argument("--cpu_hours", type=float, default=0.25, help="training time, in hours of one core")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="LeRobot's 1e-5 is for 100,000 steps")

@@ -1,4 +1,4 @@
-"""Score a Meta-World policy as the docs report it: by task and difficulty, kinds of failures, a picture of each task.
+"""Score a Meta-World policy as the docs report it: by task and difficulty, kinds of failures, an image of each task.
 
     python benchmarks/metaworld_report.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 1000
 

@@ -11,7 +11,7 @@ shoved once or twice: for 5 to 12 steps the hand is driven in a random direction
 throughout, so the data show how to come back.
 
 Drawing takes most of the time. With `--draw_every 4` the camera has a quarter of the control's rate: the frames
-between show its last picture, and `train.py --sample_every 4` starts no sample from them.
+between show its last image, and `train.py --sample_every 4` starts no sample from them.
 
 With `--policy`, that policy plays first, for up to 160 steps, and a demonstration begins where the expert takes over:
 corrections of what the policy gets wrong (Kelly et al. 2019, arXiv 1810.02890).
@@ -69,7 +69,7 @@ def demonstrate(
 ) -> dict[str, np.ndarray] | None:
     """Let the expert play one episode; None if it does not succeed within `max_steps`.
 
-    Each picture stands in `draw_every` frames, and is new in the first of them. A policy, which is a `predict` and the
+    Each image stands in `draw_every` frames, and is new in the first of them. A policy, which is a `predict` and the
     number of actions of a chunk to execute, plays first; None also if it succeeds.
 
     Returns:
@@ -82,7 +82,7 @@ def demonstrate(
     for _ in range(rng.integers(NUM_SHOVES)):
         start, length = rng.integers(80), rng.integers(5, 13)
         shoves[start : start + length] = rng.uniform(-1, 1, 3)
-    # Draw only what will be kept: play once without pictures. A policy has to see, and it is not played twice.
+    # Draw only what will be kept: play once without images. A policy has to see, and it is not played twice.
     for draw in (False, True) if policy is None else (True,):
         scene.reset(seed)
         if policy is not None and play_policy(scene, *policy, num_steps=int(rng.integers(LEAD_IN))):
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="MT10, or names of tasks (all 50)")
     parser.add_argument("--episodes", type=int, default=50, help="demonstrations of each task (50)")
     parser.add_argument("--max_steps", type=int, default=250, help="of a demonstration (250)")
-    parser.add_argument("--draw_every", type=int, default=1, help="steps from one picture to the next (1)")
+    parser.add_argument("--draw_every", type=int, default=1, help="steps from one image to the next (1)")
     parser.add_argument("--policy", help="checkpoint of a policy that plays until the expert takes over")
     parser.add_argument("--num_processes", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)

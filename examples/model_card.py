@@ -1,7 +1,7 @@
 """The model card of a benchmark's policy, written from what was measured.
 
 The numbers come from the evaluation's `metrics.json`, the trainer's state, the configuration and the processor; the
-text around them is in `model_card_template.md`. Pictures are saved beside the card.
+text around them is in `model_card_template.md`. Images are saved beside the card.
 """
 
 import math

@@ -117,7 +117,7 @@ def write_repository(args: argparse.Namespace, benchmark: Benchmark, folder: Pat
     if trainer_state is None:
         print("The card has no training curve: give --trainer_state.")
     if contact_sheet is None:
-        print("The card has no picture of the rollouts: give --contact_sheet.")
+        print("The card has no image of the rollouts: give --contact_sheet.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht", help="what it plays (pusht)")
     parser.add_argument("--repo_id", required=True, help="user/name on the Hub; created if it does not exist")
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.json that evaluate.py wrote")
-    parser.add_argument("--contact_sheet", type=Path, help="picture of the rollouts (rollouts.png beside the metrics)")
+    parser.add_argument("--contact_sheet", type=Path, help="image of the rollouts (rollouts.png beside the metrics)")
     parser.add_argument("--trainer_state", type=Path, help="trainer_state.json for the curve (the checkpoint's)")
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--datasets", nargs="+", default=[], help="Hub ids of the demonstrations, if there")

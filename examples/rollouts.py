@@ -383,20 +383,20 @@ def _title(episode: Episode, benchmark: Benchmark) -> str:
 
 
 def write_video(path: str | Path, recordings: Sequence[Episode], benchmark: Benchmark) -> None:
-    """Write an H.264 MP4 that browsers play: all recordings in one picture, shorter ones hold their last frame."""
+    """Write an H.264 MP4 that browsers play: all recordings in one image, shorter ones hold their last frame."""
     columns = math.ceil(math.sqrt(len(recordings)))
     size = FRAME_SIZE if columns <= 4 else 192
 
-    def picture(frame: int) -> Image.Image:
+    def image(frame: int) -> Image.Image:
         tiles = [_tile(episode, frame, size, benchmark, _title(episode, benchmark)) for episode in recordings]
         return _grid(tiles, columns)
 
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         rate = round(benchmark.fps / benchmark.film_every)
         stream = container.add_stream("libx264", rate=rate, pix_fmt="yuv420p", options={"crf": "20"})
-        stream.width, stream.height = picture(0).size
+        stream.width, stream.height = image(0).size
         for frame in range(max(len(episode.frames) for episode in recordings)):
-            container.mux(stream.encode(av.VideoFrame.from_image(picture(frame))))
+            container.mux(stream.encode(av.VideoFrame.from_image(image(frame))))
         container.mux(stream.encode(None))
 
 

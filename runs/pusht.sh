@@ -12,27 +12,8 @@ data=${1:?Name the folder of the demonstrations: bash runs/pusht.sh path/to/push
 out=${2:?Name a folder for what is trained: bash runs/pusht.sh path/to/pusht outputs/pusht-run}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
-
-step() { # FOLDER FILE SCRIPT OPTION...: run a script that ends with $out/FOLDER/FILE, unless that is there
-    local folder=$out/$1 file=$2 script=$3
-    shift 3
-    if [ -e "$folder/$file" ]; then
-        echo "$folder is finished."
-    else
-        echo "$folder:"
-        "$python" "examples/$script" "$@" --output_dir "$folder"
-    fi
-}
-
-train() { # FOLDER OPTION...: a policy whose vision tower is frozen; Trainer writes training_args.bin last
-    local folder=$1 resume=()
-    shift
-    if [ -n "$(ls -A "$out/$folder" 2>/dev/null)" ]; then
-        resume=(--resume_from_checkpoint last)
-    fi
-    step "$folder" training_args.bin train.py --preset tiny --dataset_root "$data" --freeze_vision_tower True \
-        --eval_strategy no --load_best_model_at_end False "${resume[@]}" "$@"
-}
+source runs/steps.sh
+demonstrations=(--preset tiny --dataset_root "$data")
 
 # The vision tower learns where things are, on rendered scenes; then again with the T near its target more often.
 # 0.55 and 0.53 hours.
@@ -42,15 +23,16 @@ step vision2 vision.safetensors pretrain_vision.py --vision_weights "$out/vision
 
 # The policy, on all frames, and then without the last eight of each demonstration, where it learns to stand still.
 # 1.3 and 0.13 hours.
-train tiny --vision_weights "$out/vision2/vision.safetensors" --reword_probability 0 --drop_n_last_frames 0
-train tuned --init_from "$out/tiny" --reword_probability 0 --max_steps 600 --save_steps 600 --warmup_steps 20 \
-    --text_learning_rate 3e-4 --connector_learning_rate 1e-4
+train tiny "${demonstrations[@]}" --vision_weights "$out/vision2/vision.safetensors" --reword_probability 0 \
+    --drop_n_last_frames 0
+train tuned "${demonstrations[@]}" --init_from "$out/tiny" --reword_probability 0 --max_steps 600 --save_steps 600 \
+    --warmup_steps 20 --text_learning_rate 3e-4 --connector_learning_rate 1e-4
 
 # Other words for the task, twice, each time averaged with the weights before. 0.7 and 0.2 hours.
-train words --init_from "$out/tuned" --max_steps 2000 --save_steps 500 --save_total_limit 5 --warmup_steps 20 \
-    --text_learning_rate 3e-4 --connector_learning_rate 1e-4
+train words "${demonstrations[@]}" --init_from "$out/tuned" --max_steps 2000 --save_steps 500 --save_total_limit 5 \
+    --warmup_steps 20 --text_learning_rate 3e-4 --connector_learning_rate 1e-4
 step mean model.safetensors export_checkpoint.py --checkpoint "$out/words/checkpoint-1500" "$out/tuned"
-train words2 --init_from "$out/mean" --max_steps 600 --save_steps 300 --warmup_steps 20 \
+train words2 "${demonstrations[@]}" --init_from "$out/mean" --max_steps 600 --save_steps 300 --warmup_steps 20 \
     --text_learning_rate 2e-4 --connector_learning_rate 1e-4
 step policy model.safetensors export_checkpoint.py --checkpoint "$out/words2" "$out/words/checkpoint-1500"
 

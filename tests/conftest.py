@@ -93,7 +93,7 @@ def fast_plus() -> FastActionTokenizer:
 
 @pytest.fixture(scope="session")
 def pusht_root(tmp_path_factory) -> Iterator[Path]:
-    """The PushT demonstrations; their pictures are decoded once for all tests, into 700 MB."""
+    """The PushT demonstrations; their images are decoded once for all tests, into 700 MB."""
     if not (SHARED / "data/pusht").is_dir():
         pytest.skip("the PushT demonstrations are not at hand: they are not part of the repository")
     base = tmp_path_factory.getbasetemp()

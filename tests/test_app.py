@@ -281,6 +281,6 @@ def test_two_visitors_drag_run_step_and_stop(space, tmp_path):
         wait(lambda: first.seconds() == 0 and first.pose("agent") == before, 20)
 
         first.browser.save_screenshot(str(tmp_path / "page.png"))
-        with Image.open(tmp_path / "page.png") as picture:
-            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+        with Image.open(tmp_path / "page.png") as image:
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 50
         assert [entry for entry in first.browser.get_log("browser") if entry["level"] == "SEVERE"] == []

@@ -49,7 +49,7 @@ def test_it_pushes_the_block(policy):
     assert np.mean(result.max_rewards) > 0.3
 
 
-def test_evaluation_writes_metrics_video_and_pictures(tmp_path):
+def test_evaluation_writes_metrics_video_and_images(tmp_path):
     evaluate(
         [
             "--checkpoint",

@@ -508,7 +508,7 @@ def write_demonstrations(root, task=TASK, fps=10, state_dim=2, action_dim=2, siz
     rng = np.random.default_rng(0)
     keys = ["observation.image", "observation.wrist"][:cameras]
     lengths, episode = [20, 20, 20], np.repeat(np.arange(3), 20)
-    images, _ = render_scenes(60, seed=0)
+    scenes, _ = render_scenes(60, seed=0)
     positions = 256 + np.cumsum(rng.normal(0, 5, (60, 2)), axis=0).astype(np.float32)
     targets = positions + rng.normal(0, 5, (60, 2)).astype(np.float32)
     positions, targets = np.tile(positions, 3)[:, :state_dim], np.tile(targets, 3)[:, :action_dim]
@@ -516,12 +516,12 @@ def write_demonstrations(root, task=TASK, fps=10, state_dim=2, action_dim=2, siz
     features = {"observation.state": {"shape": [state_dim]}, "action": {"shape": [action_dim]}}
     features |= {key: {"dtype": "image", "shape": [size, size, 3]} for key in keys}
     info = {"codebase_version": "v3.0", "fps": fps, "total_frames": 60, "total_episodes": 3, "features": features}
-    pictures = []
-    for image in images:
-        Image.fromarray(image).resize((size, size)).save(png := io.BytesIO(), "PNG")
-        pictures.append({"bytes": png.getvalue(), "path": None})
+    images = []
+    for scene in scenes:
+        Image.fromarray(scene).resize((size, size)).save(png := io.BytesIO(), "PNG")
+        images.append({"bytes": png.getvalue(), "path": None})
     rows = {"episode_index": episode, "frame_index": np.tile(np.arange(20), 3), "task_index": np.zeros(60, int)}
-    write_table(root / "data/chunk-000/file-000.parquet", {**vectors, **dict.fromkeys(keys, pictures), **rows})
+    write_table(root / "data/chunk-000/file-000.parquet", {**vectors, **dict.fromkeys(keys, images), **rows})
     places = {"data/chunk_index": [0] * 3, "data/file_index": [0] * 3}
     episodes = {"episode_index": [0, 1, 2], "length": lengths, **places}
     write_table(root / "meta/episodes/chunk-000/file-000.parquet", episodes)

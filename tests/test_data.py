@@ -28,7 +28,7 @@ FRAME = np.concatenate([np.arange(n) for n in LENGTHS])
 STATES = np.stack([EPISODE, FRAME], axis=1).astype(np.float32)
 ACTIONS = np.stack([EPISODE, FRAME, 100 * EPISODE + FRAME], axis=1).astype(np.float32)
 TASKS = ["push", "pull"]
-# Each frame is one shade of grey, so that a picture says which frame it is. Cameras split their videos differently.
+# Each frame is one shade of grey, so that an image says which frame it is. Cameras split their videos differently.
 SHADES = {"observation.image.front": 40 + 12 * np.arange(16), "observation.image.wrist": 230 - 12 * np.arange(16)}
 VIDEO_FILES = {"observation.image.front": [0, 0, 1], "observation.image.wrist": [0, 0, 0]}
 DATA_FILES = [0, 1, 1]

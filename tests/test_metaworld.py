@@ -77,16 +77,16 @@ def test_a_scene_is_what_lerobots_wrapper_shows():
     assert coarse.image().shape == (128, 128, 3) and coarse.image().dtype == np.uint8
 
 
-def test_scenes_do_not_disturb_each_others_pictures():
+def test_scenes_do_not_disturb_each_others_images():
     first, second = MetaworldScene("reach"), MetaworldScene("drawer-open")
     first.reset(1)
     second.reset(2)
-    pictures = first.image(), second.image(), first.film()
+    images = first.image(), second.image(), first.film()
     again = first.image(), second.image(), first.film()
     second.close()
-    for picture, same in zip((*pictures, pictures[0]), (*again, first.image()), strict=True):
-        np.testing.assert_array_equal(picture, same)
-    assert not np.array_equal(*pictures[:2])
+    for image, same in zip((*images, images[0]), (*again, first.image()), strict=True):
+        np.testing.assert_array_equal(image, same)
+    assert not np.array_equal(*images[:2])
 
 
 def test_an_unknown_task_is_refused():
@@ -105,7 +105,7 @@ def test_a_demonstration_ends_with_success_and_records_the_experts_own_actions()
     np.testing.assert_array_equal(scene.image(), episode["observation.image"][0])
 
 
-def test_between_new_pictures_a_demonstration_shows_the_last_one():
+def test_between_new_images_a_demonstration_shows_the_last_one():
     scene = MetaworldScene("drawer-close")
     every, fourth = (collect_metaworld.demonstrate(scene, 1_000_003, 250, n) for n in (1, 4))
     np.testing.assert_array_equal(every["action"], fourth["action"])
@@ -144,7 +144,7 @@ def test_a_picture_that_is_moved_shows_points_that_are_moved_with_it():
     def pixel(point):
         x, y, z = axes.T @ (point - camera.xpos)
         focal_length = size / 2 / np.tan(np.deg2rad(scene.env.model.camera("corner2").fovy[0]) / 2)
-        return size / 2 + focal_length * np.array([x, -y]) / z  # flipped along both axes, as the picture is
+        return size / 2 + focal_length * np.array([x, -y]) / z  # flipped along both axes, as the image is
 
     points = scene.poses[[[0, 1, 2], [4, 5, 6], [18, 19, 20]]]
     moved = shift_points(points, 5, -3)

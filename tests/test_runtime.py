@@ -59,15 +59,15 @@ def stock(checkpoint):
 def observations(image_keys):
     """Images of several sizes and kinds, one sample and many, by position and by name."""
     rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((96, 96, 3), (50, 120, 3), (3, 200, 130))]
+    images = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((96, 96, 3), (50, 120, 3), (3, 200, 130))]
     states = rng.uniform(50, 450, (3, 2))
-    for picture, state in zip(pictures, states, strict=True):
-        yield {"images": picture, "text": TASK, "state": state}
-    yield {"images": pictures, "text": [TASK, "Do something else.", ""], "state": states}
-    yield {"images": Image.fromarray(pictures[1]), "state": states[0].astype(np.float32)}
-    yield {"images": (pictures[0] / 255).astype(np.float32), "state": states[0].tolist()}
-    yield {"images": dict.fromkeys(image_keys, pictures), "state": states}
-    yield {"images": [dict.fromkeys(image_keys, picture) for picture in pictures[:2]], "state": states[:2]}
+    for image, state in zip(images, states, strict=True):
+        yield {"images": image, "text": TASK, "state": state}
+    yield {"images": images, "text": [TASK, "Do something else.", ""], "state": states}
+    yield {"images": Image.fromarray(images[1]), "state": states[0].astype(np.float32)}
+    yield {"images": (images[0] / 255).astype(np.float32), "state": states[0].tolist()}
+    yield {"images": dict.fromkeys(image_keys, images), "state": states}
+    yield {"images": [dict.fromkeys(image_keys, image) for image in images[:2]], "state": states[:2]}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

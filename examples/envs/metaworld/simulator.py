@@ -33,7 +33,7 @@ MAX_EPISODE_STEPS = 500
 CONTROL_HZ = 80
 ACTION_DIM = STATE_DIM = 4
 IMAGE_SIZE = 128  # pixels along each side of the policy's images
-# LeRobot's camera: its place in metres, the world's directions in its picture, and the focal length in our pixels.
+# LeRobot's camera: its place in metres, the world's directions in its image, and the focal length in our pixels.
 CAMERA = np.array([0.75, 0.075, 0.7])
 RIGHT, DOWN = np.array([0.5499, 0.8332, -0.0584]), np.array([0.3762, -0.3095, -0.8733])
 FORWARD = np.cross(RIGHT, DOWN)
@@ -118,13 +118,13 @@ MT10 = (
 
 
 def shift_image(image: np.ndarray, right: int, down: int) -> np.ndarray:
-    """Move a picture by whole pixels; what comes in at an edge repeats it."""
+    """Move an image by whole pixels; what comes in at an edge repeats it."""
     rows, columns = (np.clip(np.arange(n) - by, 0, n - 1) for n, by in zip(image.shape, (down, right), strict=False))
     return image[rows[:, None], columns]
 
 
 def shift_points(points: np.ndarray, right: int, down: int) -> np.ndarray:
-    """Where points in metres `(..., 3)` are in a world whose picture is moved like that: as far from the camera."""
+    """Where points in metres `(..., 3)` are in a world whose image is moved like that: as far from the camera."""
     depths = (points - CAMERA) @ FORWARD
     return (points + depths[..., None] * (right * RIGHT + down * DOWN) / FOCAL_LENGTH).astype(np.float32)
 
@@ -151,8 +151,8 @@ class MetaworldScene:
     Args:
         task: A key of `TASKS`.
         full_render: Draw as LeRobot does, 480 pixels a side, smoothed, with sharp shadows and reflections. Otherwise
-            256 pixels with coarse shadows and an arm of fewer triangles, which takes a seventh of the time:
-            `benchmarks/metaworld_recipe.md`. Both are reduced to 128.
+            256 pixels with coarse shadows and an arm of fewer triangles, which takes a seventh of the time. Both are
+            reduced to 128.
     """
 
     def __init__(self, task: str, full_render: bool = False):
@@ -202,8 +202,8 @@ class MetaworldScene:
         if self._renderer is None:
             self._renderer = self._make_renderer(480 if self.full_render else 256)
         self._renderer.update_scene(self.env.data, "corner2")
-        picture = Image.fromarray(self._renderer.render()[::-1, ::-1])  # this camera stands on its head
-        return np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
+        image = Image.fromarray(self._renderer.render()[::-1, ::-1])  # this camera stands on its head
+        return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
 
     def film(self) -> np.ndarray:
         if self._film is None:
@@ -223,7 +223,7 @@ class MetaworldScene:
     def close(self) -> None:
         for renderer in (self._renderer, self._film):
             if renderer is not None:
-                renderer.render()  # closing deletes buffers of whichever picture was drawn last: let it be its own
+                renderer.render()  # closing deletes buffers of whichever image was drawn last: let it be its own
                 renderer.close()
         self.env.close()
 

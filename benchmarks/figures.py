@@ -1,6 +1,6 @@
-"""Draw the README's pictures: the architecture, and the shipped policy at work.
+"""Draw the README's figures: the architecture, and the shipped policy at work.
 
-    python benchmarks/pictures.py
+    python benchmarks/figures.py
 
 Writes `assets/architecture.png`; `assets/pusht.gif`, three episodes side by side at twice the simulator's speed; and
 `assets/delay.gif`, one episode at its own speed where a chunk takes 0.4 seconds: the pusher waits for it, or goes on.
@@ -78,19 +78,19 @@ def film_delay(path: Path) -> None:
 def write_gif(path: Path, episodes: list[Episode], speed: int = 1, titles: list[str] | None = None) -> None:
     """Episodes side by side, every second control step, so many times as fast as they were; the end is held."""
     top = 24 if titles else 0
-    pictures = []
+    images = []
     for step in range(0, max(len(episode.frames) for episode in episodes) + 10, 2):
-        picture = Image.new("RGB", (len(episodes) * (TILE + GAP) - GAP, TILE + top), "white")
+        image = Image.new("RGB", (len(episodes) * (TILE + GAP) - GAP, TILE + top), "white")
         for i, episode in enumerate(episodes):
             scene = Image.open(io.BytesIO(episode.frames[min(step, len(episode.frames) - 1)]))
-            picture.paste(scene.resize((TILE, TILE), Image.Resampling.LANCZOS), (i * (TILE + GAP), top))
+            image.paste(scene.resize((TILE, TILE), Image.Resampling.LANCZOS), (i * (TILE + GAP), top))
             if titles:
                 done = ": solved" if episode.success and step >= len(episode.frames) else ""
                 place = (i * (TILE + GAP), 4)
-                ImageDraw.Draw(picture).text(place, titles[i] + done, "black", ImageFont.load_default(14))
-        pictures.append(picture.quantize(48, dither=Image.Dither.NONE))
+                ImageDraw.Draw(image).text(place, titles[i] + done, "black", ImageFont.load_default(14))
+        images.append(image.quantize(48, dither=Image.Dither.NONE))
     duration = 2 * 1000 // CONTROL_HZ // speed
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=True)
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
     print(path, [f"seed {e.seed}: {'solved' if e.success else 'not solved'}" for e in episodes])
 
 
