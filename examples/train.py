@@ -40,6 +40,7 @@ from train_arguments import (
 )
 from training_runs import EpochDataset, EpochSetter, interruption, naming_option
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from smolandfast import (
     FastActionTokenizer,
@@ -142,47 +143,33 @@ def _sentences_of_groups(groups: list[str], benchmark: Benchmark) -> set[str]:
     return {benchmark.tasks[task] for task, group in benchmark.groups.items() if group in groups}
 
 
-class GroupedByLength(Sampler):
-    """Batches of samples of similar length, in another random order in every epoch, so that little is padded.
+class GroupedByLength(LengthGroupedSampler):
+    """Batches of samples of similar length, so that little is padded; another order in every epoch, also if resumed.
 
     Args:
-        seed: Of that order, by default the data set's.
+        seed: Of the order, by default the data set's.
     """
 
     def __init__(
-        self,
-        dataset: VariedDemonstrations,
-        processor: SmolAndFastProcessor,
-        batch_size: int,
-        seed: int | None = None,
+        self, dataset: VariedDemonstrations, processor: SmolAndFastProcessor, batch_size: int, seed: int | None = None
     ):
-        self.dataset, self.tokenizer, self.batch_size = dataset, processor.tokenizer, batch_size
-        self.seed = dataset.seed if seed is None else seed
-        frames, normalizer, self.num_tokens = dataset.dataset, processor.normalizer, np.empty(len(dataset), int)
+        frames, normalizer, num_tokens = dataset.dataset, processor.normalizer, []
         for start in range(0, len(dataset), CHUNKS_AT_ONCE):
-            part = slice(start, start + CHUNKS_AT_ONCE)
-            indices = dataset.indices[part]
+            indices = dataset.indices[start : start + CHUNKS_AT_ONCE]
             bins = normalizer.state_bins(frames.states[indices])
             actions = normalizer.normalize_actions(frames.action_chunks(indices), bins)
-            self.num_tokens[part] = [len(ids) for ids in processor.action_tokenizer.encode_actions(actions)]
-
-    def __len__(self) -> int:
-        return len(self.num_tokens)
+            num_tokens += [len(ids) for ids in processor.action_tokenizer.encode_actions(actions)]
+        super().__init__(batch_size, lengths=num_tokens)
+        self.num_tokens, self.tokenizer, self.dataset = num_tokens, processor.tokenizer, dataset
+        self.seed = dataset.seed if seed is None else seed
 
     def __iter__(self):
-        rng = np.random.default_rng((self.seed, self.dataset.epoch))
-        order, batches = rng.permutation(len(self)), []
-        texts = [self.dataset.text(i)[0] for i in range(len(self))]
+        texts = [self.dataset.text(i)[0] for i in range(len(self))]  # of this epoch
         words = {text: len(self.tokenizer(text)["input_ids"]) for text in set(texts)}
-        lengths = self.num_tokens + [words[text] for text in texts]
-        for start in range(0, len(order), 50 * self.batch_size):
-            near = order[start : start + 50 * self.batch_size]
-            near = near[np.argsort(lengths[near], kind="stable")]
-            batches += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
-        # The one batch that may be shorter stays last, where it is left out.
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        rng.shuffle(batches := np.array(batches))
-        return iter(np.concatenate([*batches, *last]).tolist())
+        self.lengths = [n + words[text] for n, text in zip(self.num_tokens, texts, strict=True)]
+        seed = np.random.SeedSequence((self.seed, self.dataset.epoch)).generate_state(1)[0]
+        self.generator = torch.Generator().manual_seed(int(seed))
+        return super().__iter__()
 
 
 class PolicyTrainer(AtomicCheckpointTrainer):
