@@ -3,11 +3,13 @@
     python examples/record_rollouts.py --checkpoint checkpoints/pusht-tiny --episodes 50 --output_dir outputs/rollouts
 
 Episode i resets its environment with seed + i. A frame holds what the policy saw, the action it took, and the reward
-of that action. LeRobot and [`LeRobotChunkDataset`] read it.
+of that action. LeRobot and [`LeRobotChunkDataset`] read it. With `--action_stride 2 --only_successes`, the episodes
+that the policy solves at twice its speed become demonstrations for a faster one.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
@@ -53,16 +55,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder for the data set")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=2000, help="episode i resets its environment with seed + i (2000)")
+    parser.add_argument("--n_action_steps", type=int, help="actions executed of each chunk (the checkpoint's own)")
+    parser.add_argument("--action_stride", type=int, default=1, help="2 executes every second action of a chunk (1)")
+    parser.add_argument("--only_successes", action="store_true", help="leave out the episodes that are not solved")
     parser.add_argument("--max_steps", type=int, default=MAX_EPISODE_STEPS, help=f"({MAX_EPISODE_STEPS})")
     args = parser.parse_args(argv)
-    check_counts(parser, args, episodes=1, max_steps=1, seed=0)
+    check_counts(parser, args, episodes=1, max_steps=1, seed=0, n_action_steps=1, action_stride=1)
     try:
         check_new_folder(args.output_dir)
         check_checkpoint(parser, args, PUSHT)
         model, processor = load_checkpoint(parser, args)
-        predict = make_predict(model, processor)
+        n_action_steps = args.n_action_steps or model.config.n_action_steps
+        num_actions = len(range(0, model.config.chunk_size, args.action_stride))
+        if n_action_steps > num_actions:
+            parser.error(f"--n_action_steps is {n_action_steps}, a chunk has {num_actions} such actions. Give fewer.")
+        predict_all = make_predict(model, processor)
+
+        def predict(*observation: Any) -> np.ndarray:
+            return predict_all(*observation)[:, :: args.action_stride]
+
         seeds = tqdm(range(args.seed, args.seed + args.episodes), unit="episode")
-        episodes = (play(predict, seed, model.config.n_action_steps, args.max_steps) for seed in seeds)
+        episodes = (play(predict, seed, n_action_steps, args.max_steps) for seed in seeds)
+        if args.only_successes:
+            episodes = (episode for episode in episodes if episode["next.success"][-1])
         info = write_dataset(args.output_dir, episodes, **DATASET)
     except OSError as error:
         parser.error(f"--output_dir: {error}")
