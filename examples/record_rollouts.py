@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         info = write_dataset(args.output_dir, episodes, **DATASET)
     except OSError as error:
         parser.error(f"--output_dir: {error}")
+    except ValueError as error:
+        parser.error(f"--episodes: {error}")
     except KeyboardInterrupt:
         parser.exit(130, "\nInterrupted. Nothing was written: a data set appears once all of its episodes are.\n")
     print(f"{info['total_episodes']} episodes, {info['total_frames']} frames in {args.output_dir}")

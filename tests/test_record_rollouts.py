@@ -112,6 +112,40 @@ def test_the_embedded_actions_lead_to_the_embedded_states(tmp_path):
         state, *_ = env.step(dataset.actions[i])
 
 
+@pytest.fixture
+def counting_policy(monkeypatch):
+    """A checkpoint whose chunks are the positions 0, 10, 20, ... along both axes."""
+
+    def make_predict(model, processor):
+        chunk = np.repeat(10.0 * np.arange(model.config.chunk_size)[:, None], 2, axis=1)
+        return lambda images, states, texts: np.stack([chunk] * len(images))
+
+    monkeypatch.setattr(record_rollouts, "make_predict", make_predict)
+    return str(ROOT / "checkpoints/pusht-tiny")
+
+
+def test_every_second_action_of_a_chunk_is_recorded(counting_policy, tmp_path):
+    options = "--episodes 1 --max_steps 6 --action_stride 2 --n_action_steps 3"
+    record(["--checkpoint", counting_policy, *options.split(), "--output_dir", str(tmp_path / "set")])
+    dataset = LeRobotChunkDataset(tmp_path / "set", chunk_size=1, cache_dir=tmp_path)
+    assert dataset.actions[:, 0].tolist() == [0, 20, 40, 0, 20, 40]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--only_successes --max_steps 2", "--episodes: There is no episode"),
+        ("--action_stride 2 --n_action_steps 99", "--n_action_steps is 99"),
+        ("--action_stride 0", "--action_stride is 0"),
+    ],
+)
+def test_what_cannot_be_recorded_is_an_error_line(counting_policy, options, message, tmp_path, capsys):
+    arguments = ["--checkpoint", counting_policy, "--episodes", "1", *options.split()]
+    with pytest.raises(SystemExit):
+        record([*arguments, "--output_dir", str(tmp_path / "set")])
+    assert message in capsys.readouterr().err.splitlines()[-1] and list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_overwritten_and_nothing_half_is_left(written, episodes, tmp_path):
     def broken():
         yield episodes[0]
