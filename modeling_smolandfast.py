@@ -29,9 +29,16 @@ from transformers.utils import logging
 
 from .checks_smolandfast import SHORTEN, as_value_error, check_length, check_whole
 from .configuration_smolandfast import SmolAndFastConfig
-from .files_smolandfast import AGAIN, read_json, write_checksums
+from .files_smolandfast import (
+    AGAIN,
+    HUB_KWARGS,
+    find_file,
+    find_weights,
+    read_json,
+    read_shapes,
+    write_checksums,
+)
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
-from .hub_smolandfast import HUB_KWARGS, find_file, find_weights, read_shapes
 
 logger = logging.get_logger(__name__)
 

@@ -23,9 +23,8 @@ from transformers.utils import logging
 
 from .checks_smolandfast import as_numbers, as_value_error, check_fps, check_length, check_whole
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
-from .files_smolandfast import read_json
+from .files_smolandfast import HUB_KWARGS, find_file, read_json
 from .grammar_smolandfast import MAX_SYMBOL_BYTES
-from .hub_smolandfast import HUB_KWARGS, find_file
 from .normalization_smolandfast import Normalizer
 from .prompt_smolandfast import BINS_IN_PROMPT, check_image_keys, read_observations, warning_of_new_tasks, write_prompt
 from .tokenization_fast_action import FastActionTokenizer

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .checks_smolandfast import MAX_NORMALIZED, as_numbers, as_value_error, check_whole, in_batches
+from .files_smolandfast import HUB_KWARGS, find_file
 from .grammar_smolandfast import FIRST_SYMBOL, MAX_CODE_POINT, MAX_SYMBOLS, inverse_dct, read_coefficients
-from .hub_smolandfast import HUB_KWARGS, find_file
 
 MAX_COEFFICIENT = 2**31
 # Of a larger data set, merges are learnt from evenly spaced chunks: they need about 100 bytes a coefficient.

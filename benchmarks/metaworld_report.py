@@ -22,11 +22,11 @@ from evaluate import (
     find_backend,
     installed_versions,
     load_predict,
-    make_output_dir,
     rollout_in_processes,
     summary,
     write_json,
 )
+from output_folders import make_output_dir
 from PIL import Image
 from rollouts import Episode, write_contact_sheet, write_end_sheet
 

@@ -17,7 +17,8 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import CONTROL_HZ
-from evaluate import load_policy, make_output_dir, make_predict
+from evaluate import load_policy, make_predict
+from output_folders import make_output_dir
 from rollouts import Episode, rollout, write_contact_sheet
 
 NEAR = 0.85  # reward: 81 % covered

@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import TASK
-from evaluate import installed_versions, load_policy, make_output_dir, make_predict, write_json
+from evaluate import installed_versions, load_policy, make_predict, write_json
+from output_folders import make_output_dir
 from rollouts import rollout
 
 # None of them is in `envs.pusht.WORDINGS`. The first is what the README once told a policy that knew only TASK.

@@ -28,12 +28,13 @@ import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from envs import BENCHMARKS, Benchmark, check_policy, get_benchmark
+from output_folders import make_output_dir
 from rollouts import Predict, RolloutResult, rollout, write_contact_sheet, write_video
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.files_smolandfast import atomic_write, check_output_dir
+from smolandfast.files_smolandfast import atomic_write
 from smolandfast.loop_smolandfast import STRATEGIES
 from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
 
@@ -209,17 +210,6 @@ def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, 
             f"--checkpoint {args.checkpoint} has {action_dim} action dimensions, {benchmark.name} "
             f"{benchmark.action_dim}. {fix}"
         )
-
-
-def make_output_dir(parser: argparse.ArgumentParser, folder: Path, names: list[str]) -> None:
-    """Make the folder; stop with an error line if it holds anything but an earlier output of these names."""
-    try:
-        check_output_dir(folder, names)
-        folder.mkdir(parents=True, exist_ok=True)
-    except ValueError as error:
-        parser.error(f"--output_dir: {error}")
-    except OSError as error:
-        parser.error(f"--output_dir {folder} cannot be created ({error.strerror}). Name another one.")
 
 
 def load_checkpoint(

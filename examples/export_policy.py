@@ -24,11 +24,12 @@ import onnx
 import torch
 from evaluate import find_checkpoint, load_policy
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+from output_folders import check_output_dir
 from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache
 
-from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, write_checksums
+from smolandfast.files_smolandfast import SUMS, atomic_write, write_checksums
 from smolandfast.runtime_smolandfast import (
     DECODER,
     EMBEDDINGS,

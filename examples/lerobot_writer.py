@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from output_folders import check_new_folder
 
 from smolandfast.checks_smolandfast import as_numbers, check_whole
 from smolandfast.files_smolandfast import atomic_write
@@ -113,13 +114,6 @@ def write_dataset(
         for name, content in {"info": info, "stats": _statistics(frames, sum(histograms))}.items():
             (folder / f"meta/{name}.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     return info
-
-
-def check_new_folder(root: Path) -> None:
-    """Raise `FileExistsError` for a file, or a folder that holds anything: recordings are never overwritten."""
-    is_used = root.is_dir() and (any(root.iterdir()) or root.resolve() == Path.cwd())
-    if root.is_file() or is_used:
-        raise FileExistsError(f"{root} exists, and is not overwritten. Name another folder.")
 
 
 def _check_episode(episode: dict, name: str, axes: dict[str, list[str]], image_size: int) -> dict:

@@ -20,6 +20,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import CardFacts, read_metrics, read_trainer_state, write_card
+from output_folders import check_new_folder
 from transformers.dynamic_module_utils import custom_object_save
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
@@ -141,9 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.repo_id.count("/") != 1:
         parser.error(f"--repo_id is {args.repo_id!r}, expected user/name.")
     folder = args.output_dir
-    if folder is not None and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-        parser.error(f"--output_dir {folder} exists and is not an empty folder, so it stays. Name another folder.")
     try:
+        if folder is not None:
+            check_new_folder(folder)
         validate_repo_id(args.repo_id)
         if args.output_dir is not None:
             with atomic_write(args.output_dir) as folder:

@@ -16,7 +16,8 @@ import numpy as np
 from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import CONTROL_HZ, IMAGE_SIZE, MAX_EPISODE_STEPS, TASK
 from evaluate import check_checkpoint, check_counts, load_checkpoint, make_predict
-from lerobot_writer import IMAGE_KEY, check_new_folder, write_dataset
+from lerobot_writer import IMAGE_KEY, write_dataset
+from output_folders import check_new_folder
 from rollouts import Episode, Predict, rollout
 from tqdm import tqdm
 

@@ -24,7 +24,6 @@ PYTHON_FILES = {
     "configuration_smolandfast.py",
     "files_smolandfast.py",
     "generation_smolandfast.py",
-    "hub_smolandfast.py",
     "modeling_smolandfast.py",
     "normalization_smolandfast.py",
     "processing_smolandfast.py",
@@ -36,7 +35,6 @@ PYTHON_FILES = {
 TOKENIZER_FILES = {
     "checks_smolandfast.py",
     "files_smolandfast.py",
-    "hub_smolandfast.py",
     "grammar_smolandfast.py",
     "tokenization_fast_action.py",
 }

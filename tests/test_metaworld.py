@@ -188,7 +188,7 @@ def test_collecting_goes_on_where_it_was_stopped(demonstrations, tmp_path, capsy
     written = part.stat().st_mtime_ns
     with pytest.raises(SystemExit):
         collect_metaworld.main(arguments)
-    assert "exists, and is not overwritten" in capsys.readouterr().err
+    assert "exists and is not an empty folder" in capsys.readouterr().err
     (tmp_path / "data").rename(tmp_path / "old")
     collect_metaworld.main(arguments)
     assert part.stat().st_mtime_ns == written

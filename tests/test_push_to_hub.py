@@ -178,7 +178,7 @@ def test_a_file_is_found_on_the_hub_in_the_cache_or_nowhere(hub, tmp_path):
         hub,
         """
 del sys.modules["smolandfast"]
-from smolandfast.hub_smolandfast import find_file
+from smolandfast.files_smolandfast import find_file
 
 def refusal(name, **place):
     try:
@@ -207,7 +207,7 @@ def test_without_a_network_a_subfolder_is_a_checkpoint_like_any_other(hub, tmp_p
         hub,
         """
 del sys.modules["smolandfast"]
-from smolandfast.hub_smolandfast import find_file
+from smolandfast.files_smolandfast import find_file
 
 def find(filename, subfolder, **options):
     return find_file("user/policies", filename, subfolder=subfolder, **options)

@@ -172,7 +172,7 @@ def test_an_empty_folder_is_filled_and_one_with_anything_in_it_is_kept(episodes,
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in ("file", "used", "here"):
-        with pytest.raises(FileExistsError, match=rf"{name} exists, and is not overwritten"):
+        with pytest.raises(FileExistsError, match=rf"{name} exists and is not an empty folder"):
             write_dataset(tmp_path / name, iter(episodes), **DATASET)
     assert (tmp_path / "file").read_text() == (tmp_path / "used/.hidden").read_text() == "mine"
 
@@ -234,7 +234,7 @@ def test_collected_demonstrations_are_assembled_and_never_overwritten(collect_me
     assert "1 demonstrations, 3 frames" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         collect_metaworld.main([*arguments, "2"])
-    assert "exists, and is not overwritten" in capsys.readouterr().err
+    assert "exists and is not an empty folder" in capsys.readouterr().err
     (tmp_path / "outputs").rename(tmp_path / "old")
     collect_metaworld.main([*arguments, "2"])
     assert "2 demonstrations, 6 frames" in capsys.readouterr().out
