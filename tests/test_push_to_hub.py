@@ -27,6 +27,7 @@ from smolandfast.files_smolandfast import SUMS, check_checksums, read_checksums
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
+SHAPE = str((1, json.loads((CHECKPOINT / "config.json").read_text())["chunk_size"], 2))  # of one predicted chunk
 RECORDED = Path(__file__).parent / "data/pusht_rollouts"
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json", "tokenizer.json"}
 MODEL |= {"tokenizer_config.json", "chat_template.jinja", "action_tokenizer/tokenizer.json", "README.md", "SHA256SUMS"}
@@ -126,7 +127,7 @@ def test_what_arrives_on_the_hub_loads_again_by_the_cards_ten_lines(hub, argumen
     code = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.S)[1]
     assert len(code.strip().splitlines()) <= 10
     code += "\nprint(actions.shape, model.config.model_type, repo_id)"
-    assert load_elsewhere(hub, code, tmp_path).strip() == "(1, 16, 2) smolandfast user/pusht"
+    assert load_elsewhere(hub, code, tmp_path).strip() == f"{SHAPE} smolandfast user/pusht"
 
 
 def test_the_readmes_ten_lines_load_this_repository_from_the_hub(hub, tmp_path):
@@ -137,7 +138,7 @@ def test_the_readmes_ten_lines_load_this_repository_from_the_hub(hub, tmp_path):
     }
     code = re.search(r"```python\n(from transformers.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     code = code.replace('policy = "."', 'policy = "user/smolandfast"').replace('"assets', f'"{ROOT}/assets')
-    assert load_elsewhere(hub, code, tmp_path).strip() == "(1, 16, 2)"
+    assert load_elsewhere(hub, code, tmp_path).strip() == SHAPE
     requested = {request.partition("resolve")[2] for request in hub.requests}
     assert any(name.endswith("/modeling_smolandfast.py") for name in requested)
 

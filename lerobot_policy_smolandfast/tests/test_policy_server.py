@@ -1,6 +1,7 @@
 """LeRobot's asynchronous server with this policy, a simulated robot as its client, and a connection that is cut."""
 
 import importlib
+import json
 import pickle
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc  # noqa: E402
 from lerobot.transport.utils import send_bytes_in_chunks  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints/pusht-tiny"
+CHUNK_SIZE = json.loads((CHECKPOINT / "config.json").read_text())["chunk_size"]
 TASK = "Push the T-shaped block onto the T-shaped target."
 FEATURES = {
     "observation.state": {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
@@ -38,7 +40,7 @@ class Client:
         grpc.channel_ready_future(self.channel).result(timeout=120)
         self.stub = services_pb2_grpc.AsyncInferenceStub(self.channel)
         self.stub.Ready(services_pb2.Empty())
-        instructions = RemotePolicyConfig("smolandfast", str(policy), features, actions_per_chunk=16)
+        instructions = RemotePolicyConfig("smolandfast", str(policy), features, actions_per_chunk=CHUNK_SIZE)
         self.stub.SendPolicyInstructions(services_pb2.PolicySetup(data=pickle.dumps(instructions)))
 
     def chunk(self, observation: dict, step: int) -> np.ndarray:
@@ -47,7 +49,7 @@ class Client:
         message = pickle.dumps(TimedObservation(time.time(), step, seen, must_go=True))
         self.stub.SendObservations(send_bytes_in_chunks(message, services_pb2.Observation, silent=True))
         actions = pickle.loads(self.stub.GetActions(services_pb2.Empty()).data)
-        assert [action.get_timestep() for action in actions] == list(range(step, step + 16))
+        assert [action.get_timestep() for action in actions] == list(range(step, step + CHUNK_SIZE))
         return np.stack([action.get_action().numpy() for action in actions])
 
 
@@ -113,7 +115,7 @@ def test_images_reach_the_policy_in_the_robots_own_size(address, policy, log):
     for step in range(3):
         pixels = rng.integers(0, 256, image["shape"], dtype=np.uint8)
         observation = {"agent_pos": rng.uniform(100, 400, 2).astype(np.float32), "pixels": pixels}
-        chunk = client.chunk(observation, step=16 * step)
+        chunk = client.chunk(observation, step=CHUNK_SIZE * step)
         inputs = processor(pixels, TASK, observation["agent_pos"])
         np.testing.assert_array_equal(chunk, processor.post_process_actions(model.generate(**inputs))[0])
     client.channel.close()
