@@ -1,7 +1,7 @@
 """Publish a policy on the Hub as a complete model repository, with a card written from what was measured.
 
     python examples/push_to_hub.py --checkpoint checkpoints/pusht-tiny --repo_id user/name \\
-        --metrics benchmarks/results/pusht_tiny_200_episodes.json --contact_sheet assets/rollouts.png
+        --metrics benchmarks/results/pusht_tiny_500_episodes.json --contact_sheet assets/rollouts.png
 
 Log in with `hf auth login` first. With `--output_dir`, the repository is written there for a look, and nothing is
 uploaded. Everything goes into one commit: a broken connection leaves the Hub's repository as it was, and the same

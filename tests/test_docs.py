@@ -105,7 +105,7 @@ def test_the_deployed_policy_drives_an_arm_as_it_is_written(tmp_path):
     pytest.importorskip("export_policy").export_policy(ROOT / "checkpoints/pusht-tiny", tmp_path / "deployed")
     code = "import sys\nsys.modules |= dict.fromkeys(('torch', 'transformers', 'scipy', 'smolandfast'))\n"
     code += "sys.path.insert(0, 'deployed')\n" + snippets("deployment.md", "python")[0]
-    short = code.replace("LOWEST = -1.7", "LOWEST = -1e9").replace("max_steps=90", "max_steps=20")
+    short = code.replace("LOWEST = -1.6", "LOWEST = -1e9").replace("max_steps=90", "max_steps=20")
     for script, words in ((code, "Stopped after three such predictions: log-prob"), (short, "20 steps, ")):
         result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
