@@ -39,7 +39,7 @@ def test_a_session_plays_what_an_evaluation_plays(policy):
     predict = make_predict(policy.model, policy.processor)
     result = rollout(PUSHT, predict, [1003], policy.n_action_steps, max_steps=20)
     assert sum(coverage / 0.95 for coverage in session.coverages) == pytest.approx(result.sum_rewards[0], rel=1e-4)
-    assert sum(length for _, length in session.tokens) == 32
+    assert sum(length for _, length in session.tokens) == 2 * policy.model.config.chunk_size
 
 
 def test_visitors_do_not_meet(policy):

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-pytest.importorskip("metaworld_tasks", exc_type=ImportError)  # also without OSMesa
+pytest.importorskip("envs.metaworld", exc_type=ImportError)  # also without OSMesa
 import collect_metaworld
 import evaluate
 import metaworld

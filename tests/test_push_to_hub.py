@@ -299,7 +299,7 @@ def test_the_repository_can_be_looked_at_before(hub, arguments, tmp_path, capsys
 
 
 def test_the_card_of_many_tasks_says_what_each_group_of_them_reached(tmp_path):
-    pytest.importorskip("metaworld_tasks", exc_type=ImportError)  # also without OSMesa
+    pytest.importorskip("envs.metaworld", exc_type=ImportError)  # also without OSMesa
     metrics = ROOT / "benchmarks/results/metaworld_tiny_500_episodes.json"
     written, checkpoint = tmp_path / "repository", ROOT / "checkpoints/metaworld-tiny"
     arguments = ["--benchmark", "metaworld", "--checkpoint", checkpoint, "--repo_id", "user/many"]

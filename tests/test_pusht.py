@@ -3,6 +3,7 @@
 import ctypes.util
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -444,6 +445,10 @@ def test_the_blocks_poses_are_the_simulators():
     _, info = env.reset(seed=3)
     assert np.shape(result.episodes[0].poses) == (5, 3)
     np.testing.assert_allclose(result.episodes[0].poses[0], info["block_pose"], atol=0.5)
+
+
+def test_a_benchmark_reaches_other_processes():
+    assert pickle.loads(pickle.dumps(PUSHT)) == PUSHT
 
 
 def test_what_a_simulator_lacks_is_named_with_the_command_that_installs_it(monkeypatch):

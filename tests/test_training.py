@@ -215,14 +215,14 @@ def test_an_earlier_policy_is_learnt_on_from_with_its_statistics_and_tokens(tmp_
             for one, part in ((earlier_model, earlier), (model, processor))
         ]
     torch.testing.assert_close(*scores, atol=1e-4, rtol=1e-4)
-    args.chunk_size = processor.chunk_size // 2
+    args.chunk_size, args.n_action_steps = earlier.chunk_size // 2, 1
     strided = LeRobotChunkDataset(ROOT / "tests/data/pusht_rollouts", args.chunk_size, frame_stride=2)
     half = make_policy(strided, args, PUSHT)[1]
     assert half.statistics == earlier.statistics
     assert half.action_tokenizer.get_vocab() == earlier.action_tokenizer.get_vocab()
     assert half.action_tokenizer.scale == pytest.approx(earlier.action_tokenizer.scale * 2**0.5)
     assert half.action_tokenizer.fit_report["num_chunks"] == len(strided)
-    args.chunk_size, args.scale_factor = processor.chunk_size, 2
+    args.chunk_size, args.scale_factor = 16, 2
     with pytest.raises(ValueError, match="has a weight .* of shape .* which the tiny policy has not"):
         make_policy(dataset, args, PUSHT)
 

@@ -45,6 +45,10 @@ class Scene(Protocol):
         """Where things are, in the simulator's own numbers."""
 
 
+def no_moves(**options: float) -> list[Move]:
+    return []
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """What `train.py` and `evaluate.py` need to know of a simulator."""
@@ -67,8 +71,8 @@ class Benchmark:
     vary: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
     variations: tuple[str, ...] = ()
     # (options) -> how states and chunks are moved: those that count in the statistics, and those for FAST alone
-    symmetries: Callable[..., list[Move]] = lambda **options: []
-    rotations: Callable[..., list[Move]] = lambda **options: []
+    symmetries: Callable[..., list[Move]] = no_moves
+    rotations: Callable[..., list[Move]] = no_moves
     wordings: dict[str, list[str]] = field(default_factory=dict)  # other wordings of a sentence, for training
     max_reward: float | None = None  # if rewards are comparable between episodes, their best
     film_every: int = 1  # steps from one filmed scene to the next
