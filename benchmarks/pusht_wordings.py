@@ -16,7 +16,7 @@ from evaluate import installed_versions, load_policy, make_predict, write_json
 from output_folders import make_output_dir
 from rollouts import rollout
 
-# None of them is in `envs.pusht.WORDINGS`. The first is what the README once told a policy that knew only TASK.
+# None is in `envs.pusht.WORDINGS`. The first was the README's instruction when policies knew TASK alone.
 UNSEEN = [
     "Push the block onto the target.",
     "Get the tee into its slot, please.",

@@ -94,8 +94,8 @@ def save_vision(model: nn.Module, folder: str) -> None:
         save_file(tensors, path)
 
 
-def make_parser(benchmark: str, description: str | None) -> tuple[argparse.ArgumentParser, type]:
-    """The parser with a benchmark's own options, and the benchmark's `Pretraining`."""
+def make_parser(name: str, description: str | None) -> tuple[argparse.ArgumentParser, Benchmark, type]:
+    """The parser with a benchmark's own options, the benchmark, and its `Pretraining`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht", help="whose images (pusht)")
     parser.add_argument("--output_dir", required=True)
@@ -104,18 +104,18 @@ def make_parser(benchmark: str, description: str | None) -> tuple[argparse.Argum
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--vision_weights", help="vision.safetensors of an earlier run, or a policy, to continue from")
     parser.add_argument("--seed", type=int, default=0, help="another one has other scenes (0)")
-    load_benchmark(parser, benchmark)
-    pretraining = importlib.import_module(f"envs.{benchmark}.pretraining").Pretraining
+    benchmark = load_benchmark(parser, name)
+    pretraining = importlib.import_module(f"envs.{name}.pretraining").Pretraining
     pretraining.add_options(parser)
     parser.set_defaults(**pretraining.defaults)
-    return parser, pretraining
+    return parser, benchmark, pretraining
 
 
 def main(argv: list[str] | None = None) -> None:
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht")
     name = chooser.parse_known_args(argv)[0].benchmark
-    parser, pretraining_class = make_parser(name, __doc__)
+    parser, benchmark, pretraining_class = make_parser(name, __doc__)
     args = parser.parse_args(argv)
     try:
         check_numbers(args, max_steps=(1, math.inf), batch_size=(1, math.inf), **pretraining_class.limits)
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         with naming_option("--output_dir"):
             make_own_folder(args.output_dir, OUTPUTS)
         pretraining = pretraining_class(args)
-        model = PoseRegressor(load_benchmark(parser, name), pretraining)
+        model = PoseRegressor(benchmark, pretraining)
         if args.vision_weights:
             with naming_option("--vision_weights"):
                 load_vision(model, args.vision_weights)

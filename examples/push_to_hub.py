@@ -141,12 +141,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--checkpoint {args.checkpoint} is not a folder. Download it first: `hf download`.")
     if args.repo_id.count("/") != 1:
         parser.error(f"--repo_id is {args.repo_id!r}, expected user/name.")
-    folder = args.output_dir
     try:
-        if folder is not None:
-            check_new_folder(folder)
         validate_repo_id(args.repo_id)
         if args.output_dir is not None:
+            check_new_folder(args.output_dir)
             with atomic_write(args.output_dir) as folder:
                 write_repository(args, benchmark, folder)
             print(f"The repository is in {args.output_dir}; nothing was uploaded.")

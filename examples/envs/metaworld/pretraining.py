@@ -76,7 +76,7 @@ class Scenes(EpochDataset):
             image = shift_image(image, *shift)
             for first in POINTS.values():
                 point = labels[first : first + 3]
-                point[:] = shift_points(point, *shift) if point.any() else 0  # zeros: there is no such thing
+                point[:] = shift_points(point, *shift) if point.any() else 0  # zeros: the task has no such object
         return {"pixel_values": torch.from_numpy(image), "labels": torch.from_numpy(labels)}
 
 
