@@ -23,7 +23,7 @@ TESTS ?=
 CORE := $(addprefix tests/test_,auto_classes.py checkpoint.py configuration.py generation.py modeling.py \
 	normalization.py processing.py requirements.py runtime.py tokenization.py training.py)
 # The tests that draw Meta-World, and are skipped where OSMesa is missing.
-METAWORLD_TESTS := tests/test_metaworld.py tests/test_push_to_hub.py
+METAWORLD_TESTS := tests/test_metaworld.py tests/test_publish.py
 # DISCARD=1 removes an environment after its tests: some take 8 GB.
 DISCARD ?=
 
@@ -93,9 +93,9 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 
 bench: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/bench.py
-	$(VENV)/bin/python benchmarks/bench_256m.py
-	$(VENV)/bin/python benchmarks/bench_training_256m.py
+	$(VENV)/bin/python benchmarks/speed/bench.py
+	$(VENV)/bin/python benchmarks/speed/bench_256m.py
+	$(VENV)/bin/python benchmarks/speed/bench_training_256m.py
 
 # The files are constraints: what CUDA needs is pinned too, and comes only with a PyTorch that asks for it.
 comma := ,

@@ -1,6 +1,6 @@
 """FAST strings without a model: which token may follow, and the numbers that a whole string stands for.
 
-Needs NumPy alone: the processor, `generate()` and a deployed policy (`runtime_smolandfast.py`) all read strings here.
+Needs NumPy alone: the processor, `generate()` and a deployed policy (`deployment/runtime.py`) all read strings here.
 """
 
 import numpy as np

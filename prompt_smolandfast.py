@@ -1,6 +1,6 @@
 """The input of a policy: one sample's or a batch's images, task and state, validated, and the prompt around them.
 
-Needs NumPy and Pillow alone: the processor and a deployed policy (`runtime_smolandfast.py`) refuse the same input, and
+Needs NumPy and Pillow alone: the processor and a deployed policy (`deployment/runtime.py`) refuse the same input, and
 write the same prompt.
 """
 

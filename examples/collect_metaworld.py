@@ -32,11 +32,10 @@ from envs.metaworld import CONTROL_HZ, IMAGE_SIZE, TASKS, MetaworldScene
 from envs.metaworld.simulator import MT10
 from evaluate import load_policy, make_predict, write_json
 from lerobot_writer import write_dataset
-from output_folders import check_new_folder, check_output_dir
 from rollouts import Predict
 from tqdm import tqdm
 
-from smolandfast.files_smolandfast import atomic_write, read_json
+from smolandfast.files_smolandfast import atomic_write, check_new_folder, check_output_dir, read_json
 
 FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluation seeds are below
 NUM_SHOVES = 3  # 0, 1 or 2 in a demonstration

@@ -28,15 +28,14 @@ import interrupt  # noqa: F401 - before all that takes long
 import numpy as np
 import torch
 from envs import BENCHMARKS, Benchmark, check_policy, get_benchmark
-from output_folders import make_output_dir
 from rollouts import Predict, RolloutResult, rollout, write_contact_sheet, write_video
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.files_smolandfast import atomic_write
-from smolandfast.loop_smolandfast import STRATEGIES
-from smolandfast.runtime_smolandfast import BACKENDS, POLICY, DeployedPolicy
+from smolandfast.deployment.loop import STRATEGIES
+from smolandfast.deployment.runtime import BACKENDS, POLICY, DeployedPolicy
+from smolandfast.files_smolandfast import atomic_write, check_output_dir
 
 NAMES = ["metrics.json", "rollouts.mp4", "rollouts.png"]  # all that is written
 
@@ -224,6 +223,17 @@ def load_checkpoint(
 
 def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def make_output_dir(parser: argparse.ArgumentParser, folder: Path, names: list[str]) -> None:
+    """Make the folder; stop with an error line if it holds anything but an earlier output of these names."""
+    try:
+        check_output_dir(folder, names)
+        folder.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        parser.error(f"--output_dir: {error}")
+    except OSError as error:
+        parser.error(f"--output_dir {folder} cannot be created ({error.strerror}). Name another one.")
 
 
 def installed_versions(benchmark: Benchmark) -> dict[str, str]:

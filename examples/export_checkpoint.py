@@ -15,10 +15,9 @@ from pathlib import Path
 import interrupt  # noqa: F401 - before all that takes long
 import torch
 from evaluate import first_line
-from output_folders import check_output_dir
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.files_smolandfast import SUMS, atomic_write, read_json, write_checksums
+from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, read_json, write_checksums
 
 # All that is written; the first names the folder as an export, if its SHA256SUMS lists it.
 NAMES = ["config.json", SUMS, "*.safetensors", "*.json", "*.jinja"]

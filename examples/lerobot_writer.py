@@ -12,10 +12,9 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from output_folders import check_new_folder
 
 from smolandfast.checks_smolandfast import as_numbers, check_whole
-from smolandfast.files_smolandfast import atomic_write
+from smolandfast.files_smolandfast import atomic_write, check_new_folder
 
 IMAGE_KEY = "observation.image"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}

@@ -17,9 +17,10 @@ from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import CONTROL_HZ, IMAGE_SIZE, MAX_EPISODE_STEPS, TASK
 from evaluate import check_checkpoint, check_counts, load_checkpoint, make_predict
 from lerobot_writer import IMAGE_KEY, write_dataset
-from output_folders import check_new_folder
 from rollouts import Episode, Predict, rollout
 from tqdm import tqdm
+
+from smolandfast.files_smolandfast import check_new_folder
 
 DATASET = {
     "fps": CONTROL_HZ,

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from smolandfast.loop_smolandfast import Schedule
+from smolandfast.deployment.loop import Schedule
 
 Z_95 = NormalDist().inv_cdf(0.975)
 BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 130, 50)

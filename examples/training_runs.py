@@ -13,11 +13,10 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
-from output_folders import check_output_dir
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from smolandfast.files_smolandfast import SUMS, atomic_write, read_checksums, read_json
+from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, read_checksums, read_json
 from smolandfast.training import find_checkpoints
 from smolandfast.training.checkpoints import STATE
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_session import Policy, Session, load_page_policy
-from app_views import draw_coverage
 from envs.pusht import BENCHMARK as PUSHT
 from evaluate import make_predict
 from PIL import Image
 from rollouts import rollout
+from session import Policy, Session, load_page_policy
+from views import draw_coverage
 
 from smolandfast import SmolAndFastProcessor
 
@@ -137,25 +137,27 @@ def test_the_page_has_its_events_and_no_analytics(policy):
 
 def copy_space(folder):
     """The files of a Space, as `docs/publishing.md` names them."""
-    for name in ("app.py", "app_session.py", "app_views.py", "rollouts.py"):
-        shutil.copy(ROOT / "examples" / name, folder)
-    shutil.copytree(ROOT / "examples/envs", folder / "envs")
+    shutil.copytree(ROOT / "examples", folder, dirs_exist_ok=True)
     (folder / "smolandfast").mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder / "smolandfast")
+    for name in ("deployment", "training"):
+        shutil.copytree(ROOT / name, folder / "smolandfast" / name)
 
 
 WITHOUT_INSTALLED = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
-import app_session, smolandfast
-session = app_session.Session(app_session.load_page_policy(sys.argv[1]))
+sys.path += ["app", "."]
+import app, smolandfast
+session = app.Session(app.load_page_policy(sys.argv[1]))
 session.step()
 print(smolandfast.__file__, len(session.tokens))
 """
 
 
 def test_a_space_has_all_files_that_it_needs(tmp_path):
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[app]'")
     copy_space(tmp_path)
     command = [sys.executable, "-c", WITHOUT_INSTALLED, str(CHECKPOINT)]
     printed = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
@@ -163,8 +165,8 @@ def test_a_space_has_all_files_that_it_needs(tmp_path):
 
 
 def test_the_page_plays_a_deployed_policy(policy, tmp_path):
-    export_policy = pytest.importorskip("export_policy", reason='the exporter needs pip install -e ".[deployment]"')
-    export_policy.export_policy(str(CHECKPOINT), tmp_path / "deployed")
+    export = pytest.importorskip("smolandfast.deployment.export", reason='needs pip install -e ".[deployment]"')
+    export.export_policy(str(CHECKPOINT), tmp_path / "deployed")
     sessions = [Session(load_page_policy(str(path))) for path in (CHECKPOINT, tmp_path / "deployed")]
     for _ in range(10):
         for session in sessions:
@@ -183,7 +185,9 @@ def space(tmp_path):
         port = free.getsockname()[1]
     environment = os.environ | {"CHECKPOINT": str(CHECKPOINT), "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([sys.executable, "app.py"], cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "app/app.py"], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
     wait(lambda: b"Running on" in (tmp_path / "log").read_bytes() or process.poll() is not None, 120)
     assert process.poll() is None, (tmp_path / "log").read_text()
     yield f"http://127.0.0.1:{port}"

@@ -24,8 +24,8 @@ SHORT = {
     "--per_device_eval_batch_size 4 --held_out_episodes 1 --eval_episodes 1 --bf16 False",
     "evaluate.py": "--episodes 2 --record 1",
     "record_rollouts.py": "--episodes 1 --max_steps 20",
-    "push_to_hub.py": "--output_dir repository",  # without it, the test of that script has a hub to push to
-    "app.py": "--help",
+    "publish.py": "--output_dir repository",  # without it, the test of that script has a hub to push to
+    "app/app.py": "--help",
     "serve.py": "--help",
     "export_policy.py": "",
 }
@@ -75,7 +75,7 @@ def test_the_readme_is_short_and_the_hubs_front_page():
 
 def test_every_file_of_the_policy_is_in_the_table_of_files():
     table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for path in [*ROOT.glob("*.py"), ROOT / "training", ROOT / "examples", ROOT / "runs"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "deployment", ROOT / "training", ROOT / "examples", ROOT / "runs"]:
         assert path.name == "__init__.py" or f"`{path.name}" in table, path.name
 
 
@@ -102,7 +102,9 @@ def test_your_own_robot_works_as_it_is_written(vlm, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_deployed_policy_drives_an_arm_as_it_is_written(tmp_path):
     """The folder alone, without this package. The camera is covered, so the guard stops it; without one it drives."""
-    pytest.importorskip("export_policy").export_policy(ROOT / "checkpoints/pusht-tiny", tmp_path / "deployed")
+    pytest.importorskip("smolandfast.deployment.export").export_policy(
+        ROOT / "checkpoints/pusht-tiny", tmp_path / "deployed"
+    )
     code = "import sys\nsys.modules |= dict.fromkeys(('torch', 'transformers', 'scipy', 'smolandfast'))\n"
     code += "sys.path.insert(0, 'deployed')\n" + snippets("deployment.md", "python")[0]
     short = code.replace("LOWEST = -1.6", "LOWEST = -1e9").replace("max_steps=90", "max_steps=20")

@@ -5,10 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
-from output_folders import check_output_dir
 
 from smolandfast import files_smolandfast
-from smolandfast.files_smolandfast import SUMS, atomic_write, read_json, write_checksums
+from smolandfast.files_smolandfast import SUMS, atomic_write, check_output_dir, read_json, write_checksums
 
 
 def test_what_was_there_stays_until_all_of_the_new_is_written(tmp_path):

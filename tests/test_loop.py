@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import rollout
 
-from smolandfast.loop_smolandfast import NEW_SHARE, STRATEGIES, ControlLoop, Schedule
+from smolandfast.deployment.loop import NEW_SHARE, STRATEGIES, ControlLoop, Schedule
 
 FPS, HORIZON, N_ACTION_STEPS = 10, 8, 4
 
@@ -407,7 +407,7 @@ BLOCKED = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from smolandfast_runtime.loop_smolandfast import ControlLoop
+from smolandfast_runtime.deployment.loop import ControlLoop
 loop = ControlLoop(lambda: time.sleep(600), None, print, 100, 4, policy_fps=None, timeout=0.1, max_failures=1)
 try:
     loop.run()
@@ -418,9 +418,10 @@ except TimeoutError as error:
 
 def test_a_camera_that_blocks_does_not_keep_the_interpreter_from_exiting(tmp_path):
     package = tmp_path / "smolandfast_runtime"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    for name in ("loop_smolandfast.py", "checks_smolandfast.py"):
+    (package / "deployment").mkdir(parents=True)
+    for folder in (package, package / "deployment"):
+        (folder / "__init__.py").touch()
+    for name in ("deployment/loop.py", "checks_smolandfast.py"):
         shutil.copyfile(Path(__file__).parents[1] / name, package / name)
     result = subprocess.run(
         [sys.executable, "-c", BLOCKED, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True

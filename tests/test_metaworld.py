@@ -17,9 +17,9 @@ import pretrain_vision
 import train
 from envs.metaworld import BENCHMARK, DIFFICULTIES, TASKS, MetaworldScene
 from envs.metaworld.simulator import ARM_MESHES, MT10, shift_image, shift_points, simplified
-from metaworld_language import OUTSIDE, UNSEEN
-from metaworld_report import kind_of_ending
+from language import OUTSIDE, UNSEEN
 from PIL import Image
+from report import kind_of_ending
 from rollouts import Episode, rollout
 
 from smolandfast.training import LeRobotChunkDataset

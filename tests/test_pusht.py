@@ -22,8 +22,8 @@ from envs import FRAME_SIZE, get_benchmark
 from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import TASK
 from envs.pusht.simulator import ENV_ID
+from failures import kind_of_ending
 from PIL import Image
-from pusht_failures import kind_of_ending
 from rollouts import rollout, success_rate, write_contact_sheet, write_video
 from transformers import BatchFeature
 

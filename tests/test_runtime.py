@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_fuzz import fuzz, junk, odd_arrays, odd_images
 
-from smolandfast import SmolAndFastProcessor, compute_statistics, runtime_smolandfast
+from smolandfast import SmolAndFastProcessor, compute_statistics
+from smolandfast.deployment.runtime import DECODER, FILES, POLICY, VISION, DeployedPolicy
 from smolandfast.files_smolandfast import SUMS, read_checksums, write_checksums
-from smolandfast.runtime_smolandfast import DECODER, FILES, POLICY, VISION, DeployedPolicy
 from smolandfast.training import make_tiny_processor
 
-export_policy = pytest.importorskip("export_policy", reason='the exporter needs pip install -e ".[deployment]"')
+export = pytest.importorskip("smolandfast.deployment.export", reason='needs pip install -e ".[deployment]"')
+import export_policy  # noqa: E402
+
 BACKENDS = ["onnxruntime", "openvino"]
 ROOT = Path(__file__).parents[1]
 
@@ -46,8 +48,8 @@ def checkpoint(demonstrations, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def deployed(checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deployed") / "policy"
-    num_equal, difference = export_policy.export_policy(checkpoint, folder)
-    assert num_equal == export_policy.NUM_OBSERVATIONS and difference < 1e-5
+    num_equal, difference = export.export_policy(checkpoint, folder)
+    assert num_equal == export.NUM_OBSERVATIONS and difference < 1e-5
     return folder
 
 
@@ -78,7 +80,7 @@ def test_chunks_and_reports_are_those_of_the_checkpoint(deployed, stock, backend
 
 SIGNALLED = """
 import signal, sys
-from smolandfast.runtime_smolandfast import DeployedPolicy
+from smolandfast.deployment.runtime import DeployedPolicy
 signals = []
 signal.signal(signal.SIGINT, lambda *_: signals.append("seen"))
 first, second = (DeployedPolicy(sys.argv[1], backend=sys.argv[2]) for _ in range(2))
@@ -103,7 +105,7 @@ def test_chunks_of_fast_plus_are_too(fast_plus, demonstrations, tmp_path):
     statistics = compute_statistics(*demonstrations)
     processor = make_tiny_processor(fast_plus, statistics, TASK, chunk_size=CHUNK_SIZE)
     checkpoint = make_checkpoint(tmp_path / "checkpoint", processor)
-    export_policy.export_policy(checkpoint, tmp_path / "policy")
+    export.export_policy(checkpoint, tmp_path / "policy")
     check_equal(DeployedPolicy(tmp_path / "policy"), *evaluate.load_policy(checkpoint, dtype=torch.float32))
 
 
@@ -126,7 +128,7 @@ def test_chunks_of_two_cameras_are_too(demonstrations, tmp_path):
     keys = ["observation.images.front", "observation.images.wrist"]
     checkpoint = make_checkpoint(tmp_path / "checkpoint", make_processor(demonstrations, image_keys=keys))
     folder = tmp_path / "it's a policy"
-    export_policy.export_policy(checkpoint, folder)
+    export.export_policy(checkpoint, folder)
     policy, (model, processor) = DeployedPolicy(folder), evaluate.load_policy(checkpoint)
     front, wrist = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
     for images in ([front, wrist], {keys[1]: wrist, keys[0]: front}):
@@ -274,8 +276,9 @@ def test_the_folder_runs_by_itself(deployed, stock, tmp_path):
 
 
 def test_the_code_that_travels_is_all_that_it_imports(deployed):
-    for path in (deployed / "smolandfast_runtime").glob("*_smolandfast.py"):
-        assert path.read_bytes() == (ROOT / path.name).read_bytes()
+    for path in (deployed / "smolandfast_runtime").rglob("[!_]*.py"):
+        name = path.relative_to(deployed / "smolandfast_runtime")
+        assert path.read_bytes() == (ROOT / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -347,7 +350,7 @@ def test_options_that_do_not_exist_are_refused(deployed):
 
 
 def test_weights_of_eight_bits_are_nearly_the_same(deployed, checkpoint, stock, tmp_path):
-    export_policy.export_policy(checkpoint, tmp_path / "int8", "int8")
+    export.export_policy(checkpoint, tmp_path / "int8", "int8")
     assert (tmp_path / "int8" / DECODER).stat().st_size < 0.4 * (deployed / DECODER).stat().st_size
     policy, exact = DeployedPolicy(tmp_path / "int8"), DeployedPolicy(deployed)
     for observation in observations(policy.image_keys):
@@ -357,10 +360,10 @@ def test_weights_of_eight_bits_are_nearly_the_same(deployed, checkpoint, stock, 
 
 
 def test_a_policy_that_came_out_different_is_not_left_behind(checkpoint, tmp_path, monkeypatch):
-    before = runtime_smolandfast.DeployedPolicy._pixels
-    monkeypatch.setattr(runtime_smolandfast.DeployedPolicy, "_pixels", lambda self, image: 0.9 * before(self, image))
+    before = DeployedPolicy._pixels
+    monkeypatch.setattr(DeployedPolicy, "_pixels", lambda self, image: 0.9 * before(self, image))
     with pytest.raises(ValueError, match="The exported policy is not the same"):
-        export_policy.export_policy(checkpoint, tmp_path / "policy")
+        export.export_policy(checkpoint, tmp_path / "policy")
     assert not list(tmp_path.iterdir())
 
 
@@ -368,8 +371,8 @@ def test_an_export_replaces_an_earlier_one_and_nothing_else(deployed, checkpoint
     folder = shutil.copytree(deployed, tmp_path / "policy")
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert set(read_checksums(folder / SUMS)) == written - {SUMS}
-    assert export_policy.export_policy(checkpoint, folder)[0] == export_policy.NUM_OBSERVATIONS
-    monkeypatch.setattr(export_policy, "load_policy", None)  # refused before it is loaded
+    assert export.export_policy(checkpoint, folder)[0] == export.NUM_OBSERVATIONS
+    monkeypatch.setattr(export, "SmolAndFastForActionPrediction", None)  # refused before it is loaded
     own = shutil.copytree(checkpoint, tmp_path / "own")
 
     def refused(output_dir):

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-serve = pytest.importorskip("serve", reason='the server needs pip install -e ".[serve]"')
+serve = pytest.importorskip("smolandfast.deployment.serve", reason='needs pip install -e ".[serve]"')
+script = pytest.importorskip("serve")
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
@@ -235,11 +236,11 @@ class DeployedStandIn(StandInPolicy):
 
 
 def test_a_port_that_cannot_be_served_is_an_error_line(monkeypatch, capsys):
-    monkeypatch.setattr(serve, "DeployedPolicy", DeployedStandIn)
+    monkeypatch.setattr(script, "DeployedPolicy", DeployedStandIn)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for port in ("99999", "-1", str(taken.getsockname()[1])):
             with pytest.raises(SystemExit) as stop:
-                serve.main(["--checkpoint", "deployed", "--port", port])
+                script.main(["--checkpoint", "deployed", "--port", port])
             assert stop.value.code == 2 and f"--port {port.replace('-1', 'is -1')}" in capsys.readouterr().err.replace(
                 "--port is 99999", "--port 99999"
             )
@@ -255,7 +256,7 @@ serve.main(["--checkpoint", "deployed", "--port", "0"])
 
 
 def test_ctrl_c_ends_the_server_quietly_though_a_client_is_connected():
-    command = [sys.executable, "-c", SERVE, str(Path(serve.__file__).parent), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", SERVE, str(Path(script.__file__).parent), str(Path(__file__).parent)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
@@ -270,5 +271,5 @@ def test_ctrl_c_ends_the_server_quietly_though_a_client_is_connected():
 
 def test_a_folder_that_is_no_deployed_policy_is_an_error_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        serve.main(["--checkpoint", str(tmp_path)])
+        script.main(["--checkpoint", str(tmp_path)])
     assert "it is no deployed policy" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Other wordings of Meta-World's tasks, for training: three for each, none of them in `metaworld_language.py`.
+"""Other wordings of Meta-World's tasks, for training: three for each, none of them in `metaworld/language.py`.
 
 Meta-World tells push-back the sentence of push: both are read alike.
 """

@@ -1,6 +1,6 @@
 """Draw the README's figures: the architecture, and the shipped policy at work.
 
-    python benchmarks/figures.py
+    python benchmarks/pusht/figures.py
 
 Writes `assets/architecture.png`; `assets/pusht.gif`, three episodes side by side at twice the simulator's speed; and
 `assets/delay.gif`, one episode at its own speed where a chunk takes 0.4 seconds: the pusher waits for it, or goes on.
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from envs.pusht import BENCHMARK as PUSHT  # noqa: E402

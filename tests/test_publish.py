@@ -15,8 +15,8 @@ from envs.pusht import BENCHMARK as PUSHT
 from huggingface_hub import ModelCard, constants
 from model_card import read_metrics, read_trainer_state
 from PIL import Image
-from push_to_hub import find_training
-from push_to_hub import main as push
+from publish import find_training
+from publish import main as push
 from stand_in_hub import TOKEN, StandInHub
 from train import PolicyTrainer, PushCodeFiles
 from train import main as train

@@ -7,15 +7,15 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from app_views import draw_coverage, draw_image, draw_scene, draw_tokens
 from envs import check_policy
 from envs.pusht import ACTION_DIM, BENCHMARK, CONTROL_HZ, MAX_EPISODE_STEPS
 from envs.pusht.simulator import ENV_ID, WORLD_SIZE
 from rollouts import check_chunks
+from views import draw_coverage, draw_image, draw_scene, draw_tokens
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.loop_smolandfast import Schedule
-from smolandfast.runtime_smolandfast import POLICY, DeployedPolicy
+from smolandfast.deployment.loop import Schedule
+from smolandfast.deployment.runtime import POLICY, DeployedPolicy
 
 SEED = 1000
 AGENT_MARGIN, BLOCK_MARGIN = 25, 60  # least distance from the walls at which the pusher and the T may be placed

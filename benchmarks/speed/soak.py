@@ -1,6 +1,6 @@
 """Play the shipped policy for thousands of episodes in one process: does memory grow, do results stay the same?
 
-    python benchmarks/soak.py --episodes 2000
+    python benchmarks/speed/soak.py --episodes 2000
 
 Episodes are played in rounds of `--round`, as an evaluation would play them, and after each round the process's
 memory is noted. Then a few of the seeds are played again, each alone in a process of its own: lengths must be equal,
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from envs.pusht import BENCHMARK as PUSHT  # noqa: E402

@@ -1,6 +1,6 @@
 """What a PushT policy gets wrong: its episodes by kind of ending, and a contact sheet of examples.
 
-    python benchmarks/pusht_failures.py --checkpoint checkpoints/pusht-tiny --episodes 200 --seed 2000
+    python benchmarks/pusht/failures.py --checkpoint checkpoints/pusht-tiny --episodes 200 --seed 2000
 
 Writes `failures.json` and `failures.png` into the output folder. The examples are played again to be filmed, together;
 rounding may depend on who is played together, so each is labelled with what it did the second time.
@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import CONTROL_HZ
-from evaluate import load_policy, make_predict
-from output_folders import make_output_dir
+from evaluate import load_policy, make_output_dir, make_predict
 from rollouts import Episode, rollout, write_contact_sheet
 
 NEAR = 0.85  # reward: 81 % covered

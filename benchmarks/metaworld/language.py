@@ -1,20 +1,18 @@
 """Does a Meta-World policy need its sentence? Success when told another task's, and in words it never read.
 
-    python benchmarks/metaworld_language.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 3000
+    python benchmarks/metaworld/language.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 3000
 
 Each task is played with its own sentence, with one from `UNSEEN`, which no training sample was told, with one from
 `OUTSIDE`, most of whose words none had, and, where another task has the same things on the table, with that task's.
-With `--nearest`, also with the training sentence that a language model finds nearest to that of `OUTSIDE`, as
-`metaworld_sentences.py` wrote it. Writes `metaworld_language.json`.
+Writes `metaworld_language.json`.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from envs.metaworld import BENCHMARK, TASKS
 from evaluate import find_backend, installed_versions, rollout_in_processes, write_json
 from rollouts import success_rate
@@ -163,18 +161,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="checkpoints/metaworld-tiny")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--told", nargs="+", default=list(TOLD), choices=list(TOLD))
-    parser.add_argument("--nearest", type=Path, help="metaworld_sentences.json")
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=3000)
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     results = {"checkpoint": args.checkpoint, "versions": installed_versions(BENCHMARK), "told": {}}
-    sentences = {told: TOLD[told] for told in args.told}
-    if args.nearest:
-        nearest = json.loads(args.nearest.read_text())["nearest"]["outside"]
-        sentences["nearest"] = {task: TASKS[found] for task, found in nearest.items()}
-    for told, wordings in sentences.items():
+    for told in args.told:
+        wordings = TOLD[told]
         tasks = [task for task in args.tasks if task in wordings]
         if not tasks:
             continue

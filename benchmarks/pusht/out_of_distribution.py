@@ -1,6 +1,6 @@
 """What `processor.report` says of held-out demonstrations, and of images that the policy never saw.
 
-    python benchmarks/out_of_distribution.py --dataset_root path/to/pusht
+    python benchmarks/pusht/out_of_distribution.py --dataset_root path/to/pusht
 
 Writes `benchmarks/results/out_of_distribution.json`. `pairs_ranked_right` is the share of all pairs of a demonstration
 and a strange image in which the demonstration scores higher: 0.5 would be chance.
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from evaluate import load_policy, write_json  # noqa: E402

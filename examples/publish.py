@@ -1,6 +1,6 @@
 """Publish a policy on the Hub as a complete model repository, with a card written from what was measured.
 
-    python examples/push_to_hub.py --checkpoint checkpoints/pusht-tiny --repo_id user/name \\
+    python examples/publish.py --checkpoint checkpoints/pusht-tiny --repo_id user/name \\
         --metrics benchmarks/results/pusht_tiny_500_episodes.json --contact_sheet assets/rollouts.png
 
 Log in with `hf auth login` first. With `--output_dir`, the repository is written there for a look, and nothing is
@@ -20,11 +20,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import CardFacts, read_metrics, read_trainer_state, write_card
-from output_folders import check_new_folder
 from transformers.dynamic_module_utils import custom_object_save
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.files_smolandfast import atomic_write
+from smolandfast.files_smolandfast import atomic_write, check_new_folder
 from smolandfast.training import find_checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]

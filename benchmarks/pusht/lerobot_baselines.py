@@ -1,7 +1,7 @@
 """Diffusion Policy and ACT, as LeRobot has them, on our demonstrations and with our CPU time.
 
     make .venv-lerobot/installed && .venv-lerobot/bin/pip install diffusers
-    .venv-lerobot/bin/python benchmarks/lerobot_baselines.py --dataset_root path/to/pusht --cpu_hours 1.0
+    .venv-lerobot/bin/python benchmarks/pusht/lerobot_baselines.py --dataset_root path/to/pusht --cpu_hours 1.0
 
 `lerobot-train` with image observations, LeRobot's own settings for each policy, backbones from random weights, bf16
 where the CPU has it. A few steps are timed first; then as many are trained as fit into the CPU hours, so that a
@@ -24,7 +24,7 @@ import torch
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 
-RESULTS = Path(__file__).resolve().parent / "results/lerobot_baselines"
+RESULTS = Path(__file__).resolve().parents[1] / "results/lerobot_baselines"
 OPTIONS = {
     # Horizon and steps of Chi et al. 2023, which LeRobot had as its defaults up to 0.5.
     "diffusion": ["--policy.horizon=16", "--policy.n_action_steps=8", "--policy.use_group_norm=true"]

@@ -1,8 +1,8 @@
 """The deployed policy beside PyTorch's: equal chunks, milliseconds, memory, start, size on disk.
 
-    python benchmarks/deployment.py speed
-    python benchmarks/deployment.py speed_256m --rounds 3     # SmolVLM2-256M's shapes, random weights
-    python benchmarks/deployment.py equal
+    python benchmarks/speed/deployment.py speed
+    python benchmarks/speed/deployment.py speed_256m --rounds 3     # SmolVLM2-256M's shapes, random weights
+    python benchmarks/speed/deployment.py equal
 
 Both sides run in one process, alternating; a figure is the median of its repeats. Nothing else should run on the
 machine meanwhile. Needs `pip install -e ".[examples,deployment]"`; OpenVINO is measured where it is installed. Writes
@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from packaging.requirements import Requirement
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from bench import RESULTS, describe_machine, seconds, write_table
 from bench_256m import TEXT, VISION
 from evaluate import load_policy, load_predict, make_predict
-from export_policy import export_policy
 from releases import collect
 
 from smolandfast import FastActionTokenizer, SmolAndFastConfig, SmolAndFastForActionPrediction, compute_statistics
-from smolandfast.runtime_smolandfast import DeployedPolicy
+from smolandfast.deployment.export import export_policy
+from smolandfast.deployment.runtime import DeployedPolicy
 from smolandfast.training import make_tiny_processor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
 WEIGHTS = ("float32", "int8")
 # A process of its own says how long it takes to a first chunk, and how much memory it takes.

@@ -1,7 +1,7 @@
 """Whether the shipped policy writes the same actions whatever releases are installed.
 
     make .venv-oldest/installed test-newest
-    python benchmarks/releases.py .venv-oldest .venv .venv-newest
+    python benchmarks/speed/releases.py .venv-oldest .venv .venv-newest
 
 Plays a few episodes, and shows what was seen there to the policy in each environment, loaded by the auto classes as a
 user does. Writes `benchmarks/results/releases.md`.
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from envs.pusht import BENCHMARK as PUSHT
 from evaluate import load_policy, make_predict
 from rollouts import rollout
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 PREDICT = """
 import json, sys

@@ -1,6 +1,6 @@
 """Score a Meta-World policy as the docs report it: by task and difficulty, kinds of failures, an image of each task.
 
-    python benchmarks/metaworld_report.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 1000
+    python benchmarks/metaworld/report.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 1000
 
 A deployed policy (`export_policy.py`) takes half of the time; its chunks are equal.
 
@@ -16,17 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from envs.metaworld import BENCHMARK, TASKS
 from evaluate import (
     find_backend,
     installed_versions,
     load_predict,
+    make_output_dir,
     rollout_in_processes,
     summary,
     write_json,
 )
-from output_folders import make_output_dir
 from PIL import Image
 from rollouts import Episode, write_contact_sheet, write_end_sheet
 

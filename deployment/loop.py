@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .checks_smolandfast import as_numbers, check_fps, check_whole
+from ..checks_smolandfast import as_numbers, check_fps, check_whole
 
 logger = logging.getLogger("smolandfast")
 

@@ -1,6 +1,6 @@
 """A training step of the real size against stock Transformers, on random weights of SmolVLM2-256M's shapes.
 
-    python benchmarks/bench_training_256m.py     # part of `make bench`
+    python benchmarks/speed/bench_training_256m.py     # part of `make bench`
 
 Stock is what a user would write without this repository: `SmolVLMForConditionalGeneration`'s own forward pass and loss
 over the whole sequence. Each way to train has a process of its own, so that its peak memory is its own; in each round

@@ -1,6 +1,6 @@
 """Success of a PushT policy that is told its task in words it has not been trained on.
 
-    python benchmarks/pusht_wordings.py --checkpoint checkpoints/pusht-tiny --episodes 100 --seed 5000
+    python benchmarks/pusht/wordings.py --checkpoint checkpoints/pusht-tiny --episodes 100 --seed 5000
 
 Every sentence plays the same episodes. Writes `wordings.json` into the output folder.
 """
@@ -9,11 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import TASK
-from evaluate import installed_versions, load_policy, make_predict, write_json
-from output_folders import make_output_dir
+from evaluate import installed_versions, load_policy, make_output_dir, make_predict, write_json
 from rollouts import rollout
 
 # None is in `envs.pusht.WORDINGS`. The first was the README's instruction when policies knew TASK alone.

@@ -1,10 +1,10 @@
 """A world that goes on while the policy thinks: success and smoothness of PushT against the delay of a chunk.
 
     python examples/export_policy.py --checkpoint checkpoints/pusht-tiny --output_dir deployed
-    python benchmarks/delay.py --checkpoint deployed --episodes 50 --num_processes 2
-    python benchmarks/delay.py --checkpoint deployed --max_tokens 1 2 3 4 6 8 --delays 0 --strategies switch
+    python benchmarks/pusht/delay.py --checkpoint deployed --episodes 50 --num_processes 2
+    python benchmarks/pusht/delay.py --checkpoint deployed --max_tokens 1 2 3 4 6 8 --delays 0 --strategies switch
 
-Each delay, in control steps of 0.1 s, with each strategy (`loop_smolandfast.STRATEGIES`), on the same seeds. And the
+Each delay, in control steps of 0.1 s, with each strategy (`deployment.loop.STRATEGIES`), on the same seeds. And the
 same for chunks that are cut short after some tokens, and how long these take; for that, nothing else should run on the
 machine. What is played is kept: started again, it goes on. Writes `benchmarks/results/delay.json` and
 `assets/delay.png`, or `anytime.json`.
@@ -22,13 +22,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
 from bench import RESULTS, seconds
 from envs.pusht import BENCHMARK, CONTROL_HZ
 from evaluate import find_backend, installed_versions, load_predict, map_in_processes, write_json
 from rollouts import rollout
 
-from smolandfast.loop_smolandfast import STRATEGIES
+from smolandfast.deployment.loop import STRATEGIES
 
 NAMES = {
     "wait": "stands still while it thinks",

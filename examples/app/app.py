@@ -1,7 +1,7 @@
 """A page on which visitors watch a policy push the T: place the pieces, run, step, stop.
 
     pip install -e ".[examples,app]"
-    python examples/app.py --checkpoint checkpoints/pusht-tiny
+    python examples/app/app.py --checkpoint checkpoints/pusht-tiny
 
 Each visitor has their own simulator; all share the policy, which answers one request at a time. On a Space, the
 variable `CHECKPOINT` names the policy's repository on the Hub.
@@ -9,19 +9,22 @@ variable `CHECKPOINT` names the policy's repository on the Hub.
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # examples/
 import interrupt  # noqa: F401 - before all that takes long
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
 import gradio as gr
-from app_session import SEED, DeployedPagePolicy, Policy, Session, load_page_policy
-from app_views import DRAG_JS, SCENE_CSS
 from envs.pusht import CONTROL_HZ
 from evaluate import find_checkpoint
+from session import SEED, DeployedPagePolicy, Policy, Session, load_page_policy
+from views import DRAG_JS, SCENE_CSS
 
 SESSION_SECONDS = 3600  # a visitor who is idle for this long starts a new session
 

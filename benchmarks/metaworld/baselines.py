@@ -2,7 +2,7 @@
 
     python examples/collect_metaworld.py --output_dir outputs/hammer --tasks hammer --episodes 50
     make .venv-lerobot/installed && .venv-lerobot/bin/pip install metaworld==3.0.0 mujoco==3.3.0
-    .venv-lerobot/bin/python benchmarks/metaworld_baselines.py --task hammer --dataset_root outputs/hammer
+    .venv-lerobot/bin/python benchmarks/metaworld/baselines.py --task hammer --dataset_root outputs/hammer
 
 `lerobot-train` with image and state, not the places of things that the data set also has; chunks as ours, the
 ResNet from random weights, and a learning rate for hours instead of days. Played as `examples/evaluate.py` plays ours:
@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-from lerobot_baselines import train_for_hours
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pusht"))
 from envs.metaworld import BENCHMARK, IMAGE_SIZE, STATE_DIM, TASKS
+from lerobot_baselines import train_for_hours
 from rollouts import Predict, rollout
 
-RESULTS = Path(__file__).resolve().parent / "results/metaworld_baselines.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results/metaworld_baselines.json"
 INPUTS = {
     "observation.image": {"type": "VISUAL", "shape": [3, IMAGE_SIZE, IMAGE_SIZE]},
     "observation.state": {"type": "STATE", "shape": [STATE_DIM]},

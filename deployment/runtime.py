@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from .checks_smolandfast import as_value_error, check_length, check_whole
-from .files_smolandfast import SUMS, check_checksums, read_checksums, read_json
-from .grammar_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
-from .normalization_smolandfast import Normalizer
-from .prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
+from ..checks_smolandfast import as_value_error, check_length, check_whole
+from ..files_smolandfast import SUMS, check_checksums, read_checksums, read_json
+from ..grammar_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
+from ..normalization_smolandfast import Normalizer
+from ..prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
 
 logger = logging.getLogger("smolandfast")
 

@@ -18,7 +18,7 @@ import torch
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.training import bf16_is_faster, make_optimizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
 RESULTS = ROOT / "benchmarks/results"
 

@@ -1,6 +1,6 @@
 """An action chunk of the real size against stock Transformers, on random weights of SmolVLM2-256M's shapes.
 
-    python benchmarks/bench_256m.py     # part of `make bench`
+    python benchmarks/speed/bench_256m.py     # part of `make bench`
 
 Stock is what a user would write without this repository: `generate()` with a logits processor that masks all but the
 action tokens and EOS. It runs on the same weights as ours, alternating with it in one process. Some minutes on two
