@@ -15,8 +15,8 @@ OLDEST := requirements/oldest.txt
 COMPILE := .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.10 --all-extras --no-header \
 	--no-annotate
 
-# A file's tests stay in one process, which takes up to 2 GB. Serial: PARALLEL=
-PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+# Each process takes up to 2 GB. One that has run its tests takes over some of another's. Serial: PARALLEL=
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # What `make test`, `make test-oldest` and `make test-newest` run: all tests, or for example TESTS="tests/test_loop.py".
 TESTS ?=

@@ -1,4 +1,4 @@
-"""SmolAndFast, a small vision-language-action policy: SmolVLM2 that writes FAST action tokens."""
+"""SmolAndFast, a small vision-language-action policy: SmolVLM2 that generates FAST action tokens."""
 
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
@@ -17,7 +17,7 @@ __all__ = [
     "compute_statistics",
 ]
 
-# Where this package is installed, the Auto classes load with it: no code of a checkpoint runs.
+# Where this package is installed, the Auto classes use it and run no code of a checkpoint.
 AutoConfig.register("smolandfast", SmolAndFastConfig)
 AutoModel.register(SmolAndFastConfig, SmolAndFastForActionPrediction)
 AutoProcessor.register(SmolAndFastConfig, SmolAndFastProcessor)

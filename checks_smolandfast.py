@@ -1,7 +1,7 @@
-"""Input validation: whole numbers, arrays, images, and content that a library fails on.
+"""Input validation: whole numbers, arrays, images, and content that a library cannot read.
 
-Each raises a ValueError that says what came, what was expected and how to fix it. Knows nothing of policies.
-Tensors are detected by duck typing (`detach`), so PyTorch stays optional.
+Each check raises a ValueError with the value, what is expected and how to fix it. Tensors are detected by duck typing
+(`detach`), so PyTorch stays optional.
 """
 
 import contextlib
@@ -14,25 +14,25 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 SHORTEN = "Use a shorter text, fewer cameras, or a larger scale_factor."
-MAX_SIDE = 2**13  # pixels: resizing a larger image would keep a robot, or other clients, waiting
-MAX_SIZE = 2**20  # no size of a model, an image or a chunk is larger
+MAX_SIDE = 2**13  # pixels; larger images take too long to resize
+MAX_SIZE = 2**20  # of a model, an image or a chunk
 MAX_NORMALIZED = 2.0  # quantile normalisation clips actions here, at most doubling the symbols that [-1, 1] needs
-BATCH_NUMBERS = 2**18  # numbers converted at a time, so that a data set is never in memory as float64
+BATCH_NUMBERS = 2**18  # numbers per conversion, so that a data set is never in memory as float64
 
-# Images whose channels have 8 bits. Pillow converts depth ("I;16", "I", "F") to RGB by clipping it at 255.
+# Modes with 8-bit channels. Pillow would clip the others ("I;16", "I", "F") at 255.
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
-HALF_A_LEVEL = 0.5 / 255  # a float this far outside [0, 1] still rounds to 0 or 255
+HALF_A_LEVEL = 0.5 / 255  # floats this far outside [0, 1] still round to 0 or 255
 
 
 def check_whole(value: object, name: str, low: int = 1, high: int = MAX_SIZE) -> int:
-    """Refuse what is not a whole number from `low` to `high`; returns Python's own integer."""
+    """Return `value` as an `int`; raise unless it is a whole number from `low` to `high`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}, expected a whole number from {low} to {high}.")
     return int(value)
 
 
 def check_length(num_prompt_tokens: int, num_new_tokens: int, limit: int) -> None:
-    """Refuse a prompt that leaves no positions for the chunk behind it."""
+    """Raise if the model has too few positions for the prompt and the chunk after it."""
     if num_prompt_tokens + num_new_tokens > limit:
         raise ValueError(
             f"The prompt has {num_prompt_tokens} tokens and a chunk up to {num_new_tokens}, more than the model's "
@@ -41,16 +41,21 @@ def check_length(num_prompt_tokens: int, num_new_tokens: int, limit: int) -> Non
 
 
 def check_fps(fps: object, name: str = "fps") -> float:
-    """Refuse what is not a number of control steps a second."""
-    if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps < float("inf"):
-        raise ValueError(f"{name} is {fps!r}, expected a number above 0: the control steps a second.")
-    return int(fps) if fps == int(fps) else float(fps)  # 10 and 10.0 are one rate
+    """Return a control rate as a number; raise unless it is above 0 and finite."""
+    check_positive(fps, name, "control steps per second")
+    return int(fps) if fps == int(fps) else float(fps)  # 10 and 10.0 have the same fingerprint
+
+
+def check_positive(value: object, name: str, meaning: str) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value!r}, expected a number above 0: {meaning}.")
 
 
 def as_numbers(values: ArrayLike, name: str, shape: tuple | None = None, keep_floats: bool = False) -> np.ndarray:
-    """A float64 array of this shape, where a word stands for any size; refuses numbers that are not finite.
+    """A float64 array of this shape (a string stands for any size); raises unless all numbers are finite.
 
-    With `keep_floats`, floats stay in their precision and are not copied: data sets are converted in batches.
+    With `keep_floats`, floats keep their precision and are not copied, so that data sets convert in batches.
     """
     try:
         if hasattr(values, "detach"):
@@ -79,14 +84,14 @@ def as_numbers(values: ArrayLike, name: str, shape: tuple | None = None, keep_fl
 
 
 def in_batches(num_rows: int, row_size: int) -> Iterator[slice]:
-    """Slices that together cover the rows of an array, each of at most [`BATCH_NUMBERS`] numbers where a row fits."""
+    """Slices over the rows of an array, each of at most [`BATCH_NUMBERS`] numbers or one row."""
     step = max(1, BATCH_NUMBERS // max(1, row_size))
     for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
+        yield slice(start, start + step)
 
 
 def as_rgb_images(sample, name: str) -> list[np.ndarray]:
-    """The images of one sample, one a camera, as uint8 arrays `(H, W, 3)`."""
+    """The images of one sample, one per camera, as uint8 arrays `(H, W, 3)`."""
     is_many = isinstance(sample, (list, tuple)) or getattr(sample, "ndim", 0) == 4
     images = [_as_rgb(image, f"{name}[{i}]") for i, image in enumerate(sample)] if is_many else [_as_rgb(sample, name)]
     if not images:
@@ -101,7 +106,7 @@ def _as_rgb(image, name: str) -> np.ndarray:
         if image.mode not in EIGHT_BIT_MODES:
             raise ValueError(
                 f"{name} is a PIL image of mode {image.mode!r}, expected 8-bit RGB. Depth and 16-bit images have no "
-                "colours: leave that camera out, or scale it to uint8 yourself, as for training."
+                "colours: leave that camera out, or scale it to uint8 yourself, as in training."
             )
         with as_value_error(name, "Pass an image that PIL can convert to RGB."):
             image = np.asarray(image.convert("RGB"))
@@ -116,11 +121,9 @@ def _as_rgb(image, name: str) -> np.ndarray:
     if image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
         raise ValueError(f"{name} has shape {image.shape}, expected (height, width, 3) or (3, height, width), RGB.")
     if max(image.shape) > MAX_SIDE:
-        raise ValueError(
-            f"{name} has shape {image.shape}, expected at most {MAX_SIDE} pixels a side. Resize it first."
-        )
+        raise ValueError(f"{name} has shape {image.shape}, expected at most {MAX_SIDE} pixels a side. Resize it.")
     if image.dtype.kind == "f":
-        # The comparison is written so that NaN fails it.
+        # NaN fails this comparison too.
         if not (image.min() >= -HALF_A_LEVEL and image.max() <= 1 + HALF_A_LEVEL):
             raise ValueError(
                 f"{name} has floats from {image.min()} to {image.max()}, expected [0, 1] (off by {HALF_A_LEVEL:.4f} "
@@ -135,29 +138,22 @@ def _as_rgb(image, name: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def as_value_error(
-    what: object, fix: str = "Download or save it again.", passing: tuple[type, ...] = ()
+    content: object, fix: str = "Download or save it again.", passing: tuple[type, ...] = ()
 ) -> Iterator[None]:
-    """Turn whatever a library raises on malformed content into a ValueError that names the content and the fix.
+    """Turn what a library raises on malformed content into a ValueError that names the content and the fix.
 
-    An `OSError` stays one, with the content's name where it names no file itself.
-
-    Args:
-        what: The content, as the message's first words.
-        fix: The message's last sentence.
-        passing: Exceptions of exactly these types pass: `(ValueError,)` where our own checks run inside. `ImportError`
-            always does.
+    `ImportError` and exceptions of exactly the types in `passing` pass. An `OSError` stays one, and gets the content's
+    name if it names no file.
     """
     try:
         yield
-    except ImportError:
-        raise
     except OSError as error:
         if error.filename is not None:
             raise
-        raise OSError(f"{what} cannot be used: {error}. {fix}") from error
+        raise OSError(f"{content} cannot be used: {error}. {fix}") from error
     except BaseException as error:
-        # Libraries raise TypeError, KeyError, RuntimeError, bare Exception and so on; tokenizers, where its Rust code
-        # panics, a BaseException of a class that cannot be imported.
-        if type(error) in passing or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+        # A panic in the Rust code of tokenizers is a BaseException whose class cannot be imported.
+        is_content = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_content or isinstance(error, ImportError) or type(error) in passing:
             raise
-        raise ValueError(f"{what} cannot be used: {type(error).__name__}: {error}. {fix}") from error
+        raise ValueError(f"{content} cannot be used: {type(error).__name__}: {error}. {fix}") from error

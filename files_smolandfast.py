@@ -1,8 +1,8 @@
-"""The files of a checkpoint: found in a folder or on the Hub, checked before use, written atomically.
+"""Locating checkpoint files; checksums and atomic writes.
 
-Neither safetensors nor ONNX has a checksum, so a byte that flips on a disk or on the way would silently become another
-weight: `SHA256SUMS` lies beside the files and lists theirs; `sha256sum --check SHA256SUMS` reads it too. Weights load
-from safetensors alone; folders without `SHA256SUMS`, such as SmolVLM's own, load unchecked.
+Neither safetensors nor ONNX has a checksum, so a flipped byte would silently change a weight: `SHA256SUMS` next to the
+files lists theirs, and `sha256sum --check SHA256SUMS` reads it too. Folders without one, such as SmolVLM's, load
+unchecked.
 """
 
 import contextlib
@@ -14,18 +14,16 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
 AGAIN = "Download or save the checkpoint again."
-# Arguments of `from_pretrained` that say where on the Hub a file is, and how to get it.
+# Arguments of `from_pretrained` that locate a file on the Hub and say how to download it.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-CONFIG_FILES = ("config.json", "processor_config.json", "tokenizer_config.json")  # every checkpoint has one of them
 
 
 def read_json(path: Path, fix: str = AGAIN) -> dict:
-    """The JSON object in a file. Raises `OSError` where it is missing, and `ValueError` where it is something else."""
+    """The JSON object in a file. Raises `OSError` if it cannot be read, `ValueError` if it holds anything else."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -41,15 +39,15 @@ def read_json(path: Path, fix: str = AGAIN) -> dict:
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the same folder, for a file or a folder; on success it replaces `path` atomically.
 
-    If the block raises, `path` stays as it is. What it writes is on the disk before the name changes, so a power cut
-    leaves a file's old content or the new. A folder that is replaced is renamed aside first and deleted last: a power
-    cut between the two leaves both in a hidden folder `.name.*` next to it.
+    If the block raises, `path` stays as it is. The content is on the disk before the name changes, so a power cut
+    leaves a file's old content or the new. A replaced folder is renamed first and deleted last: a power cut in between
+    leaves both in a hidden folder `.name.*` next to it.
 
     Raises:
         OSError: `path` cannot be written.
-        ValueError: It is a folder with the working directory in it, which would be gone.
+        ValueError: `path` is a folder that holds the working directory.
     """
-    path = Path(path).resolve()  # a link keeps pointing where it did
+    path = Path(path).resolve()  # writes to the target of a link
     if path.is_dir() and Path.cwd().is_relative_to(path):
         raise ValueError(f"{path} holds the working directory, so it cannot be replaced. Name a folder inside it.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +61,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             if path.is_dir():
                 os.rename(path, replaced)
             os.replace(unfinished, path)
-        except BaseException:  # an interrupt too
+        except BaseException:  # also an interrupt
             if replaced.exists() and not path.exists():
                 os.rename(replaced, path)
             raise
@@ -85,10 +83,8 @@ def check_output_dir(folder: Path, names: Iterable[str], sealed: bool = False) -
 
     Args:
         folder: It may be missing or empty.
-        names: What the script writes: patterns of [`fnmatch`] for paths below the folder. The first is a file that it
-            always writes, and by which its output is known.
-        sealed: Whether the script lists its files in `SHA256SUMS`. Files that are not listed, or were changed since,
-            are then somebody else's.
+        names: Patterns of [`fnmatch`] for the paths that the script writes. It always writes the first.
+        sealed: Whether the script lists its files in `SHA256SUMS`, so that other or changed files are not its own.
 
     Raises:
         ValueError: The message names the first file that the script did not write.
@@ -98,18 +94,16 @@ def check_output_dir(folder: Path, names: Iterable[str], sealed: bool = False) -
         raise ValueError(f"{folder} is a file, expected a folder to write to. Name another one.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    found = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
-    )
-    foreign = [name for name in found if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
-    if not foreign and not fnmatch.filter(found, names[0]):
-        foreign = found or ["folders"]
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    written = sorted(path.relative_to(folder).as_posix() for path in paths)
+    foreign = [name for name in written if not any(fnmatch.fnmatchcase(name, pattern) for pattern in names)]
+    if not foreign and not fnmatch.filter(written, names[0]):
+        foreign = written or ["folders"]
     if not foreign and sealed:
-        try:
+        sums = {}
+        with contextlib.suppress(OSError):
             sums = read_checksums(folder / SUMS)
-        except OSError:
-            sums = {}
-        foreign = [name for name in found if name != SUMS and not _is_as_written(folder / name, sums.get(name))]
+        foreign = [name for name in written if name != SUMS and not _is_unchanged(folder / name, sums.get(name))]
     if foreign:
         raise ValueError(
             f"{folder} exists and holds {foreign[0]}, which this script did not write, or which has changed since. "
@@ -117,118 +111,58 @@ def check_output_dir(folder: Path, names: Iterable[str], sealed: bool = False) -
         )
 
 
-def _is_as_written(path: Path, expected: str | None) -> bool:
-    try:
+def _is_unchanged(path: Path, expected: str | None) -> bool:
+    with contextlib.suppress(OSError):
         check_file(path, expected)
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
-def find_file(
-    name_or_path: str | os.PathLike, filename: str, subfolder: str | None = None, **hub_kwargs
-) -> Path | None:
-    """Find a file of a checkpoint; from the Hub it is downloaded, or taken from the cache.
+def find_file(name_or_path: str | os.PathLike, filename: str, **hub_kwargs) -> Path | None:
+    """The path of a file in a folder, in the cache or, after a download, from the Hub; `None` if there is none.
 
-    Args:
-        name_or_path: Folder or Hub id.
-        subfolder, hub_kwargs: Those of [`HUB_KWARGS`], as in `from_pretrained`.
-
-    Returns:
-        Its path; `None` where the checkpoint has no such file.
-
-    Raises:
-        OSError: No such folder or repository, no right to read it, or a Hub that cannot be reached.
+    `hub_kwargs` are those of [`HUB_KWARGS`]. Raises `OSError` if there is no such repository, or no right to read it.
     """
-    # Here, not above: deployed policies read their files with this module, without these libraries.
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-    from huggingface_hub.utils import httpx  # httpx2 since release 2.0
+    # Imported here, since deployed policies use this module without Transformers.
+    from transformers.utils import cached_file
 
-    name_or_path, subfolder = os.fspath(name_or_path), subfolder or ""
-    if os.path.isdir(name_or_path):
-        path = Path(name_or_path, subfolder, filename)
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(name_or_path, filename, subfolder=subfolder, **hub_kwargs))
-    except LocalEntryNotFoundError as error:
-        place = {name: hub_kwargs.get(name) for name in ("cache_dir", "revision")}
-        names = [f"{subfolder}/{name}" if subfolder else name for name in (filename, *CONFIG_FILES)]
-        missing, *configs = (try_to_load_from_cache(name_or_path, name, **place) for name in names)
-        # The cache remembers that the Hub has no such file, or holds a checkpoint without it.
-        if missing is not None or any(isinstance(path, str) for path in configs):
-            return None
-        raise OSError(
-            f"{name_or_path} is not in the cache, and the hub cannot be reached: {error} Connect, or name a folder."
-        ) from error
-    except EntryNotFoundError:
-        return None
-    except httpx.HTTPError as error:  # no such repository, no right to read it, a connection that was cut
-        raise OSError(f"{filename} of {name_or_path} cannot be downloaded from the hub: {error}") from error
-    except ValueError as error:  # not a name that the Hub could have
-        raise OSError(
-            f"{name_or_path} is neither a folder nor a hub id: {error} Name the folder that save_pretrained wrote."
-        ) from error
+    path = cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    return None if path is None else Path(path)
 
 
 def find_weights(name_or_path: str | os.PathLike, variant: str | None = None, **hub_kwargs) -> list[Path]:
-    """The safetensors files that Transformers would load: one, or the shards that an index lists.
-
-    They are compared with `SHA256SUMS` where the checkpoint has one.
-
-    Args:
-        name_or_path: Folder or Hub id.
-        hub_kwargs: Those of [`HUB_KWARGS`].
+    """The safetensors files that Transformers loads, one or the shards of an index, checked against `SHA256SUMS`.
 
     Raises:
         OSError: No such files, one that is missing, or one that is not what was saved.
         ValueError: A damaged index.
     """
-    find = partial(find_file, name_or_path, **hub_kwargs)
     suffix = f".{variant}" if variant else ""
     names = [f"model{suffix}.safetensors"]
-    if find(names[0]) is None:
-        index = find(f"model.safetensors.index{suffix}.json")
+    if find_file(name_or_path, names[0], **hub_kwargs) is None:
+        index = find_file(name_or_path, f"model.safetensors.index{suffix}.json", **hub_kwargs)
         if index is None:
             raise OSError(
-                f"{name_or_path} has no {names[0]}. Weights load from safetensors alone, since loading other formats "
-                "(pytorch_model.bin) can run code. Convert them with save_pretrained of the model's own class, or "
-                "name another checkpoint."
+                f"{name_or_path} has no {names[0]} (offline: none in the cache). Only safetensors files are loaded, "
+                "since loading other formats (pytorch_model.bin) can run code. Convert them with save_pretrained of "
+                "the model's own class, or name another checkpoint."
             )
-        names = _read_shard_names(index)
-    sums_file = find(SUMS)
+        shards = read_json(index).get("weight_map")
+        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        # Transformers would unpickle a shard with another suffix.
+        if not names or not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):
+            raise ValueError(f"{index} is damaged: expected a weight_map from tensors to safetensors files. {AGAIN}")
+    sums_file = find_file(name_or_path, SUMS, **hub_kwargs)
     sums = None if sums_file is None else read_checksums(sums_file)
-    files = {name: find(name) for name in names}
-    for name, file in files.items():
+    files = []
+    for name in names:
+        file = find_file(name_or_path, name, **hub_kwargs)
         if file is None:
             raise OSError(f"{name_or_path} lacks {name}, one of its {len(names)} weight files. {AGAIN}")
         if sums is not None:
             check_file(file, sums.get(name))
-    return list(files.values())
-
-
-def read_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, from the headers alone. Raises `OSError` where a file is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    shapes = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"{path} is damaged: {error}. {AGAIN}") from error
-    return shapes
-
-
-def _read_shard_names(index: Path) -> list[str]:
-    content = read_json(index)
-    shards = content.get("weight_map")
-    names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-    are_plain = all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names)  # files of the same folder
-    if not names or not are_plain or not isinstance(content.get("metadata"), dict):
-        raise ValueError(f"{index} is damaged: expected metadata, and a weight_map from tensors to files. {AGAIN}")
-    return sorted(names)
+        files.append(file)
+    return files
 
 
 def write_checksums(folder: Path, names: Iterable[str]) -> None:
@@ -239,7 +173,7 @@ def write_checksums(folder: Path, names: Iterable[str]) -> None:
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """What a `SHA256SUMS` says, by the files' names. Raises `OSError` where it is missing or damaged."""
+    """The checksums in a `SHA256SUMS`, by file name. Raises `OSError` if it is missing or damaged."""
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -251,30 +185,27 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def check_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Compare these files, by default all, with the folder's `SHA256SUMS`.
-
-    Raises:
-        OSError: The message names the first file that differs, or is not listed.
-    """
+    """Compare these files, by default all listed ones, with the folder's `SHA256SUMS`. Raises `OSError`."""
     sums = read_checksums(folder / SUMS)
     for name in sums if names is None else names:
         check_file(folder / name, sums.get(name))
 
 
 def check_file(path: Path, expected: str | None) -> None:
+    """Raise `OSError` unless the file has this SHA-256."""
     try:
-        found = _sha256(path)
+        digest = _sha256(path)
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror}. {AGAIN}") from error
-    if found != expected:
+    if digest != expected:
         raise OSError(
-            f"{path} is not what was saved: its SHA-256 is {found}, {SUMS} beside it says {expected or 'nothing'}. "
-            f"{AGAIN} If it was changed on purpose, delete {SUMS}."
+            f"{path} is not what was saved: its SHA-256 is {digest}, {SUMS} next to it says {expected or 'nothing'}. "
+            f"{AGAIN} If you changed it on purpose, delete {SUMS}."
         )
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     with contextlib.suppress(PermissionError):  # Windows cannot open a folder
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,8 +1,7 @@
-"""Constrained decoding: only strings that decode to exactly one action chunk can be written.
+"""Constrained decoding: every generated string decodes to exactly one action chunk.
 
-Every FAST token stands for a known number of DCT coefficients, and a chunk has `chunk_size * action_dim` of them. At
-each step the logits of all tokens that do not fit into what is left are set to -inf; when nothing is left, the string
-ends. Knows ids and scores: no images, no robot units, no model.
+A FAST token stands for a known number of DCT coefficients, and a chunk has `chunk_size * action_dim` of them. At each
+step, the logits of tokens that exceed the rest are set to -inf; when nothing is left, the string ends.
 """
 
 import torch
@@ -14,24 +13,24 @@ from .grammar_smolandfast import INVALID, grammar_tables
 
 
 class ActionGrammar:
-    """The automaton that recognises the FAST strings of one chunk.
+    """The automaton that accepts the FAST strings of one chunk.
 
     Args:
         config: A configuration with its action side filled.
 
     Attributes:
-        band: The action tokens' place in the vocabulary, last token first.
+        band: Slice of the action tokens in the vocabulary, last token first.
         num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
-        max_new_tokens: No string of the grammar is longer.
+        max_new_tokens: The length of the longest string.
         started: `(num_action_tokens + 1,)`, the coefficients that begin inside each token.
         next_state: `(num_states + 1, num_action_tokens + 1)`, the state after a token, -1 where it must not follow.
-            What comes last in both tables is for the state -1 and for what is no action token.
+            The last row and column of both tables stand for the state -1 and for ids that are not action tokens.
     """
 
     def __init__(self, config: SmolAndFastConfig):
         if config.num_action_tokens == 0:
             raise ValueError(
-                "The configuration holds no action tokens, so this model cannot write actions yet. Load it with "
+                "The configuration has no action tokens, so this model cannot generate actions yet. Load it with "
                 "SmolAndFastForActionPrediction.from_pretrained(folder, **processor.model_kwargs())."
             )
         self.base_id = config.action_token_base_id
@@ -44,14 +43,13 @@ class ActionGrammar:
         self.started, self.next_state = pad(started, (0, 1)), pad(next_state, (0, 1, 0, 1), value=INVALID)
 
     def read(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Run the automaton over what has been written.
+        """Run the automaton over the generated ids.
 
         Args:
-            action_ids: `(batch, length)` vocabulary ids after the prompt.
+            action_ids: `(batch, length)` vocabulary ids after the prompt; padding after a complete string is ignored.
 
         Returns:
-            The coefficients left to begin and the state, each `(batch,)`. Once a string is complete, the padding that
-            follows does not count; a string outside the grammar has state -1.
+            The number of coefficients left and the state, each `(batch,)`. Invalid strings have state -1.
         """
         left, state = self._start(action_ids)
         for ids in action_ids.T:
@@ -61,8 +59,8 @@ class ActionGrammar:
     def step(
         self, left: torch.LongTensor, state: torch.LongTensor, ids: torch.LongTensor
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """What [`read`] returns, one id of each string later; all `(batch,)`."""
-        tokens = action_token_map(ids, self.base_id).clamp(-1, len(self.started) - 1)  # both ends are the last place
+        """The result of [`read`] after one more id of each string; all `(batch,)`."""
+        tokens = action_token_map(ids, self.base_id).clamp(-1, len(self.started) - 1)  # -1 is the last column too
         started = self.started.to(ids.device)[tokens]
         after = self.next_state.to(ids.device)[state, tokens].masked_fill(started > left, INVALID)
         complete = is_complete(left, state)
@@ -78,34 +76,35 @@ class ActionGrammar:
         return (next_state != INVALID) & (started <= left[:, None])
 
     def log_probabilities(self, scores: torch.FloatTensor, action_ids: torch.LongTensor) -> torch.FloatTensor:
-        """Log-probability of each id among those that the grammar allows there, as constrained decoding sees it.
+        """Log-probability of each id among those that the grammar allows there.
 
         Args:
-            scores: `(batch, length, vocab_size)`, the logits that each id was, or might be, chosen by.
-            action_ids: `(batch, length)` vocabulary ids of whole strings; anything may stand behind a string's end.
+            scores: `(batch, length, vocab_size)`, the logits for each id.
+            action_ids: `(batch, length)` vocabulary ids of complete strings; ids after the end are ignored.
 
         Returns:
-            `(batch, length)` float32, 0 behind a string's end.
+            `(batch, length)` float32, 0 after a string's end.
 
         Raises:
-            ValueError: Ids that are no whole string of the grammar.
+            ValueError: Ids that are not a complete string of the grammar.
         """
-        (left, state), found = self._start(action_ids), []
+        (left, state), columns = self._start(action_ids), []
         for step, ids in enumerate(action_ids.T):
             complete = is_complete(left, state)
-            allowed = self.allowed(left, state) | complete[:, None]  # something finite where nothing is chosen
+            allowed = self.allowed(left, state) | complete[:, None]  # keeps the softmax finite after the end
             tokens = action_token_map(ids, self.base_id).clamp(0, len(self.started) - 2)
             # `band` holds the last token first
-            among = scores[:, step, self.band].flip(1).float().masked_fill(~allowed, -torch.inf).log_softmax(dim=1)
-            found.append(among.gather(1, tokens[:, None]).squeeze(1).masked_fill(complete, 0.0))
+            logits = scores[:, step, self.band].flip(1).float().masked_fill(~allowed, -torch.inf)
+            chosen = logits.log_softmax(dim=1).gather(1, tokens[:, None]).squeeze(1)
+            columns.append(chosen.masked_fill(complete, 0.0))
             left, state = self.step(left, state, ids)
         complete = is_complete(left, state)
         if not complete.all():
             raise ValueError(
                 f"action_ids holds {action_ids[~complete][0].tolist()}, expected strings of exactly "
-                f"{self.num_coefficients} coefficients. Take the labels that the processor makes of actions."
+                f"{self.num_coefficients} coefficients. Take the labels from the processor."
             )
-        return torch.stack(found, dim=1)
+        return torch.stack(columns, dim=1)
 
     def _start(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         left = torch.full(action_ids.shape[:1], self.num_coefficients, device=action_ids.device)
@@ -113,10 +112,7 @@ class ActionGrammar:
 
 
 class ActionReader:
-    """Reads strings that grow from call to call, each id once.
-
-    Strings that did not grow out of those of the call before (beams change places) are read from their start.
-    """
+    """Reads growing strings, each id once; strings that do not extend the last call's (beams) from the start."""
 
     def __init__(self, grammar: ActionGrammar, prompt_length: int):
         self.grammar = grammar
@@ -124,22 +120,22 @@ class ActionReader:
         self._action_ids: torch.LongTensor | None = None
 
     def read(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """[`ActionGrammar.read`] of what stands behind the prompt: `(batch, length)` ids -> two of `(batch,)`."""
+        """[`ActionGrammar.read`] of the ids after the prompt: `(batch, length)` ids -> two of `(batch,)`."""
         action_ids = input_ids[:, self.prompt_length :]
         length = 0 if self._action_ids is None else self._action_ids.shape[1]
         if self._action_ids is None or not torch.equal(self._action_ids, action_ids[:, :length]):
-            self._found = self.grammar.read(action_ids)
+            self._result = self.grammar.read(action_ids)
         else:
             for ids in action_ids[:, length:].T:
-                self._found = self.grammar.step(*self._found, ids)
+                self._result = self.grammar.step(*self._result, ids)
         self._action_ids = action_ids
-        return self._found
+        return self._result
 
 
 class ActionLogitsProcessor(LogitsProcessor):
-    """Leaves only the tokens that the grammar allows after what stands behind the prompt, then only EOS.
+    """Leaves only the tokens that the grammar allows, and EOS at the end of the chunk.
 
-    Relaxed, it leaves every action token and EOS at any time, whatever they add up to.
+    If `relaxed`, every action token and EOS remain allowed at any step.
     """
 
     def __init__(self, reader: ActionReader, eos_token_id: int, relaxed: bool = False):
@@ -176,5 +172,5 @@ class ChunkIsComplete(StoppingCriteria):
 
 
 def is_complete(left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
-    """Whether a string holds its whole chunk: nothing is left to begin, and no character is open."""
+    """Whether a string holds its whole chunk: no coefficients are left, and no character is open."""
     return (left == 0) & (state == 0)

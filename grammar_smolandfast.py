@@ -1,20 +1,19 @@
-"""FAST strings without a model: which token may follow, and the numbers that a whole string stands for.
+"""FAST strings: which token may follow, and the numbers that a complete string stands for.
 
-Needs NumPy alone: the processor, `generate()` and a deployed policy (`deployment/runtime.py`) all read strings here.
+Needs only NumPy, so that a deployed policy (`deployment/runtime.py`) shares it with the processor and `generate()`.
 """
 
 import numpy as np
 
-# A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient: Unicode's private plane
-# 15, which no normalizer or pre-tokenizer touches.
+# A fitted tokenizer writes coefficient c as the character FIRST_SYMBOL + c - min_coefficient, in Unicode's private
+# plane 15, which normalizers and pre-tokenizers leave unchanged.
 FIRST_SYMBOL = 0xF0000
 MAX_SYMBOLS = 0xFFFE
-# The official FAST+ tokenizer writes it as chr(c - min_coefficient); code points from 0xD800 on are surrogates, which
-# UTF-8 cannot hold.
+# The official FAST+ tokenizer writes it as chr(c - min_coefficient); UTF-8 cannot encode the surrogates from 0xD800.
 MAX_CODE_POINT = 0xD7FF
 MAX_SYMBOL_BYTES = 3  # of these code points in UTF-8
 
-# Inside a character: what the next byte may be, as (first, last, next state). State 0 stands between characters.
+# Per state, the bytes that may follow, as (first, last, next state); in state 0 a new character begins. From the
 # Unicode standard, table 3-7, limited to code points up to MAX_CODE_POINT.
 UTF8_STATES = (
     ((0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 3), (0xE1, 0xEC, 2), (0xED, 0xED, 4)),
@@ -29,21 +28,21 @@ INVALID = -1
 def grammar_tables(
     num_coefficients: int, token_lengths: list[int] | None, token_bytes: list[str | None] | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The automaton that recognises the strings of one chunk.
+    """The automaton that accepts the strings of one chunk.
 
     Args:
         num_coefficients: Coefficients in a chunk, `chunk_size * action_dim`.
         token_lengths: `fast_token_lengths` of the configuration, or None.
-        token_bytes: `fast_token_bytes` of the configuration, read where there are no lengths: a token may begin or
-            end inside a character, so the automaton of well-formed UTF-8 runs along.
+        token_bytes: `fast_token_bytes` of the configuration, used if there are no lengths. A token may begin or end
+            inside a character, so the states are those of a UTF-8 decoder.
 
     Returns:
         `started` `(num_action_tokens,)`, the coefficients that begin inside each token; `next_state`
-        `(num_states, num_action_tokens)`, the state after a token, -1 where it must not follow; and a number of tokens
-        that no string exceeds.
+        `(num_states, num_action_tokens)`, the state after a token, -1 where it must not follow; and the length of the
+        longest string.
 
     Raises:
-        ValueError: Not every chunk can be written with these tokens.
+        ValueError: Some chunk cannot be written with these tokens.
     """
     if token_lengths is not None:
         started = np.array(token_lengths, dtype=np.int64)
@@ -70,7 +69,7 @@ def _read_bytes(state: int, token: bytes) -> int:
 
 
 def read_coefficients(string: bytes, first_symbol: int, min_coefficient: int, errors: str = "strict") -> np.ndarray:
-    """The integers that the bytes of a string's tokens stand for, `(n,)`; raises `UnicodeDecodeError`."""
+    """The coefficients `(n,)` that the bytes of a string stand for; raises `UnicodeDecodeError`."""
     symbols = np.frombuffer(string.decode(errors=errors).encode("utf-32-le"), dtype="<u4").astype(np.int64)
     return symbols - first_symbol + min_coefficient
 
@@ -78,7 +77,7 @@ def read_coefficients(string: bytes, first_symbol: int, min_coefficient: int, er
 def inverse_dct(coefficients: np.ndarray) -> np.ndarray:
     """The orthonormal DCT-III over time: `(B, H, D) -> (B, H, D)` float64.
 
-    A sum over frequencies in their order: the same bits whatever the batch and whatever multiplies matrices here.
+    It sums over the frequencies in order, so the bits do not depend on the batch or on a BLAS library.
     """
     horizon = coefficients.shape[1]
     times = (2 * np.arange(horizon) + 1) * np.pi / (2 * horizon)

@@ -1,8 +1,8 @@
-"""SmolAndFast: SmolVLM that writes action tokens.
+"""SmolAndFast: SmolVLM that generates action tokens.
 
 The weights and their names are those of `SmolVLMForConditionalGeneration`, so any SmolVLM or SmolVLM2 checkpoint
-loads. What is added: the loss over the action tokens alone, `generate()` that can only write valid action chunks, and
-the log-probability of a chunk. Takes what the processor makes; knows no images' sizes, no prompt and no robot.
+loads. New are the loss over the action tokens alone, `generate()` constrained to valid action chunks, and the
+log-probability of a chunk.
 """
 
 import copy
@@ -21,46 +21,34 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    PreTrainedConfig,
     SmolVLMForConditionalGeneration,
     StoppingCriteriaList,
 )
 from transformers.utils import logging
 
-from .checks_smolandfast import SHORTEN, as_value_error, check_length, check_whole
+from .checks_smolandfast import SHORTEN, check_length, check_whole
 from .configuration_smolandfast import SmolAndFastConfig
-from .files_smolandfast import (
-    AGAIN,
-    HUB_KWARGS,
-    find_file,
-    find_weights,
-    read_json,
-    read_shapes,
-    write_checksums,
-)
+from .files_smolandfast import AGAIN, HUB_KWARGS, find_file, find_weights, read_json, write_checksums
 from .generation_smolandfast import ActionGrammar, ActionLogitsProcessor, ActionReader, ChunkIsComplete
 
 logger = logging.get_logger(__name__)
 
 PROJECTION_KEY = "model.connector.modality_projection.proj.weight"
-HEAD_KEY = "lm_head.weight"
-
-
-IMAGE_FEATURES = ("mm_encoder_outputs", "image_hidden_states")  # in place of pixels; the name since 5.24, and before
-# What the processor decides. In a checkpoint with a fingerprint it cannot change alone.
+IMAGE_FEATURES = ("mm_encoder_outputs", "image_hidden_states")  # encoded images: the name since 5.24, and before
+# Decided by the processor, so they change only together with its fingerprint.
 PROCESSOR_FIELDS = ("chunk_size", "action_dim", "action_token_base_id", "fast_token_lengths", "fast_token_bytes")
 PROCESSOR_FIELDS += ("scale_factor", "image_size")
-# Options of generate() that would cut or stretch a chunk, or write it without the grammar.
+# Options of generate() that would truncate or extend a chunk, or bypass the grammar.
 REFUSED_OPTIONS = ("max_length", "min_new_tokens", "min_length", "stop_strings", "assistant_model")
 REFUSED_OPTIONS += ("prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
 
 
-# Unless `GenerationMixin` is a direct base, `AutoModel` makes a new class at every load, which cannot be pickled.
+# Without `GenerationMixin` as a direct base, `AutoModel` makes a new class at every load, which cannot be pickled.
 class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, GenerationMixin):
     """SmolVLM with a loss and a `generate()` for FAST action tokens.
 
-    `forward` and its arguments are SmolVLM's, except that with `labels` the head runs on the action span alone, and
-    that image tokens without their images are a `ValueError`.
+    `forward` has SmolVLM's arguments. With `labels`, it computes logits for the action span alone; image tokens
+    without images raise a `ValueError`.
     """
 
     config: SmolAndFastConfig
@@ -76,125 +64,97 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         self.model.connector.requires_grad_(not self.config.freeze_connector)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """Load a SmolAndFast checkpoint, or start from a SmolVLM one.
 
-        Where `scale_factor` differs from the checkpoint's, the connector's projection has another shape: it is
-        re-created with random weights, with a warning, and has to be trained.
+        If `scale_factor` differs from the checkpoint's, the connector's projection has another shape: it is re-created
+        with random weights, with a warning.
 
         Args:
-            pretrained_model_name_or_path: Folder or hub id of a SmolAndFast, SmolVLM or SmolVLM2 checkpoint.
+            pretrained_model_name_or_path: Folder or Hub id of a SmolAndFast, SmolVLM or SmolVLM2 checkpoint.
             kwargs: Fields of [`SmolAndFastConfig`] to change, and the usual arguments of `from_pretrained`.
 
         Raises:
-            ValueError: A checkpoint of another kind, or one that does not fit the configuration; a connector that had
-                to be re-created though `freeze_connector` is set.
-            OSError: Files that are missing, damaged, or not what `SHA256SUMS` beside them says; weights in another
+            ValueError: A checkpoint of another kind, or one that does not fit the configuration; a re-created
+                connector although `freeze_connector` is set.
+            OSError: Files that are missing, damaged, or not as `SHA256SUMS` next to them says; weights in another
                 format than safetensors.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: weights load from safetensors alone. Drop it.")
-        kwargs["use_safetensors"] = True
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
-        config = kwargs.get("config")
-        if not isinstance(config, PreTrainedConfig):
-            fields = {key: value for key, value in kwargs.items() if key != "config"}
-            config, _ = cls.config_class.from_pretrained(
-                config or pretrained_model_name_or_path, return_unused_kwargs=True, **fields
-            )
-        cls._check_processor_fields(pretrained_model_name_or_path, config, hub_kwargs)
+        saved_config, _ = cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
         files = find_weights(pretrained_model_name_or_path, kwargs.get("variant"), **hub_kwargs)
-        found = find_file(pretrained_model_name_or_path, "generation_config.json", **hub_kwargs)
-        if found is not None:  # Transformers goes on without one that is damaged
-            _check_generation_config(found)
-        is_recreated = cls._check_shapes(pretrained_model_name_or_path, config, read_shapes(files))
-        kwargs |= {"ignore_mismatched_sizes": is_recreated, "force_download": False}  # everything has come by now
+        generation_config = find_file(pretrained_model_name_or_path, "generation_config.json", **hub_kwargs)
+        if generation_config is not None:
+            read_json(generation_config)  # Transformers ignores a damaged one
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        kwargs["force_download"] = False  # done above
         if kwargs.get("subfolder") and os.path.isdir(pretrained_model_name_or_path):
-            # GenerationConfig takes "." for the subfolder itself where that lies in the working directory.
+            # GenerationConfig mistakes "." for the subfolder itself if that lies in the working directory.
             pretrained_model_name_or_path = os.path.abspath(pretrained_model_name_or_path)
-        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = result[0] if isinstance(result, tuple) else result
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            names = ", ".join(map(str, files))
+            raise OSError(f"The weights in {names} are damaged: {error}. {AGAIN}") from error
+        model._check_processor_fields(pretrained_model_name_or_path, saved_config)
+        model._check_loading_info(pretrained_model_name_or_path, info)
         model._freeze()  # loading made new parameters
         if model.dtype == torch.bfloat16 and Version(transformers.__version__) < Version("5.21"):
             logger.warning(
-                f"In bf16, transformers {transformers.__version__} rounds the places of an image's patches, and "
+                f"In bf16, transformers {transformers.__version__} rounds the positions of an image's patches, and "
                 "actions are wrong (PushT: by 22 pixels of 512 on average). Use 5.21 or newer, or float32."
             )
-        return result
+        return (model, info) if output_loading_info else model
 
-    @classmethod
-    def _check_processor_fields(cls, name: str, config: SmolAndFastConfig, hub_kwargs: dict) -> None:
-        """Refuse fields that were changed without the processor that decides them."""
-        saved, _ = cls.config_class.get_config_dict(name, **hub_kwargs)
+    def _check_processor_fields(self, name: str, saved: dict) -> None:
+        """Refuse fields that differ from the checkpoint's although the processor is the same."""
         fingerprint = saved.get("processor_fingerprint")
-        if fingerprint is None or fingerprint != config.processor_fingerprint:
+        if fingerprint is None or fingerprint != self.config.processor_fingerprint:
             return
         for field in PROCESSOR_FIELDS:
-            if field in saved and getattr(config, field) != saved[field]:
+            value = getattr(self.config, field)
+            if field in saved and value != saved[field]:
                 raise ValueError(
-                    f"{field} is {getattr(config, field)!r}, but {saved[field]!r} in {name}, whose processor decides "
-                    "it. Make a processor with the other value, and pass all of its fields: from_pretrained(folder, "
-                    "**processor.model_kwargs())."
+                    f"{field} is {value!r}, but {saved[field]!r} in {name}, whose processor decides it. Make a "
+                    "processor with the other value, and call from_pretrained(folder, **processor.model_kwargs())."
                 )
 
-    @classmethod
-    def _check_shapes(cls, name: str, config: SmolAndFastConfig, found: dict[str, tuple[int, ...]]) -> bool:
-        """Compare a checkpoint's shapes with the configuration's, before either takes memory.
-
-        Returns:
-            Whether the connector's projection has to be re-created.
-        """
-        with as_value_error(f"The configuration of {name}"), torch.device("meta"):
-            model = cls(config)
-        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        tied = (HEAD_KEY,) if config.tie_word_embeddings else ()
-        missing = sorted(key for key in expected if key not in found and key not in tied)
-        if missing:
+    def _check_loading_info(self, name: str, info: dict) -> None:
+        """Refuse weights that are missing or of another shape, except for the connector's projection."""
+        if missing := sorted(info["missing_keys"]):
             raise ValueError(
-                f"{name} lacks {len(missing)} of this model's weights, {missing[0]} first: it is not a whole "
-                "SmolAndFast or SmolVLM checkpoint. Download or save it again."
+                f"{name} lacks {len(missing)} of this model's weights, such as {missing[0]}: it is not a complete "
+                f"SmolAndFast or SmolVLM checkpoint. {AGAIN}"
             )
-        differing = [key for key in expected if key in found and found[key] != expected[key]]
-        for key in differing:
+        for key, saved, expected in sorted(info["mismatched_keys"]):
+            change = f"shape {tuple(saved)} -> {tuple(expected)}"
             if key != PROJECTION_KEY:
                 raise ValueError(
-                    f"{key} has shape {found[key]} in {name} and {expected[key]} in the configuration. "
-                    "Only scale_factor may differ from the checkpoint; leave the other sizes as they are."
+                    f"{key} of {name} does not fit the configuration, {change}. Only scale_factor may differ."
                 )
-        if not differing:
-            return False
-        change = f"re-created with random weights, shape {found[PROJECTION_KEY]} -> {expected[PROJECTION_KEY]}"
-        if config.freeze_connector:
-            raise ValueError(
-                f"freeze_connector is set, but scale_factor={config.scale_factor} differs from the checkpoint's, so "
-                f"the connector's projection would be {change}, and never be trained. Unfreeze the connector or keep "
-                "the checkpoint's scale_factor."
+            scale_factor = f"scale_factor={self.config.scale_factor} differs from the checkpoint's"
+            if self.config.freeze_connector:
+                raise ValueError(
+                    f"freeze_connector is set, but {scale_factor}, so the connector's projection would be random, "
+                    f"{change}, and never be trained. Unfreeze the connector or keep the checkpoint's scale_factor."
+                )
+            logger.warning(
+                f"{scale_factor}: the connector's projection was re-created with random weights, {change}. Train it "
+                "before use."
             )
-        logger.warning(
-            f"scale_factor={config.scale_factor} differs from the checkpoint's: the connector's projection was "
-            f"{change}. Train it before use."
-        )
-        return True
 
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """Save like any Transformers model, with `SHA256SUMS` beside the weights for [`from_pretrained`] to check.
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """Save as Transformers does, with `SHA256SUMS` next to the weights for [`from_pretrained`] to check.
 
         Args:
-            push_to_hub: Upload afterwards; `repo_id`, by default the folder's name, and the other arguments of
-                [`push_to_hub`] may then follow.
+            push_to_hub: Upload afterwards; accepts `repo_id`, by default the folder's name, and the other arguments
+                of [`push_to_hub`].
 
         Raises:
             OSError: The folder cannot be written.
         """
-        if os.path.isfile(save_directory):
-            raise OSError(f"{save_directory} is a file, expected a folder to save the model in. Name another one.")
         names = inspect.signature(self.push_to_hub).parameters if push_to_hub else ()
         hub_kwargs = {name: kwargs.pop(name) for name in names if name in kwargs}
         try:
@@ -209,7 +169,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         if push_to_hub and is_main_process:
             self.push_to_hub(hub_kwargs.pop("repo_id", Path(save_directory).name), **hub_kwargs)
 
-    # `wraps` keeps the signature of the installed Transformers: generate() and Trainer read argument names from it.
+    # `wraps` keeps the signature, from which generate() and Trainer read argument names.
     @wraps(SmolVLMForConditionalGeneration.forward)
     def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
         if labels is None:
@@ -219,16 +179,16 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         outputs, kept = self._forward_to_span(labels, *args, **kwargs)
         targets = labels[:, kept + 1].to(outputs.logits.device)
         loss = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-        # `Trainer` passes the number of targets in all batches of an optimizer's step.
+        # `Trainer` passes the number of targets in all batches of an optimizer step.
         loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        outputs = type(outputs)(**{**outputs, "loss": loss})  # a new one, so that the loss is the first of its values
+        outputs = type(outputs)(**{**outputs, "loss": loss})  # a new object, with the loss first
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
 
     def _check_inputs(self, *args, **kwargs) -> None:
-        """Refuse image tokens without their images, and more tokens than the model has positions.
+        """Refuse image tokens without images, and more tokens than positions.
 
-        SmolVLM would read the embedding of the image token itself, and leaves out images of zeros as padding.
+        SmolVLM would use the embedding of the image token itself, and drops images of zeros as padding.
         """
         inputs = FORWARD.bind_partial(self, *args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
@@ -262,69 +222,63 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         if len(num_images) != len(num_tokens) or (num_images * self.config.image_seq_len != num_tokens).any():
             raise ValueError(
                 f"input_ids has {num_tokens.tolist()} image tokens, and pixel_values has {num_images.tolist()} images "
-                f"(those of zeros are padding) of {self.config.image_seq_len} tokens each. Pass everything that the "
-                "processor returns, model(**inputs)."
+                f"of {self.config.image_seq_len} tokens each (images of zeros are padding). Pass all outputs of the "
+                "processor, model(**inputs)."
             )
 
     def _forward_to_span(self, labels: torch.LongTensor, *args, **kwargs):
-        """The forward pass, with logits only at those positions (the second result) that some sample's label follows.
+        """The forward pass, with logits only at the positions before a label, which are the second result.
 
-        The loss ignores the others, so it and its gradients are those of the full logits.
+        The loss ignores the others, so loss and gradients are those of the full logits.
         """
         input_ids = FORWARD.bind_partial(self, *args, **kwargs).arguments.get("input_ids")
         if input_ids is not None and labels.shape != input_ids.shape:
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, expected that of input_ids, {tuple(input_ids.shape)}: one "
-                "for each token, as the processor makes them."
+                f"labels has shape {tuple(labels.shape)}, expected that of input_ids, {tuple(input_ids.shape)}. Take "
+                "both from the processor."
             )
         kept = action_positions(labels)
         self._check_inputs(*args, **kwargs)
-        kwargs.setdefault("use_cache", False)  # nothing reads keys and values again
+        kwargs.setdefault("use_cache", False)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and (mask[:, :-1] >= mask[:, 1:]).all():
-            # No token sees what is padded to the right of it: without a mask, attention takes its fast kernels.
+            # Padding on the right is invisible to causal attention; without a mask, its fast kernels run.
             kwargs["attention_mask"] = None
         return super().forward(*args, logits_to_keep=kept, return_dict=True, **kwargs), kept
 
     def log_probability(self, labels: torch.LongTensor, per_token: bool = False, **inputs) -> torch.FloatTensor:
-        """Log-probability of action chunks under the policy, differentiable: of `generate()`'s own distribution.
+        """Log-probability of action chunks under the constrained policy of `generate()`; differentiable.
 
-        Each token's is among the tokens that the grammar allows there, so the probabilities of all strings that are
-        whole chunks add up to 1. (A chunk may be spelled by several strings; this is that of the one in the labels.)
+        Each token's is among the tokens that the grammar allows there, so the probabilities of all valid strings add
+        up to 1. (Several strings may decode to one chunk; this is the probability of the one in the labels.)
         `model.log_probability(**processor(images=..., text=..., state=..., actions=...))`.
 
         Args:
-            labels: `(batch, length)` as the processor makes them of actions: -100 outside the action tokens and EOS.
-            per_token: Return one for each token instead of their sum.
+            labels: `(batch, length)`, the processor's labels: -100 outside the action tokens and EOS.
+            per_token: Return one value per token instead of their sum.
             inputs: The processor's other tensors.
 
         Returns:
-            `(batch,)` natural logarithms, or `(batch, tokens)` with 0 for EOS and behind it; float32.
+            `(batch,)` natural logarithms, or `(batch, tokens)` with 0 for EOS and after it; float32.
 
         Raises:
-            ValueError: Labels that hold something else than one whole chunk a row.
+            ValueError: Labels that do not hold exactly one chunk per row.
         """
         outputs, kept = self._forward_to_span(labels, **inputs)
         is_target = labels != -100
-        places = torch.arange(int(is_target.sum(dim=1).max()), device=labels.device)
-        positions = (is_target.int().argmax(dim=1)[:, None] + places).clamp(1, labels.shape[1] - 1)  # (batch, tokens)
+        steps = torch.arange(int(is_target.sum(dim=1).max()), device=labels.device)
+        positions = (is_target.int().argmax(dim=1)[:, None] + steps).clamp(1, labels.shape[1] - 1)  # (batch, tokens)
         rows = torch.searchsorted(kept, positions - 1).clamp(max=len(kept) - 1)
         scores = outputs.logits[torch.arange(len(labels), device=labels.device)[:, None], rows]
-        found = self.action_grammar.log_probabilities(scores, labels.gather(1, positions))
-        return found if per_token else found.sum(dim=1)
+        log_probabilities = self.action_grammar.log_probabilities(scores, labels.gather(1, positions))
+        return log_probabilities if per_token else log_probabilities.sum(dim=1)
 
     @cached_property
     def action_grammar(self) -> ActionGrammar:
         return ActionGrammar(self.config)
 
-    def _generation_options(
-        self,
-        generation_config: GenerationConfig | None,
-        kwargs: dict,
-        max_new_tokens: int | None,
-        max_time: float | None,
-    ) -> dict[str, Any]:
-        """The limits and `top_k` that hold for this call: its own, or else those of the configurations."""
+    def _generation_options(self, generation_config, kwargs: dict, max_new_tokens, max_time) -> dict[str, Any]:
+        """The limits and `top_k` of this call: its arguments, or else those of the configurations."""
         if not isinstance(generation_config, GenerationConfig | None):
             raise ValueError(f"generation_config is {generation_config!r}, expected a GenerationConfig.")
         for name in REFUSED_OPTIONS:
@@ -332,8 +286,8 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
             if value not in (None, 0, False):
                 value = value if isinstance(value, int | str | list) else type(value).__name__
                 raise ValueError(
-                    f"{name}={value!r}: an action string ends by itself at its last coefficient. Drop {name}, or "
-                    "bound it with max_new_tokens or max_time."
+                    f"{name}={value!r}: an action string ends at its last coefficient. Drop {name}, or set "
+                    "max_new_tokens or max_time."
                 )
 
         def option(name: str, value=None):
@@ -347,27 +301,27 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
             check_whole(limit, "max_new_tokens")
         options["max_new_tokens"] = min(limit or longest, longest)
         if (seconds := options["max_time"]) is not None and not (isinstance(seconds, int | float) and seconds > 0):
-            raise ValueError(f"max_time is {seconds!r}, expected seconds, above 0.")
+            raise ValueError(f"max_time is {seconds!r}, expected seconds above 0.")
         if option("do_sample") and option("top_k") is None:
             options["top_k"] = 0  # Transformers' default is 50
         return options
 
     def _check_prompt(self, input_ids: torch.LongTensor | None, inputs: dict, num_new_tokens: int) -> None:
-        if input_ids is None:
-            raise ValueError("generate() needs input_ids: pass the processor's output, model.generate(**inputs).")
         is_ids = isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2 and not input_ids.is_floating_point()
         if not is_ids or input_ids.numel() == 0:
-            found = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-            raise ValueError(f"input_ids is {found}, expected a tensor (batch, length) of ids. Call the processor.")
+            kind = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(
+                f"input_ids is {kind}, expected a tensor (batch, length) of ids. Pass the processor's output, "
+                "model.generate(**inputs)."
+            )
         mask, vocab_size = inputs.get("attention_mask"), self.config.text_config.vocab_size
         if mask is not None and tuple(mask.shape) != tuple(input_ids.shape):
-            raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}, expected that of input_ids, {tuple(input_ids.shape)}."
-            )
+            shapes = f"shape {tuple(mask.shape)}, expected that of input_ids, {tuple(input_ids.shape)}"
+            raise ValueError(f"attention_mask has {shapes}. Take both from the processor.")
         if inputs.get("labels") is not None or (mask is not None and not mask[:, -1].all()):
             raise ValueError(
                 "generate() got a training batch (with labels, or padded on the right). Call the processor without "
-                "actions: its prompts end where the policy has to write."
+                "actions."
             )
         check_length(input_ids.shape[1], num_new_tokens, self.config.text_config.max_position_embeddings)
         if input_ids.min() < 0 or input_ids.max() >= vocab_size:
@@ -389,31 +343,30 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         max_time: float | None = None,
         **kwargs,
     ):
-        """Write one action chunk for each prompt: `GenerationMixin.generate`, greedy, sampled or beam search.
+        """Generate one action chunk per prompt with `GenerationMixin.generate`: greedy, sampled or beam search.
 
-        Whatever the weights, every string decodes to exactly `(chunk_size, action_dim)`; it ends at the last
-        coefficient.
+        Decoding never fails: it is constrained so that every string decodes to exactly `(chunk_size, action_dim)`,
+        whatever the weights.
 
         Args:
-            inputs: `(batch, length)` prompt ids, left-padded; usually passed as `input_ids` by the processor's output.
-            generation_config: Options as an object. Arguments of this call come before it, and it before the model's
+            inputs: `(batch, length)` prompt ids, left-padded; usually `input_ids` of the processor's output.
+            generation_config: Options as an object. Arguments of this call override it, and it overrides the model's
                 own `generation_config`.
-            relaxed: Let the model end a string where it likes, as published FAST policies do. It may then hold more
+            relaxed: Let the model end a string anywhere, as published FAST policies do. A string may then hold more
                 or fewer coefficients than a chunk: decode it with `post_process_actions(ids, relaxed=True)`.
-            max_new_tokens: Most tokens to write of a chunk. Low frequencies come first, so a string that is cut short
-                is a smoother chunk: decode it with `relaxed=True` too, which fills what is missing with zeros.
-            max_time: The same after so many seconds, measured by Transformers after each token. The first is always
-                written: vision and prompt are not cut short.
+            max_new_tokens: Limit per chunk. Low frequencies come first, so a truncated string is a smoother chunk:
+                decode it with `relaxed=True` too, which sets the missing coefficients to zero.
+            max_time: A limit in seconds, checked after each token. The first token is always written.
             kwargs: The processor's other tensors, and options of generation such as `do_sample`, `temperature`,
-                `num_beams`. `top_k` is 0 unless given: samples are those of [`log_probability`].
+                `num_beams`. `top_k` is 0 unless given: samples have the probabilities of [`log_probability`].
 
         Returns:
             `(batch, length + new)` ids, the prompt included, for [`SmolAndFastProcessor.post_process_actions`].
 
         Raises:
-            ValueError: No action tokenizer in the configuration, images that are missing, more tokens than the model
-                has positions, an invalid limit, an option that would truncate or extend a chunk, or scores that are
-                not finite.
+            ValueError: No action tokenizer in the configuration, missing images, more tokens than the model has
+                positions, an invalid limit, an option that would truncate or extend a chunk, or scores that are not
+                finite.
         """
         grammar = self.action_grammar
         options = self._generation_options(generation_config, kwargs, max_new_tokens, max_time)
@@ -448,8 +401,8 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if not (relaxed or is_bounded) and not end(sequences, None).all():
             raise ValueError(
-                "The options given to generate() cut a chunk short or asked for more different chunks than exist. "
-                "Keep to do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
+                "The options given to generate() truncate a chunk or ask for more different chunks than exist. "
+                "Use only do_sample, temperature, top_k, top_p, num_beams and num_return_sequences."
             )
         return output
 
@@ -458,27 +411,14 @@ FORWARD = inspect.signature(SmolVLMForConditionalGeneration.forward)
 
 
 def action_positions(labels: torch.LongTensor) -> torch.LongTensor:
-    """The positions that some sample's label follows: `(kept,)`. With labels, logits are those of these alone.
+    """The positions `(kept,)` before a label of any sample; with labels, `forward` returns logits for these alone.
 
-    Position t predicts token t + 1, so the logits' targets are `labels[:, action_positions(labels) + 1]`.
+    Position t predicts token t + 1, so the targets are `labels[:, action_positions(labels) + 1]`.
     """
     kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
     if len(kept) == 0:
         raise ValueError("labels has no action token to learn: every entry is -100. Pass actions to the processor.")
     return kept
-
-
-def _check_generation_config(file: Path) -> None:
-    """Refuse what Transformers would ignore, or only stumble over while generating."""
-    content = read_json(file)
-    for name, value in content.items():
-        ids = value if isinstance(value, list) else [value]
-        fits = isinstance(value, bool) or not name.startswith("output_")
-        fits &= not name.endswith("_token_id") or all(type(i) is int and abs(i) < 2**31 for i in ids)
-        if value is not None and not fits:
-            raise ValueError(f"{name} in {file} is {value!r}, expected an id, or for output_* True or False. {AGAIN}")
-    with as_value_error(file):
-        GenerationConfig.from_dict(content)
 
 
 SmolAndFastForActionPrediction.register_for_auto_class("AutoModel")

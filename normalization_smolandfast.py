@@ -1,8 +1,7 @@
-"""Robot units to [-1, 1] and back, and states to bins.
+"""Normalisation of robot units to [-1, 1] and back, and state bins.
 
-Owns the statistics of a data set, in LeRobot's names: `observation.state` and `action`, each with `min`, `max` and,
-for quantile normalisation, `q01`, `q99`. Knows nothing of tokens, prompts or images;
-needs NumPy alone.
+Needs only NumPy. Statistics have LeRobot's names: `observation.state` and `action`, each with `min`, `max` and, for
+quantile normalisation, `q01`, `q99`.
 """
 
 from collections.abc import Iterator
@@ -24,8 +23,8 @@ def compute_statistics(states: np.ndarray, actions: np.ndarray) -> dict[str, dic
         actions: `(N, chunk_size, action_dim)`, robot units: the chunk that starts at each state.
 
     Returns:
-        `min`, `max`, `q01`, `q99` of each dimension, under `observation.state`, `action` and, where the dimensions
-        match, `relative_action` (action minus state).
+        `min`, `max`, `q01`, `q99` of each dimension of `observation.state`, `action` and, if the dimensions match,
+        `relative_action` (action minus state).
     """
     states = as_numbers(states, "states", ("N", "state_dim"), keep_floats=True)
     actions = as_numbers(actions, "actions", (len(states), "chunk_size", "action_dim"), keep_floats=True)
@@ -38,32 +37,32 @@ def compute_statistics(states: np.ndarray, actions: np.ndarray) -> dict[str, dic
         columns[RELATIVE_ACTION] = (x - state for x, state in zip(_columns(actions), references, strict=True))
     statistics = {}
     for name, values in columns.items():
-        found = [[x.min(), x.max(), *np.quantile(x, [0.01, 0.99])] for x in values]
-        statistics[name] = dict(zip(("min", "max", "q01", "q99"), np.array(found).T.tolist(), strict=True))
+        rows = np.array([[x.min(), x.max(), *np.quantile(x, [0.01, 0.99])] for x in values])
+        statistics[name] = dict(zip(("min", "max", "q01", "q99"), rows.T.tolist(), strict=True))
     return statistics
 
 
 def _columns(values: np.ndarray) -> Iterator[np.ndarray]:
-    """One dimension at a time, `(..., D) -> (...)` float64: all of them would be several copies of a data set."""
+    """One dimension at a time, `(..., D) -> (...)` float64, to save memory."""
     return (values[..., i].astype(np.float64) for i in range(values.shape[-1]))
 
 
 class Normalizer:
     """Normalises states and actions with the statistics of a data set.
 
-    With relative actions, the state that is subtracted is the one the prompt holds: the centre of its bins. So what is
-    added back after decoding can be read from the prompt, and nothing is lost to the bins' width.
+    Relative actions are taken from the centres of the state's bins, which the prompt holds, so that decoding can add
+    back exactly what was subtracted.
 
     Args:
         statistics: See [`compute_statistics`]; `meta/stats.json` of a LeRobot data set has the same layout.
         normalization: `"min_max"` maps [min, max] to [-1, 1]; `"quantiles"` maps [q01, q99] there and clips actions
-            at -2 and 2, so that an outlier is not larger than any motion.
+            to [-2, 2], against outliers.
         n_state_bins: Bins of each state dimension.
         use_relative_actions: Whether actions are taken relative to the state.
 
     Raises:
-        ValueError: Statistics that are missing, not finite or of unequal length; relative actions where the
-            dimensions differ.
+        ValueError: Statistics that are missing, not finite or of unequal length; relative actions of another dimension
+            than the state.
     """
 
     def __init__(
@@ -92,8 +91,8 @@ class Normalizer:
         if use_relative_actions and self.state_dim != self.action_dim:
             raise ValueError(
                 f"use_relative_actions needs a state and an action of equal dimensions, but {STATE!r} has "
-                f"{self.state_dim} and {ACTION!r} has {self.action_dim}, so the statistics can hold no "
-                f"{RELATIVE_ACTION!r}. Use absolute actions, or make the state the position that the action commands."
+                f"{self.state_dim} and {ACTION!r} has {self.action_dim}. Use absolute actions, or make the state the "
+                "position that the action commands."
             )
         name = RELATIVE_ACTION if use_relative_actions else ACTION
         self.action_bounds = _read_widest(statistics, name, low, high)
@@ -116,7 +115,7 @@ class Normalizer:
         return np.clip(positions, 0, self.n_state_bins - 1).astype(np.int64)
 
     def normalize_actions(self, actions: ArrayLike, bins: np.ndarray) -> np.ndarray:
-        """Robot units to about [-1, 1]; under quantile normalisation, clipped to [-2, 2].
+        """Robot units to about [-1, 1], with quantile normalisation clipped to [-2, 2].
 
         Args:
             actions: `(B, H, action_dim)`, robot units.
@@ -127,7 +126,7 @@ class Normalizer:
         """
         actions = as_numbers(actions, "actions", ("batch", "chunk_size", self.action_dim), keep_floats=True)
         if len(actions) != len(bins):
-            raise ValueError(f"actions has {len(actions)} chunks for {len(bins)} states: pass one chunk a state.")
+            raise ValueError(f"actions has {len(actions)} chunks for {len(bins)} states: pass one chunk per state.")
         normalized = np.empty(actions.shape, dtype=np.float32)
         for rows in in_batches(len(actions), actions[:1].size):
             relative = actions[rows].astype(np.float64) - self._reference(bins[rows])
@@ -135,22 +134,21 @@ class Normalizer:
         return normalized
 
     def unnormalize_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
-        """The inverse of `normalize_actions`, clipped to the smallest and largest action of the statistics.
+        """The inverse of `normalize_actions`, clipped to `min` and `max` of the action's statistics.
 
-        Under quantile normalisation also to the [-2, 2] that actions were clipped to, so that an outlier in the
-        statistics does not widen what the robot may be sent.
+        With quantile normalisation the input is first clipped to [-2, 2].
         """
         return np.clip(self._to_robot(actions, bins), *self.action_limits).astype(np.float32)
 
     def count_clipped_actions(self, actions: np.ndarray, bins: np.ndarray | None) -> np.ndarray:
-        """How many of the values of each chunk `unnormalize_actions` clips: `(B,)`."""
+        """The number of values in each chunk that `unnormalize_actions` clips: `(B,)`."""
         low, high = self.action_limits
         values = self._to_robot(actions, bins)
         is_clipped = (values < low) | (values > high) | (np.abs(actions) > self.normalized_limit)
         return is_clipped.sum(axis=(1, 2))
 
     def count_clamped_states(self, state: ArrayLike) -> np.ndarray:
-        """How many values of each state lie outside the bins, so that `state_bins` clamps them: `(B,)`."""
+        """The number of values in each state that `state_bins` clamps: `(B,)`."""
         state = as_numbers(state, "state", ("batch", self.state_dim))
         low, high = self.state_bounds
         return ((state < low) | (state > high)).sum(axis=1)
@@ -172,33 +170,28 @@ class Normalizer:
 
 def _to_unit(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     low, high = bounds
-    width = np.where(high > low, high - low, 1.0)  # a dimension that never moves is 0, and its constant comes back
+    width = np.where(high > low, high - low, 1.0)  # a constant dimension becomes 0
     return np.where(high > low, (values - low) / width * 2 - 1, 0.0)
 
 
 def _read_widest(statistics: dict, name: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
-    """The bounds, and min and max for a dimension that moves too rarely (a gripper) for its quantiles to differ."""
+    """The bounds, or min and max for a dimension (a gripper's) whose quantiles are equal."""
     bounds, widest = _read_bounds(statistics, name, low, high), _read_bounds(statistics, name, "min", "max")
-    still = bounds[0] == bounds[1]
-    return np.where(still, widest[0], bounds[0]), np.where(still, widest[1], bounds[1])
+    is_flat = bounds[0] == bounds[1]
+    return np.where(is_flat, widest[0], bounds[0]), np.where(is_flat, widest[1], bounds[1])
 
 
 def _read_bounds(statistics: dict, name: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray]:
-    if not isinstance(statistics.get(name), dict):
+    values = statistics.get(name)
+    if not isinstance(values, dict) or not {low, high} <= set(values):
         raise ValueError(
-            f"statistics has no dictionary {name!r}, only {sorted(map(str, statistics))}. "
+            f"statistics[{name!r}] is {values!r:.200}, expected a dictionary with {low!r} and {high!r}. "
             "Compute it from the demonstrations with compute_statistics(states, actions)."
         )
-    bounds = []
-    for key in (low, high):
-        if key not in statistics[name]:
-            raise ValueError(f"statistics[{name!r}] has no {key!r}, only {sorted(statistics[name])}. Compute it anew.")
-        values = as_numbers(statistics[name][key], f"statistics[{name!r}][{key!r}]", ("dim",))
-        if len(values) == 0:
-            raise ValueError(f"statistics[{name!r}][{key!r}] is empty, expected a number for each dimension.")
-        bounds.append(values)
-    if len(bounds[0]) != len(bounds[1]) or (bounds[0] > bounds[1]).any():
+    bounds = tuple(as_numbers(values[key], f"statistics[{name!r}][{key!r}]", ("dim",)) for key in (low, high))
+    if len(bounds[0]) != len(bounds[1]) or len(bounds[0]) == 0 or (bounds[0] > bounds[1]).any():
         raise ValueError(
-            f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}. Compute it anew."
+            f"statistics[{name!r}]: {low} is {bounds[0].tolist()}, {high} is {bounds[1].tolist()}, expected a number "
+            f"for each dimension, {low} <= {high}. Compute it again."
         )
-    return bounds[0], bounds[1]
+    return bounds

@@ -4,42 +4,40 @@ The prompt (`prompt_smolandfast.py`) is SmolVLM's chat template around
 
     <image> Task: {task}, State: {bins}, Action:
 
-with one bin number for each dimension of the state. The statistics of the data set travel in `processor_config.json`.
-Knows no model: [`SmolAndFastProcessor.model_kwargs`] says what one must know of the processor.
+with one bin number per dimension of the state. `processor_config.json` holds the statistics of the data set.
 """
 
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin, SmolVLMImageProcessorPil
 from transformers.utils import logging
 
 from .checks_smolandfast import as_numbers, as_value_error, check_fps, check_length, check_whole
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
-from .files_smolandfast import HUB_KWARGS, find_file, read_json
+from .files_smolandfast import HUB_KWARGS, find_file
 from .grammar_smolandfast import MAX_SYMBOL_BYTES
 from .normalization_smolandfast import Normalizer
-from .prompt_smolandfast import BINS_IN_PROMPT, check_image_keys, read_observations, warning_of_new_tasks, write_prompt
+from .prompt_smolandfast import BINS_IN_PROMPT, check_names, read_observations, warning_of_new_tasks, write_prompt
 from .tokenization_fast_action import FastActionTokenizer
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_IMAGE_KEY = "observation.image"  # LeRobot's, of a robot with one camera
+DEFAULT_IMAGE_KEY = "observation.image"  # LeRobot's name for a single camera
 PROCESSOR_FILE = "processor_config.json"
 ACTION_TOKENIZER = "action_tokenizer"  # folder in a saved processor
-TOKENIZER_NEEDS = ("image_token", "fake_image_token", "global_image_token", "pad_token_id", "eos_token_id")
 
 
 class SmolAndFastProcessor(ProcessorMixin):
     r"""
-    Joins SmolVLM's image processor and tokenizer with a FAST tokenizer and the robot's statistics.
+    SmolVLM's image processor and tokenizer, a FAST tokenizer and the robot's statistics.
 
     Make one for a SmolVLM checkpoint with [`SmolAndFastProcessor.from_vlm`]; load a saved one with
     `AutoProcessor.from_pretrained(folder, trust_remote_code=True)`.
@@ -51,22 +49,21 @@ class SmolAndFastProcessor(ProcessorMixin):
         statistics (`dict`): See [`compute_statistics`].
         normalization (`str`, defaults to `"min_max"`): Or `"quantiles"`.
         use_relative_actions (`bool`, defaults to `False`): Whether actions are predicted relative to the state.
-        chunk_size (`int`, *optional*): Actions in a chunk. The FAST tokenizer's horizon, which FAST+ leaves open.
+        chunk_size (`int`, *optional*): Actions in a chunk, by default the FAST tokenizer's horizon. FAST+ has none.
         n_state_bins (`int`, defaults to 256): Bins of each state dimension in the prompt.
-        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that stay text.
+        fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that remain text.
         scale_factor (`int`, defaults to 1): Side of the model's pixel shuffle.
         patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
         image_keys (`list[str]`, defaults to `["observation.image"]`):
-            The cameras that the policy sees, in their order, under the names of the data set.
-        fps (`float`, *optional*): Control steps a second of the demonstrations. `None`: not known.
+            The policy's cameras, in order, under the names of the data set.
+        fps (`float`, *optional*): Control steps per second of the demonstrations. `None`: unknown.
         state_names, action_names (`list[str]`, *optional*):
-            Names of the dimensions of state and action, such as the robot's joints. Only kept, for who drives a robot.
+            Names of the dimensions of state and action, such as the robot's joints, for information.
         max_position_embeddings (`int`, *optional*):
-            Positions of the language model. With it, prompts that leave no room for a chunk are refused here.
-        default_task (`str`, defaults to `""`): Stands in for an empty task, which is refused if this is empty too.
+            Positions of the language model. If given, prompts that leave no room for a chunk are refused here.
+        default_task (`str`, defaults to `""`): Replaces an empty task, which is refused if this is empty too.
         training_tasks (`list[str]`, *optional*):
-            The sentences the policy is trained on. Given another one, the processor warns once: a policy may do
-            nothing sensible with a wording that it has not learnt.
+            Instructions seen in training. Any other instruction triggers a one-time warning.
 
     Raises:
         ValueError: Parts that do not fit together; the message says how to fix it.
@@ -96,12 +93,10 @@ class SmolAndFastProcessor(ProcessorMixin):
         training_tasks: list[str] | None = None,
         chat_template: str | None = None,
     ):
-        # Not isinstance: under `trust_remote_code` the tokenizer may come from a copy of its module.
+        # Not isinstance, since with `trust_remote_code` the tokenizer may come from a copy of its module.
         if not hasattr(action_tokenizer, "encode_actions"):
-            raise ValueError(
-                f"action_tokenizer is a {type(action_tokenizer).__name__}, expected a FastActionTokenizer. Fit one or "
-                "load FAST+; a processor of another model cannot be used here."
-            )
+            kind = type(action_tokenizer).__name__
+            raise ValueError(f"action_tokenizer is a {kind}, expected a FastActionTokenizer. Fit one or load FAST+.")
         self.statistics = statistics
         self.normalization = normalization
         self.use_relative_actions = use_relative_actions
@@ -109,11 +104,11 @@ class SmolAndFastProcessor(ProcessorMixin):
         self.fast_skip_tokens = check_whole(fast_skip_tokens, "fast_skip_tokens", 0)
         self.scale_factor = check_whole(scale_factor, "scale_factor")
         self.patch_size = check_whole(patch_size, "patch_size")
-        self.image_keys = check_image_keys(image_keys)
+        self.image_keys = check_names(image_keys, "image_keys")
         self.fps = None if fps is None else check_fps(fps)
-        if max_position_embeddings is not None:
-            max_position_embeddings = check_whole(max_position_embeddings, "max_position_embeddings")
         self.max_position_embeddings = max_position_embeddings
+        if max_position_embeddings is not None:
+            self.max_position_embeddings = check_whole(max_position_embeddings, "max_position_embeddings")
         if not isinstance(default_task, str):
             raise ValueError(f"default_task is {default_task!r}, expected an instruction, or '' for none.")
         self.default_task = default_task
@@ -121,12 +116,13 @@ class SmolAndFastProcessor(ProcessorMixin):
             raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of instructions, or None.")
         self.training_tasks = training_tasks
         self.normalizer = Normalizer(statistics, normalization, n_state_bins, use_relative_actions)
-        self.state_names = _check_names(state_names, "state_names", self.normalizer.state_dim)
-        self.action_names = _check_names(action_names, "action_names", self.normalizer.action_dim)
-        self.chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
-        if self.chunk_size is None:
-            raise ValueError("chunk_size is not given, and FAST+ has no horizon of its own: say chunk_size=....")
-        self.chunk_size = check_whole(self.chunk_size, "chunk_size")
+        self.state_names, self.action_names = state_names, action_names
+        if state_names is not None:
+            self.state_names = check_names(state_names, "state_names", self.normalizer.state_dim)
+        if action_names is not None:
+            self.action_names = check_names(action_names, "action_names", self.normalizer.action_dim)
+        # FAST+ has no horizon, so chunk_size is required.
+        self.chunk_size = check_whole(action_tokenizer.horizon if chunk_size is None else chunk_size, "chunk_size")
         shape = self.chunk_size, self.normalizer.action_dim
         fitted = action_tokenizer.horizon, action_tokenizer.action_dim
         if fitted not in (shape, (None, None)):
@@ -135,37 +131,29 @@ class SmolAndFastProcessor(ProcessorMixin):
                 f"tokenizer was fitted for {fitted[0]} and {fitted[1]}. Fit one on such chunks of this robot."
             )
         super().__init__(image_processor, tokenizer, action_tokenizer, chat_template=chat_template)
-        for name in TOKENIZER_NEEDS:
-            if getattr(tokenizer, name, None) is None:
-                raise ValueError(
-                    f"The text tokenizer has no {name}. Load SmolVLM's tokenizer, or its saved files again."
-                )
-        sides = getattr(image_processor, "max_image_size", None)
-        side = sides.get("longest_edge") if isinstance(sides, dict) else None
-        check_whole(side, "longest_edge of max_image_size")
+        side = check_whole(image_processor.max_image_size["longest_edge"], "longest_edge of max_image_size")
         if side % (patch_size * scale_factor):
             raise ValueError(
-                f"The images' longest_edge of {side} pixels is no multiple of patch_size * scale_factor, {patch_size} "
-                f"* {scale_factor}. Change image_size or scale_factor, or take the three from one checkpoint."
+                f"The images' longest_edge of {side} pixels is not a multiple of patch_size * scale_factor, "
+                f"{patch_size} * {scale_factor}. Change image_size or scale_factor."
             )
         self.action_token_base_id = tokenizer.vocab_size - 1 - fast_skip_tokens
         last_prompt_id = tokenizer(self._prompt_around_images()[1])["input_ids"][-1]
         if self.action_token_base_id + 1 < len(action_tokenizer) or self._is_action(np.array(last_prompt_id)):
             raise ValueError(
                 f"{len(action_tokenizer)} action tokens and fast_skip_tokens={fast_skip_tokens} do not fit into a "
-                f"vocabulary of {tokenizer.vocab_size} beside the words of the prompt. Fit a smaller FAST vocabulary."
+                f"vocabulary of {tokenizer.vocab_size} next to those of the prompt. Fit a smaller FAST vocabulary."
             )
         tasks = dict.fromkeys([default_task, *(training_tasks or ())])
         bins, template = [n_state_bins - 1] * self.normalizer.state_dim, self._prompt_around_images()
-        grid = [self._smallest_grid()] * len(self.image_keys)
-        self._tokenize([self._write_prompt(template, task, bins, grid) for task in tasks])
+        self._tokenize([self._write_prompt(template, task, bins) for task in tasks])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SmolAndFastProcessor":
-        """Load a saved processor from a folder or Hub id, with this class's own code for all of its parts.
+        """Load a saved processor from a folder or Hub id, without running code of the checkpoint.
 
         Args:
-            kwargs: Arguments of the class to change, and those of `from_pretrained` that find files on the Hub.
+            kwargs: Arguments of the class to change, and [`HUB_KWARGS`].
 
         Raises:
             ValueError: Damaged files, or those of another processor.
@@ -174,12 +162,12 @@ class SmolAndFastProcessor(ProcessorMixin):
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         kwargs.pop("trust_remote_code", None)
         actions = {**hub_kwargs, "subfolder": str(PurePosixPath(hub_kwargs.get("subfolder") or "", ACTION_TOKENIZER))}
+        if find_file(pretrained_model_name_or_path, PROCESSOR_FILE, **hub_kwargs) is None:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no {PROCESSOR_FILE} (or the Hub cannot be reached). Name a "
+                "saved processor; from_vlm makes one for a SmolVLM checkpoint."
+            )
         with as_value_error(f"The processor in {pretrained_model_name_or_path}", passing=(ValueError,)):
-            if find_file(pretrained_model_name_or_path, PROCESSOR_FILE, **hub_kwargs) is None:
-                raise OSError(
-                    f"{pretrained_model_name_or_path} has no {PROCESSOR_FILE}, so no SmolAndFast processor was saved "
-                    "there. Name a folder or Hub id that holds one; from_vlm makes one for a SmolVLM checkpoint."
-                )
             options, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs, **kwargs)
             unknown = [name for name in kwargs if name not in ARGUMENTS and not name.startswith("_")]
             if unknown:
@@ -202,43 +190,39 @@ class SmolAndFastProcessor(ProcessorMixin):
         image_size: int | None = None,
         **kwargs,
     ) -> "SmolAndFastProcessor":
-        """Make a processor for a SmolVLM or SmolVLM2 checkpoint folder or hub id.
+        """Make a processor for a SmolVLM or SmolVLM2 checkpoint, a folder or Hub id.
 
         Args:
-            do_image_splitting: Whether large images are also cut into sub-images, as SmolVLM itself does. Otherwise an
-                image is one square.
-            image_size: Side of that square (or of a sub-image) in pixels, a multiple of `patch_size * scale_factor`
-                and at most the vision tower's 512, the default. An image becomes `(image_size / patch_size /
-                scale_factor)^2` visual tokens: 256 pixels are four times cheaper than 512.
-            kwargs: The class's other arguments, and those of `from_pretrained` that find files on the hub.
+            do_image_splitting: Whether large images are also split into sub-images, as in SmolVLM.
+            image_size: Side in pixels of the square that an image (or sub-image) is resized to, a multiple of
+                `patch_size * scale_factor`, by default the vision tower's 512. An image becomes
+                `(image_size / patch_size / scale_factor)^2` visual tokens.
+            kwargs: The class's other arguments, and [`HUB_KWARGS`].
 
         Raises:
-            ValueError: An image size that patches and scale factor do not divide, or larger than the tower's.
+            ValueError: An image size that does not fit, or a checkpoint without a chat template.
         """
         hub_kwargs = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
         config = SmolAndFastConfig.from_pretrained(
             pretrained_model_name_or_path, scale_factor=scale_factor, image_size=image_size, **hub_kwargs
         )
-        # Its own files name GPT2Tokenizer, which forgets that digits are split.
+        # SmolVLM's files name GPT2Tokenizer, which does not split digits.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
         image_processor = SmolVLMImageProcessorPil.from_pretrained(
             pretrained_model_name_or_path,
             do_image_splitting=do_image_splitting,
-            # Without splitting, stock SmolVLM enlarges the image first, only to shrink it to the square below.
+            # Without splitting, SmolVLM would enlarge the image before it resizes it to the square.
             do_resize=do_image_splitting,
             max_image_size={"longest_edge": image_size or config.vision_config.image_size},
             **hub_kwargs,
         )
-        chat_template = tokenizer.chat_template
-        if chat_template is None:  # SmolVLM's own repositories have it in a file that tokenizers do not read
-            file = find_file(pretrained_model_name_or_path, "chat_template.json", **hub_kwargs)
-            if file is None:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} has no chat template. Name a SmolVLM checkpoint such as "
-                    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
-                )
-            with as_value_error(file):
-                chat_template = read_json(file)["chat_template"]
+        options, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
+        chat_template = tokenizer.chat_template or options.get("chat_template")
+        if chat_template is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no chat template. Name a SmolVLM checkpoint such as "
+                "HuggingFaceTB/SmolVLM2-256M-Video-Instruct."
+            )
         return cls(
             image_processor,
             tokenizer,
@@ -252,12 +236,12 @@ class SmolAndFastProcessor(ProcessorMixin):
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the files that [`from_pretrained`] loads. Raises `OSError` where the folder cannot be written."""
+        """Save the files that [`from_pretrained`] loads. Raises `OSError` if the folder cannot be written."""
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
-        except (TypeError, ValueError):  # what JSON cannot hold
+        except (TypeError, ValueError):  # not serialisable
             raise
-        except Exception as error:  # the tokenizers library has no narrower one for a full disk
+        except Exception as error:  # tokenizers raises a bare Exception on a full disk
             raise OSError(
                 f"The processor cannot be saved in {save_directory}: {error}. Make room there, or name another folder."
             ) from error
@@ -276,15 +260,14 @@ class SmolAndFastProcessor(ProcessorMixin):
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that gives the model's inputs and outputs their meaning.
+        """A hash of everything that gives the model's inputs and outputs their meaning.
 
-        Two processors with one fingerprint write the same prompt for an observation, show the model the same pixels,
-        and read the same actions from its tokens. Checkpoints hold it: another definition is another fingerprint.
+        Two processors with the same fingerprint make the same prompt and pixels of an observation, and decode the same
+        actions. Checkpoints store it, so changing this definition changes the fingerprint of every checkpoint.
         """
         images, actions, normalizer = self.image_processor, self.action_tokenizer, self.normalizer
-        state_bins, unsplit = range(normalizer.state_dim), [(0, 0)] * len(self.image_keys)
         template = self._prompt_around_images()
-        prompt = self._write_prompt(template, "A task, 0123456789.", state_bins, unsplit)
+        prompt = self._write_prompt(template, "A task, 0123456789.", range(normalizer.state_dim))
         image_options = ("do_image_splitting", "do_resize", "resample", "do_rescale", "rescale_factor")
         image_options += ("do_normalize", "image_mean", "image_std")
         meaning = {
@@ -303,22 +286,18 @@ class SmolAndFastProcessor(ProcessorMixin):
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     def check_model(self, model) -> None:
-        """Refuse a model that belongs to another processor: same shapes, but its actions would mean something else.
-
-        Raises:
-            ValueError: Fields of `model.config` that differ from [`model_kwargs`].
-        """
+        """Raise `ValueError` if fields of `model.config` differ from [`model_kwargs`]: its actions would be wrong."""
         expected = self.model_kwargs()
-        found = {name: getattr(model.config, name, None) for name in expected}
-        found["image_size"] = found["image_size"] or model.config.vision_config.image_size
+        actual = {name: getattr(model.config, name, None) for name in expected}
+        actual["image_size"] = actual["image_size"] or model.config.vision_config.image_size
         if self.max_position_embeddings is not None:
             expected["max_position_embeddings"] = self.max_position_embeddings
-            found["max_position_embeddings"] = model.config.text_config.max_position_embeddings
-        differing = [name for name in expected if found[name] != expected[name]]
+            actual["max_position_embeddings"] = model.config.text_config.max_position_embeddings
+        differing = [name for name in expected if actual[name] != expected[name]]
         if differing:
             raise ValueError(
                 f"This processor belongs to another model: {', '.join(differing)} differ from model.config. Load both "
-                "from one folder. To go on with this processor, load the model with from_pretrained(folder, "
+                "from one folder. To keep this processor, load the model with from_pretrained(folder, "
                 "**processor.model_kwargs())."
             )
 
@@ -335,24 +314,24 @@ class SmolAndFastProcessor(ProcessorMixin):
         self,
         images=None,
         text: str | list[str] | None = None,
-        state: "np.ndarray | torch.Tensor | None" = None,
-        actions: "np.ndarray | torch.Tensor | None" = None,
+        state: ArrayLike | None = None,
+        actions: ArrayLike | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Prepare one sample or a batch.
 
         Args:
             images: One sample: an RGB image (PIL; NumPy array or tensor, `(H, W, 3)` or `(3, H, W)`, uint8 or floats
-                in [0, 1]; any size), a list with one of each camera in the order of `image_keys`, or a dictionary of
-                them by name. A batch: a list with one entry a sample, an array `(batch, ...)` for one camera, or a
-                dictionary of such arrays or lists by name.
-            text: The task, one sentence or one a sample. `None` or empty: the default task.
-            state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
-            actions: `(chunk_size, action_dim)` or `(batch, chunk_size, action_dim)`, to train: adds `labels`.
+                in [0, 1]; any size), a list with one per camera in the order of `image_keys`, or a dictionary by
+                camera. A batch: a list of samples, an array `(batch, ...)` for one camera, or a dictionary of such
+                arrays or lists by camera.
+            text: The task, one instruction or one per sample. `None` or empty: the default task.
+            state: `(state_dim,)` for one sample or `(batch, state_dim)`, in robot units.
+            actions: `(chunk_size, action_dim)` or `(batch, chunk_size, action_dim)`, for training: adds `labels`.
             return_tensors: Only `"pt"`.
 
         Returns:
-            `input_ids`, `attention_mask` `(batch, length)`, padded on the left to generate and on the right to train;
+            `input_ids`, `attention_mask` `(batch, length)`, padded on the left, or on the right with actions;
             `pixel_values` `(batch, num_images, 3, height, width)`, `pixel_attention_mask`; with actions, `labels`,
             -100 outside the action tokens and their EOS.
 
@@ -362,25 +341,22 @@ class SmolAndFastProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
-        observations = read_observations(images, text, state, self.default_task, self.image_keys)
         is_one = np.ndim(state) == 1
-        images, tasks, state = observations
+        images, tasks, state = read_observations(images, text, state, self.default_task, self.image_keys)
         bins = self.normalizer.state_bins(state)
-        with as_value_error("The image processor", "Load it from the checkpoint again."):
-            pixels = self.image_processor(
-                images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
-            )
-        self._check_pixels(**pixels)
-        grids = [
-            list(zip(*sample, strict=True)) for sample in zip(pixels.pop("rows"), pixels.pop("cols"), strict=True)
-        ]
-        template = self._prompt_around_images()
-        prompts = [
-            self._write_prompt(template, task, x, grid) for task, x, grid in zip(tasks, bins, grids, strict=True)
-        ]
+        pixels = self.image_processor(
+            images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
+        )
+        splits = zip(pixels.pop("rows"), pixels.pop("cols"), strict=True)
+        grids = [list(zip(rows, cols, strict=True)) for rows, cols in splits]
+        template, samples = self._prompt_around_images(), zip(tasks, bins, grids, strict=True)
+        prompts = [self._write_prompt(template, *sample) for sample in samples]
         rows, side, labels = self._tokenize(prompts), "left", {}
         if actions is None:
-            self._warn_of_new_tasks(tasks)
+            warning = warning_of_new_tasks(tasks, self.training_tasks)
+            if warning and not self._has_warned:
+                self._has_warned = True
+                logger.warning(warning)
         else:
             actions = as_numbers(actions, "actions")[None] if is_one else actions
             actions = as_numbers(actions, "actions", (len(state), self.chunk_size, self.normalizer.action_dim))
@@ -396,31 +372,16 @@ class SmolAndFastProcessor(ProcessorMixin):
         }
         return BatchFeature({**inputs, **pixels, **labels})
 
-    def _check_pixels(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None = None, **_) -> None:
-        side = self.image_processor.max_image_size["longest_edge"]
-        if pixel_values.shape[2:] != (3, side, side) or not torch.isfinite(pixel_values).all():
-            raise ValueError(
-                f"The image processor made images of shape {tuple(pixel_values.shape[2:])}, expected (3, {side}, "
-                f"{side}) and finite numbers. Load it from the checkpoint again."
-            )
-        is_zero = (pixel_values == 0).flatten(2).all(dim=2)  # (batch, num_images)
-        if (is_zero if pixel_attention_mask is None else is_zero & pixel_attention_mask.flatten(2).any(dim=2)).any():
-            raise ValueError(
-                "The image processor made an image of zeros, which SmolVLM drops as padding. Set do_normalize=True "
-                "and the mean 0.5, as SmolVLM has it: black is -1 then."
-            )
-
     def post_process_actions(self, generated_ids: torch.LongTensor, relaxed: bool = False) -> np.ndarray:
-        """Turn what `model.generate(**inputs)` returned into actions for the robot.
+        """Decode the output of `model.generate(**inputs)` to actions for the robot.
 
         Args:
             generated_ids: `(batch, length)` ids, the prompt included.
-            relaxed: Cut rows that hold too much, and fill rows that hold too little with zero coefficients, as
+            relaxed: Truncate rows that are too long, and fill rows that are too short with zero coefficients, as
                 published FAST policies do.
 
         Returns:
-            `(batch, chunk_size, action_dim)` float32 in the robot's units, clipped to the smallest and largest action
-            in the statistics.
+            `(batch, chunk_size, action_dim)` float32 in robot units, clipped to `min` and `max` of the statistics.
 
         Raises:
             ValueError: A row that does not end with exactly one chunk, unless `relaxed`.
@@ -429,37 +390,33 @@ class SmolAndFastProcessor(ProcessorMixin):
         bins = self._read_bins(prompts) if self.use_relative_actions else None
         return self.normalizer.unnormalize_actions(actions, bins)
 
-    def report(self, output, state: "np.ndarray | torch.Tensor") -> dict[str, np.ndarray]:
-        """Say how far each chunk can be trusted, so that a controller can stop the arm.
+    def report(self, output, state: ArrayLike) -> dict[str, np.ndarray]:
+        """Confidence of each chunk, so that a controller can stop the robot.
 
         Args:
-            output: What `model.generate(**inputs, return_dict_in_generate=True, output_scores=True)` returned:
-                greedy, sampled or from beam search.
-            state: `(state_dim,)` or `(sequences, state_dim)`, the states that the prompts were made from.
+            output: That of `model.generate(**inputs, return_dict_in_generate=True, output_scores=True)`: greedy,
+                sampled or from beam search.
+            state: `(state_dim,)` or `(sequences, state_dim)`, the states in the prompts.
 
         Returns:
-            Three arrays `(sequences,)`. `log_probability`: the mean natural logarithm of the probabilities of the
-            chunk's tokens, under the distribution that they were chosen from: among the tokens that could follow, with
-            `temperature`, `top_k` and the like. `clipped_actions`: how many of its `chunk_size * action_dim` values
-            lie outside the statistics, so that [`post_process_actions`] clips them. `clamped_states`: how many values
-            of the state lie outside the statistics.
+            Three arrays `(sequences,)`. `log_probability`: mean natural log-probability of the chunk's tokens under
+            the distribution that they were chosen from (the allowed tokens, after `temperature`, `top_k` and the
+            like). `clipped_actions`: number of its `chunk_size * action_dim` values outside the statistics, which
+            [`post_process_actions`] clips. `clamped_states`: number of values of the state outside the statistics.
 
         Raises:
             ValueError: An output without scores, or with those of other sequences; a state that is not in the prompt.
         """
-        scores = getattr(output, "scores", None)
-        if scores is None:
-            raise ValueError(
-                "output holds no scores: call model.generate(**inputs, return_dict_in_generate=True, "
-                "output_scores=True) and pass what it returns."
-            )
+        if getattr(output, "scores", None) is None:
+            options = "return_dict_in_generate=True, output_scores=True"
+            raise ValueError(f"output holds no scores: call model.generate(**inputs, {options}) and pass its output.")
         actions, prompts, spans = self._decode(output)
         bins, state = self._read_bins(prompts), as_numbers(state, "state")
         state = state[None] if state.ndim == 1 else state
         if not np.array_equal(self.normalizer.state_bins(state), bins):
             raise ValueError(
-                f"state is {state.tolist()}, which is not what the prompts say. Pass one state a sequence, "
-                "those that the processor was called with."
+                f"state is {state.tolist()}, which is not the state in the prompts. Pass those that the processor was "
+                "called with, one per sequence."
             )
         return {
             "log_probability": np.array([_mean_log_probability(output, i, *span) for i, span in enumerate(spans)]),
@@ -467,21 +424,16 @@ class SmolAndFastProcessor(ProcessorMixin):
             "clamped_states": self.normalizer.count_clamped_states(state),
         }
 
-    def _decode(
-        self, generated_ids, relaxed: bool = False
-    ) -> tuple[np.ndarray, list[np.ndarray], list[tuple[int, int]]]:
-        """Normalised chunks `(batch, chunk_size, action_dim)`, the prompts, and where each string starts and ends."""
-        with as_value_error("generated_ids", "Pass what generate() returned."):
-            ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
+    def _decode(self, generated_ids, relaxed: bool = False) -> tuple[np.ndarray, list[np.ndarray], list[tuple]]:
+        """Normalised chunks `(batch, chunk_size, action_dim)`, the prompts, and start and end of each string."""
+        ids = torch.as_tensor(getattr(generated_ids, "sequences", generated_ids)).cpu().numpy()
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind != "i":
-            raise ValueError(
-                f"generated_ids has shape {ids.shape} and dtype {ids.dtype}, expected (batch, length) integers as "
-                "generate() returns them."
-            )
+            kind = f"shape {ids.shape} and dtype {ids.dtype}"
+            raise ValueError(f"generated_ids has {kind}, expected integers (batch, length), the output of generate().")
         tokens, prompts, spans = [], [], []
         for row in ids:
             is_action = self._is_action(row)
-            end = len(row) - np.argmax(is_action[::-1])  # behind the last action token stand EOS and padding
+            end = len(row) - np.argmax(is_action[::-1])  # EOS and padding follow the last action token
             start = end - np.argmin(np.append(is_action[:end][::-1], False)) if is_action.any() else end
             tokens.append(action_token_map(row[start:end], self.action_token_base_id).tolist())
             prompts.append(row[:start])
@@ -495,17 +447,9 @@ class SmolAndFastProcessor(ProcessorMixin):
 
     @property
     def max_new_tokens(self) -> int:
-        """No action string has more tokens: a token holds a coefficient, or a byte of one."""
+        """Length of the longest action string: a token holds at least one coefficient, or one byte of it."""
         num_coefficients = self.chunk_size * self.normalizer.action_dim
         return num_coefficients * (MAX_SYMBOL_BYTES if self.action_tokenizer.is_byte_level else 1)
-
-    def _smallest_grid(self) -> tuple[int, int]:
-        """Rows and columns that an image of any shape is at least split into; 0 if it is not split."""
-        images = self.image_processor
-        if not images.do_image_splitting:
-            return 0, 0
-        longest = images.size.get("longest_edge") if images.do_resize else None
-        return (1, math.ceil(longest / images.max_image_size["longest_edge"])) if longest else (0, 0)
 
     def _tokenize(self, prompts: list[str]) -> list[list[int]]:
         rows = self.tokenizer(prompts)["input_ids"]
@@ -514,39 +458,32 @@ class SmolAndFastProcessor(ProcessorMixin):
         return rows
 
     def prompt_around(self) -> tuple[str, str]:
-        """What stands before and after task and state: the tokens of images that are not split, the chat's turns."""
+        """The prompt before and after task and state, for images that are not split."""
         before, after = self._prompt_around_images()
         return before.replace(self.tokenizer.image_token, self._write_image(0, 0)), after
 
     def _prompt_around_images(self) -> tuple[str, str]:
-        """What the chat template writes before and after the user's images and text."""
+        """The chat template's text before and after the user's text; an image token for each image."""
         mark, num_images = "{prompt}", len(self.image_keys)
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": mark}]
-        with as_value_error("chat_template", "Load SmolVLM's, or the saved files again."):
-            rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        rendered = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         parts = rendered.split(mark)
         if len(parts) != 2 or parts[0].count(self.tokenizer.image_token) != num_images:
             raise ValueError(
-                f"chat_template writes {num_images} images and a text as {rendered!r}, expected a mark for each "
+                f"chat_template renders {num_images} images and a text as {rendered!r}, expected a token for each "
                 "image, then the text once. Load SmolVLM's, or the saved files again."
             )
         return parts[0], parts[1]
 
-    def _warn_of_new_tasks(self, tasks: list[str]) -> None:
-        warning = warning_of_new_tasks(tasks, self.training_tasks)
-        if warning and not self._has_warned:
-            self._has_warned = True
-            logger.warning(warning)
-
-    def _write_prompt(self, template: tuple[str, str], task: str, bins, grid: list[tuple[int, int]]) -> str:
-        """The prompt of one sample; `grid` holds the rows and columns that each image is split into, 0 for none."""
+    def _write_prompt(self, template: tuple[str, str], task: str, bins, grid: list[tuple] | None = None) -> str:
+        """The prompt of one sample; `grid` has rows and columns of each image's sub-images, 0 if it is not split."""
         before, *pieces = template[0].split(self.tokenizer.image_token)
-        for (rows, cols), piece in zip(grid, pieces, strict=True):
+        for (rows, cols), piece in zip(grid or [(0, 0)] * len(pieces), pieces, strict=True):
             before += self._write_image(rows, cols) + piece
         return write_prompt(before, task, bins, template[1], self.tokenizer.get_added_vocab())
 
     def _write_image(self, rows: int, cols: int) -> str:
-        """What SmolVLM reads for one image: its sub-images, row by row, then the whole of it; 0 rows: not split."""
+        """SmolVLM's tokens of one image: its sub-images, row by row, if it is split, then the whole image."""
         fake, visual = self.tokenizer.fake_image_token, self.tokenizer.image_token * self.image_seq_len
         lines = [
             "".join(f"{fake}<row_{row}_col_{col}>{visual}" for col in range(1, cols + 1)) + "\n"
@@ -558,26 +495,15 @@ class SmolAndFastProcessor(ProcessorMixin):
     def _read_bins(self, prompts: list[np.ndarray]) -> np.ndarray:
         rows = []
         for index, text in enumerate(self.tokenizer.batch_decode(prompts)):
-            found = BINS_IN_PROMPT.findall(text)
-            bins = [int(number) for number in found[-1].split()] if found else []
+            matches = BINS_IN_PROMPT.findall(text)
+            bins = [int(number) for number in matches[-1].split()] if matches else []
             if len(bins) != self.normalizer.state_dim or max(bins) >= self.n_state_bins:
                 raise ValueError(
                     f"generated_ids[{index}] holds no state of {self.normalizer.state_dim} bins before its actions. "
-                    "Pass what generate() returned, the prompt included."
+                    "Pass the output of generate(), the prompt included."
                 )
             rows.append(bins)
         return np.array(rows)
-
-
-def _check_names(names: list[str] | None, name: str, size: int) -> list[str] | None:
-    """Refuse anything but different names, one for each dimension."""
-    is_list = isinstance(names, (list, tuple)) and all(isinstance(item, str) and item for item in names)
-    if names is not None and not (is_list and len(set(names)) == len(names) == size):
-        raise ValueError(
-            f"{name} is {names!r}, expected {size} different names, one for each dimension, or None. Take them from "
-            "the data set."
-        )
-    return None if names is None else list(names)
 
 
 def _mean_log_probability(output, index: int, start: int, end: int) -> float:
@@ -588,9 +514,7 @@ def _mean_log_probability(output, index: int, start: int, end: int) -> float:
         row = index if beams is None else int(beams[index, step])  # a sequence's beam changes while it is searched
         total += output.scores[step][row].float().log_softmax(dim=0)[token].item()
     if not np.isfinite(total):
-        raise ValueError(
-            "output.scores gives the tokens of output.sequences no probability. Pass generate()'s output."
-        )
+        raise ValueError("output.scores gives output.sequences no probability. Pass generate()'s output.")
     return total / (end - start)
 
 

@@ -1,7 +1,6 @@
-"""The input of a policy: one sample's or a batch's images, task and state, validated, and the prompt around them.
+"""Input validation of a policy (images, task, state), and the prompt.
 
-Needs NumPy and Pillow alone: the processor and a deployed policy (`deployment/runtime.py`) refuse the same input, and
-write the same prompt.
+Needs only NumPy and Pillow, so that a deployed policy (`deployment/runtime.py`) shares it with the processor.
 """
 
 import os
@@ -23,8 +22,8 @@ def read_observations(
     """Read the arguments of [`SmolAndFastProcessor.__call__`].
 
     Returns:
-        For each sample its images, uint8 arrays `(H, W, 3)`, one a camera in the order of `image_keys`; its task; and
-        the states, float64 `(batch, state_dim)`.
+        For each sample its images, uint8 arrays `(H, W, 3)` in the order of `image_keys`; its task; and the states,
+        float64 `(batch, state_dim)`.
 
     Raises:
         ValueError: Input that is missing, of the wrong shape or kind, or not finite; other cameras than `image_keys`.
@@ -52,24 +51,24 @@ def read_observations(
         raise ValueError("text is empty, and the policy has no default_task. Pass the instruction as text=....")
     if len(images) != len(state) or len(tasks) != len(state):
         raise ValueError(
-            f"Got {len(images)} samples of images, {len(tasks)} tasks and {len(state)} states, expected one of "
-            "each a sample. For one sample, state has shape (state_dim,)."
+            f"Got {len(images)} samples of images, {len(tasks)} tasks and {len(state)} states, expected one of each "
+            "per sample. For one sample, state has shape (state_dim,)."
         )
     samples = []
     for i, sample in enumerate(images):
         name = f"images[{i}]"
-        found = as_rgb_images(_in_order(sample, name, image_keys) if isinstance(sample, Mapping) else sample, name)
-        if len(found) != len(image_keys):
+        sample = as_rgb_images(_in_order(sample, name, image_keys) if isinstance(sample, Mapping) else sample, name)
+        if len(sample) != len(image_keys):
             raise ValueError(
-                f"{name} has {len(found)} images, expected {len(image_keys)}, one of each camera that the policy was "
+                f"{name} has {len(sample)} images, expected {len(image_keys)}, one of each camera that the policy was "
                 f"trained with: {', '.join(image_keys)}. Pass them in this order, or as a dictionary by name."
             )
-        samples.append(found)
+        samples.append(sample)
     return samples, tasks, state
 
 
 def _read_text(text) -> str | list[str | None] | None:
-    """The instruction, or a list of them; a `None` stands for the default task."""
+    """The instruction, or a list of them; `None` stands for the default task."""
     tasks = text.tolist() if isinstance(text, np.ndarray) and text.dtype.kind in "UO" else text
     tasks = list(tasks) if isinstance(tasks, tuple) else tasks
     for i, task in enumerate(tasks if isinstance(tasks, list) else [tasks]):
@@ -82,22 +81,23 @@ def _read_text(text) -> str | list[str | None] | None:
 
 
 def _describe(value) -> str:
-    """An array or a tensor by its shape, whatever is short in full."""
+    """The shape of an array or tensor, other short values in full."""
     kind = type(value).__name__
-    if hasattr(value, "shape"):
-        return f"a {kind} of shape {tuple(value.shape)} and dtype {getattr(value, 'dtype', None)}"
-    return f"{value!r} ({kind})" if len(repr(value)) <= 200 else f"a {kind}"
+    return f"a {kind} of shape {tuple(value.shape)}" if hasattr(value, "shape") else f"{value!r:.200} ({kind})"
 
 
 def check_image_keys(image_keys: Sequence[str]) -> list[str]:
-    """The names of a policy's cameras, as a list. Raises `ValueError` unless they are different strings."""
-    is_list = isinstance(image_keys, (list, tuple)) and all(isinstance(key, str) and key for key in image_keys)
-    if not is_list or not image_keys or len(set(image_keys)) != len(image_keys):
-        raise ValueError(
-            f"image_keys is {image_keys!r}, expected the names of the cameras, each once, such as "
-            "['observation.images.front', 'observation.images.wrist']. Take them from the data set."
-        )
-    return list(image_keys)
+    """The names of a policy's cameras as a list. Raises `ValueError` unless they are different strings."""
+    return check_names(image_keys, "image_keys")
+
+
+def check_names(names: Sequence[str], name: str, size: int | None = None) -> list[str]:
+    """Return different names as a list; raise `ValueError` for anything else, or another number of them."""
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(item, str) and item for item in names)
+    if not is_list or not names or len(set(names)) != len(names) or size not in (None, len(names)):
+        count = "a list of" if size is None else size
+        raise ValueError(f"{name} is {names!r}, expected {count} different names. Take them from the data set.")
+    return list(names)
 
 
 def _in_order(images: dict, name: str, image_keys: Sequence[str]) -> list:
@@ -105,39 +105,35 @@ def _in_order(images: dict, name: str, image_keys: Sequence[str]) -> list:
     if set(images) != set(image_keys):
         raise ValueError(
             f"{name} has the cameras {sorted(map(str, images))}, expected {list(image_keys)}, those that the policy "
-            "was trained with. Rename or add what differs."
+            "was trained with. Rename or add the others."
         )
     return [images[key] for key in image_keys]
 
 
 def _as_samples(columns: list, image_keys: Sequence[str], batch: int) -> list[list]:
-    """From one batch a camera to one list a sample."""
+    """From one batch per camera to one list per sample."""
     for key, column in zip(image_keys, columns, strict=True):
-        if not hasattr(column, "__len__") or len(column) != batch:
-            found = len(column) if hasattr(column, "__len__") else type(column).__name__
-            raise ValueError(f"images[{key!r}] has {found} images for {batch} states, expected one a state.")
+        count = len(column) if hasattr(column, "__len__") else type(column).__name__
+        if count != batch:
+            raise ValueError(f"images[{key!r}] has {count} images for {batch} states, expected one per state.")
     return [list(sample) for sample in zip(*columns, strict=True)]
 
 
 def write_prompt(before: str, task: str, bins: Sequence[int], after: str, special_tokens: Collection[str]) -> str:
-    """The prompt of one sample, between what stands before and after it: marks of images, turns of the chat."""
-    is_text = isinstance(task, str) and task.encode(errors="ignore").decode() == task  # no half of a character
+    """The prompt of one sample, between the chat template's text before (with the images) and after it."""
+    is_text = isinstance(task, str) and task.encode(errors="ignore").decode() == task  # no lone surrogates
     if not is_text or any(token in task for token in special_tokens):
-        raise ValueError(
-            f"text is {task!r}, expected an instruction that holds none of the tokenizer's special tokens. Write it "
-            "in plain words."
-        )
+        raise ValueError(f"text is {task!r}, expected an instruction in plain words, without special tokens.")
     return before + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + after
 
 
 def warning_of_new_tasks(tasks: list[str], training_tasks: list[str] | None) -> str | None:
-    """What to tell a user whose policy was not trained on one of these sentences."""
+    """The warning for instructions that are not in `training_tasks`; `None` if there are none."""
     new = [task for task in tasks if task not in training_tasks] if training_tasks else []
     if not new:
         return None
     more = f" and {len(training_tasks) - 3} more (training_tasks)" if len(training_tasks) > 3 else ""
     return (
-        f"The policy is told {new[0]!r}, and was trained on other sentences: "
-        f"{', '.join(map(repr, training_tasks[:3]))}{more}. Use one of them, or measure first what it does with this "
-        "one."
+        f"The instruction {new[0]!r} is not one that the policy was trained on: "
+        f"{', '.join(map(repr, training_tasks[:3]))}{more}. Use one of them, or measure its success on this one first."
     )

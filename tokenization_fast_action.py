@@ -1,48 +1,47 @@
 """FAST: robot action chunks as short strings of tokens.
 
-A chunk is turned into frequencies by a DCT-II over time, scaled and rounded to integers, written frequency by
-frequency with one symbol a coefficient, and compressed by byte-pair encoding (Pertsch et al. 2025, "FAST: Efficient
-Action Tokenization for Vision-Language-Action Models", arXiv 2501.09747, section V). Knows normalised numbers and FAST
-ids alone: not the robot's units, and not where a language model keeps the ids in its vocabulary.
+A DCT-II over time, scaled and rounded to integers, written frequency by frequency with one symbol per coefficient, and
+compressed by byte-pair encoding (Pertsch et al. 2025, "FAST: Efficient Action Tokenization for Vision-Language-Action
+Models", arXiv 2501.09747, section V). Works on normalised actions.
 """
 
 import json
 import math
 from collections.abc import Iterator, Sequence
-from numbers import Real
 
 import numpy as np
-import torch
+from numpy.typing import ArrayLike
 from scipy.fft import dct
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .checks_smolandfast import MAX_NORMALIZED, as_numbers, as_value_error, check_whole, in_batches
+from .checks_smolandfast import MAX_NORMALIZED, as_numbers, as_value_error, check_positive, check_whole, in_batches
 from .files_smolandfast import HUB_KWARGS, find_file
 from .grammar_smolandfast import FIRST_SYMBOL, MAX_CODE_POINT, MAX_SYMBOLS, inverse_dct, read_coefficients
 
 MAX_COEFFICIENT = 2**31
-# Of a larger data set, merges are learnt from evenly spaced chunks: they need about 100 bytes a coefficient.
+# Merges are learnt from at most so many, evenly spaced chunks: training needs about 100 bytes per coefficient.
 MAX_FITTED_CHUNKS = 100_000
 MAX_FITTED_COEFFICIENTS = 2**21
 
 
 class FastActionTokenizer(PreTrainedTokenizerFast):
-    """Encodes chunks of continuous actions as FAST tokens and decodes them again.
+    """Encodes chunks of continuous actions as FAST tokens and decodes them again. Thread-safe.
 
-    Every call is a pure function of its arguments, so one tokenizer serves any number of threads. Make one with
-    [`FastActionTokenizer.fit`], or load the official FAST+ files with `from_pretrained("physical-intelligence/fast")`.
+    Make one with [`FastActionTokenizer.fit`], or load the official FAST+ with
+    `from_pretrained("physical-intelligence/fast")`.
 
     Args:
         horizon: Actions in a chunk, H. `None` (FAST+): an argument of `decode_actions`.
         action_dim: Dimensions of an action, D. `None` (FAST+): an argument of `decode_actions`.
-        scale: DCT coefficients are multiplied by this before rounding: larger is finer and needs more tokens.
+        scale: Factor on the DCT coefficients before rounding: larger is finer and needs more tokens.
         min_coefficient: Smallest integer coefficient; smaller ones saturate.
-        max_coefficient: Largest integer coefficient; larger ones saturate. `None`: as far as the symbols reach.
+        max_coefficient: Largest integer coefficient; larger ones saturate. `None`: the largest with a symbol.
         fit_report: [`FastActionTokenizer.report`] of the chunks it was fitted on. `None`: not fitted (FAST+).
 
     Raises:
-        ValueError: The files hold no `min_coefficient`, so they are not those of an action tokenizer.
+        ValueError: Invalid values, or files of another tokenizer, without `min_coefficient`.
     """
 
     def __init__(
@@ -58,20 +57,17 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
     ):
         if min_coefficient is None:
             raise ValueError(
-                "These tokenizer files have no `min_coefficient` (`min_token` in the official FAST files), so they do "
-                "not belong to an action tokenizer. Fit one with FastActionTokenizer.fit(...), or load FAST+ from "
-                "'physical-intelligence/fast'."
+                "These tokenizer files have no `min_coefficient` (`min_token` in FAST+), so they do not belong to an "
+                "action tokenizer. Fit one with FastActionTokenizer.fit(...), or load 'physical-intelligence/fast'."
             )
-        _check_scale(scale)
-        for name, value in {"min_coefficient": min_coefficient, "max_coefficient": max_coefficient}.items():
-            if value is not None:
-                check_whole(value, name, -MAX_COEFFICIENT, MAX_COEFFICIENT)
+        check_positive(scale, "scale", "the FAST paper uses 10")
+        check_whole(min_coefficient, "min_coefficient", -MAX_COEFFICIENT, MAX_COEFFICIENT)
         for name, value in {"horizon": horizon, "action_dim": action_dim}.items():
             if value is not None:
                 check_whole(value, name)
         if (horizon is None) != (action_dim is None):
             raise ValueError(f"horizon is {horizon} and action_dim is {action_dim}: give both, or neither (FAST+).")
-        # The official files name classes that live in another repository; `tokenizer_object` holds the vocabulary.
+        # FAST+ names classes of another repository; `tokenizer_object` holds the vocabulary.
         for name in ("auto_map", "processor_class", "vocab", "merges"):
             kwargs.pop(name, None)
         super().__init__(
@@ -94,13 +90,13 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         max_coefficient = largest if max_coefficient is None else max_coefficient
         if not min_coefficient <= max_coefficient <= largest:
             raise ValueError(
-                f"max_coefficient is {max_coefficient}, expected {min_coefficient} (min_coefficient) to {largest} (as "
-                "far as the symbols reach). Load the tokenizer's saved files again."
+                f"max_coefficient is {max_coefficient}, expected {min_coefficient} (min_coefficient) to {largest} "
+                "(the largest with a symbol). Load the tokenizer's saved files again."
             )
         self.max_coefficient = max_coefficient
         tokens = self.convert_ids_to_tokens(list(range(len(self))))
         if self.is_byte_level:
-            to_byte = _byte_alphabet()
+            to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
             self.token_bytes = [bytes(to_byte[character] for character in token) for token in tokens]
         else:
             self.token_bytes = [token.encode("utf-8") for token in tokens]
@@ -109,24 +105,21 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
     def fit_report(self) -> dict:
         """[`FastActionTokenizer.report`] of the chunks it was fitted on. Raises `ValueError` if it was not fitted."""
         if self._fit_report is None:
-            raise ValueError(
-                "This tokenizer was not fitted on your chunks, as FAST+ is not, so it has no fit_report. Measure it "
-                "with tokenizer.report(chunks, action_scale), on normalised chunks."
-            )
+            raise ValueError("It was not fitted on your chunks: call tokenizer.report(chunks, action_scale).")
         return self._fit_report
 
     def _set_fit_report(self, report: dict | None) -> None:
         self._fit_report = report
         if report is not None:
-            self.init_kwargs["fit_report"] = report  # what Transformers saves
+            self.init_kwargs["fit_report"] = report  # saved by Transformers
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "FastActionTokenizer":
-        """Load a saved tokenizer, or the official FAST files, whose numbers are in their `processor_config.json`.
+        """Load a saved tokenizer, or FAST+, whose options are in its `processor_config.json`.
 
         Raises:
             ValueError: Damaged files, or those of another tokenizer.
-            OSError: No such files, or a hub that cannot be reached.
+            OSError: No such files, or a Hub that cannot be reached.
         """
         hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if key in kwargs}
         official_file, vocabulary_file = (
@@ -141,43 +134,34 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 kwargs.setdefault("horizon", official.get("time_horizon"))
                 kwargs.setdefault("action_dim", official.get("action_dim"))
             if vocabulary_file is not None:
-                # As it is: Transformers would make another one of its vocabulary, for a class with an `__init__`.
+                # Transformers would rebuild the vocabulary for a class with an `__init__`.
                 kwargs["tokenizer_object"] = Tokenizer.from_str(vocabulary_file.read_text(encoding="utf-8"))
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def fit(
-        cls,
-        chunks: "np.ndarray | torch.Tensor",
-        scale: float = 10.0,
-        vocab_size: int = 1024,
-        action_scale: "float | np.ndarray" = 1.0,
+        cls, chunks: ArrayLike, scale: float = 10.0, vocab_size: int = 1024, action_scale: ArrayLike = 1.0
     ) -> "FastActionTokenizer":
-        """Train a tokenizer on normalised action chunks. The same chunks give the same tokenizer.
+        """Train a tokenizer on normalised action chunks; deterministic.
 
-        Every integer between the smallest and the largest coefficient seen gets its own symbol, so all of them can be
-        written; the rest of the vocabulary is byte-pair merges of symbols. Beyond [`MAX_FITTED_CHUNKS`] chunks or
-        [`MAX_FITTED_COEFFICIENTS`] coefficients, merges and report come from evenly spaced chunks, the symbols still
-        from all.
+        Every integer between the smallest and the largest coefficient of all chunks has a symbol; the rest of the
+        vocabulary is byte-pair merges, learnt from at most [`MAX_FITTED_CHUNKS`] and [`MAX_FITTED_COEFFICIENTS`].
 
         Args:
             chunks: `(N, H, D)`, normalised to about [-1, 1], finite.
             scale: See the class.
-            vocab_size: Most tokens the vocabulary may have, symbols and merges together.
+            vocab_size: Maximum size of the vocabulary, symbols and merges together.
             action_scale: Robot units in one normalised unit, a number or `(D,)`: the unit of the report's errors.
 
         Returns:
-            The tokenizer; its `fit_report` is [`FastActionTokenizer.report`] of the chunks that it learnt merges from.
+            The tokenizer; its `fit_report` is [`FastActionTokenizer.report`] of the chunks used for the merges.
 
         Raises:
-            ValueError: wrong shape, values that are not finite, or fewer tokens than symbols.
+            ValueError: Wrong shape, values that are not finite, or fewer tokens than symbols.
         """
-        chunks = as_numbers(chunks, "chunks", ("N", "H", "D"), keep_floats=True)
-        _check_scale(scale)
+        chunks = _check_chunks(chunks, "chunks", ("N", "H", "D"))
+        check_positive(scale, "scale", "the FAST paper uses 10")
         check_whole(vocab_size, "vocab_size")
-        if chunks.size == 0:
-            raise ValueError(f"chunks has shape {chunks.shape}: pass at least one (H, D) chunk to fit on.")
-        action_scale = _check_action_scale(action_scale, chunks.shape[2])
         low, high = _coefficient_range(chunks, scale, vocab_size)
         num_fitted = max(1, min(len(chunks), MAX_FITTED_CHUNKS, MAX_FITTED_COEFFICIENTS // chunks[0].size))
         chunks = chunks[np.linspace(0, len(chunks) - 1, num_fitted).round().astype(int)]
@@ -188,50 +172,39 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             show_progress=False,
         )
         backend.train_from_iterator(_write_strings(chunks, scale, low), trainer, length=num_fitted)
-        tokenizer = cls(
-            tokenizer_object=backend,
-            horizon=int(chunks.shape[1]),
-            action_dim=int(chunks.shape[2]),
-            scale=float(scale),
-            min_coefficient=low,
-            max_coefficient=high,
-        )
-        tokenizer._set_fit_report(tokenizer.report(chunks, action_scale))
-        return tokenizer
+        options = {"scale": float(scale), "min_coefficient": low, "max_coefficient": high}
+        return cls._make(backend, chunks, action_scale, **options)
 
-    def resample(
-        self, chunks: "np.ndarray | torch.Tensor", action_scale: "float | np.ndarray" = 1.0
-    ) -> "FastActionTokenizer":
-        """The same tokens for chunks of another number of actions over the same time, as of another frame rate.
+    def resample(self, chunks: ArrayLike, action_scale: ArrayLike = 1.0) -> "FastActionTokenizer":
+        """The same tokens for chunks of the same duration at another control rate.
 
-        An orthonormal DCT of half as many samples has coefficients smaller by a factor of sqrt(2); `scale` makes up
-        for it, so that a motion keeps its coefficients, and a model what it has learnt of the tokens.
+        An orthonormal DCT of half as many samples has coefficients smaller by a factor of sqrt(2). `scale` compensates
+        for it, so that a motion keeps its tokens, and a model what it has learnt of them.
 
         Args:
-            chunks: `(N, H, D)`, normalised: H is the new horizon, and the chunks are what `fit_report` measures.
+            chunks: `(N, H, D)`, normalised: H is the new horizon, and `fit_report` measures these chunks.
             action_scale: See [`FastActionTokenizer.fit`].
 
         Raises:
-            ValueError: Wrong shape, or a tokenizer that serves any horizon (FAST+).
+            ValueError: Wrong shape, or a tokenizer without a horizon (FAST+).
         """
         if self.horizon is None:
             raise ValueError("This tokenizer serves any horizon (FAST+), so there is nothing to resample. Use it.")
-        chunks = as_numbers(chunks, "chunks", ("N", "H", self.action_dim), keep_floats=True)
-        if chunks.size == 0:
-            raise ValueError(f"chunks has shape {chunks.shape}: pass at least one (H, D) chunk.")
-        tokenizer = type(self)(
-            tokenizer_object=self.backend_tokenizer,
-            horizon=int(chunks.shape[1]),
-            action_dim=self.action_dim,
-            scale=self.scale * math.sqrt(self.horizon / chunks.shape[1]),
-            min_coefficient=self.min_coefficient,
-            max_coefficient=self.max_coefficient,
-        )
+        chunks = _check_chunks(chunks, "chunks", ("N", "H", self.action_dim))
+        scale = self.scale * math.sqrt(self.horizon / chunks.shape[1])
+        options = {"min_coefficient": self.min_coefficient, "max_coefficient": self.max_coefficient}
+        return self._make(self.backend_tokenizer, chunks, action_scale, scale=scale, **options)
+
+    @classmethod
+    def _make(cls, backend: Tokenizer, chunks: np.ndarray, action_scale, **options) -> "FastActionTokenizer":
+        """A tokenizer of these chunks' shape, with a report on them."""
+        horizon, action_dim = chunks.shape[1:]
+        tokenizer = cls(tokenizer_object=backend, horizon=int(horizon), action_dim=int(action_dim), **options)
         tokenizer._set_fit_report(tokenizer.report(chunks, action_scale))
         return tokenizer
 
-    def encode_actions(self, actions: "np.ndarray | torch.Tensor") -> list[list[int]]:
-        """Turn action chunks into FAST token ids.
+    def encode_actions(self, actions: ArrayLike) -> list[list[int]]:
+        """Encode action chunks as FAST token ids.
 
         DCT-II over time (orthonormal), times `scale`, rounded half to even, frequency by frequency, then BPE.
         Coefficients outside `[min_coefficient, max_coefficient]` saturate ([`count_saturated`] counts them).
@@ -240,15 +213,15 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             actions: `(batch, horizon, action_dim)`, normalised to about [-1, 1], finite.
 
         Returns:
-            One list of ids in `[0, vocab_size)` for each chunk. Lengths differ.
+            One list of ids in `[0, vocab_size)` for each chunk, of different lengths.
 
         Raises:
-            ValueError: Wrong shape, or a value that is not finite; the message names the first offending index.
+            ValueError: Wrong shape, or a value that is not finite; the message names the first such index.
         """
-        return self.encode_coefficients(_dct_coefficients(self._check_chunks(actions), self.scale))
+        return self.encode_coefficients(self._dct_coefficients(actions))
 
     def encode_coefficients(self, coefficients: Sequence[np.ndarray]) -> list[list[int]]:
-        """Turn integer coefficients, one array `(n,)` a string, into FAST token ids; those out of range saturate."""
+        """Encode integer coefficients, one array `(n,)` per string, as FAST token ids; they saturate out of range."""
         symbols = [np.clip(row, self.min_coefficient, self.max_coefficient).astype(np.int64) for row in coefficients]
         texts = [_write_symbols(row - self.min_coefficient + self.first_symbol) for row in symbols]
         return [encoding.ids for encoding in self.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -264,59 +237,49 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         action_dim: int | None = None,
         relaxed: bool = False,
     ) -> np.ndarray:
-        """Turn FAST token ids back into action chunks.
+        """Decode FAST token ids to action chunks.
 
         Args:
             ids: For each chunk, ids in `[0, vocab_size)`: lists, or rows of an array or tensor.
             horizon: Actions in a chunk; by default the tokenizer's own.
             action_dim: Dimensions of an action; by default the tokenizer's own.
-            relaxed: Take any string: coefficients beyond `horizon * action_dim` are cut, missing ones are zero, bytes
-                that are not valid UTF-8 are skipped, and coefficients out of range saturate.
+            relaxed: Accept any string: extra coefficients are dropped, missing ones are zero, invalid UTF-8 is
+                skipped, and coefficients out of range saturate.
 
         Returns:
             `(batch, horizon, action_dim)` float64, normalised.
 
         Raises:
-            ValueError: An id outside the vocabulary, or, unless `relaxed`, a coefficient that `encode_actions` never
-                writes, or a string that does not hold exactly `horizon * action_dim` of them: nothing is padded, cut
-                or replaced by zeros.
+            ValueError: An id outside the vocabulary, or, unless `relaxed`, a coefficient out of range, or a string
+                that does not hold exactly `horizon * action_dim` coefficients.
         """
         horizon = self.horizon if horizon is None else horizon
         action_dim = self.action_dim if action_dim is None else action_dim
         if horizon is None or action_dim is None:
-            raise ValueError(
-                "This tokenizer was not fitted for one chunk shape (FAST+ serves all): say "
-                "decode_actions(ids, horizon=..., action_dim=...)."
-            )
-        check_whole(horizon, "horizon")
-        check_whole(action_dim, "action_dim")
+            raise ValueError("FAST+ has no chunk shape: call decode_actions(ids, horizon=..., action_dim=...).")
         if (self.horizon, self.action_dim) not in ((None, None), (horizon, action_dim)):
             raise ValueError(
                 f"Asked for chunks of shape ({horizon}, {action_dim}), but this tokenizer was fitted for "
                 f"({self.horizon}, {self.action_dim}). Fit a tokenizer for the other shape."
             )
-        is_text = isinstance(ids, (str, bytes))
-        if is_text or not isinstance(ids, (Sequence, np.ndarray, torch.Tensor)) or getattr(ids, "ndim", 1) == 0:
-            raise ValueError(f"ids is {ids!r}, expected a list of ids for each chunk.")
-        rows, size = [self._read_coefficients(row, i, relaxed) for i, row in enumerate(ids)], horizon * action_dim
-        for i, row in enumerate(rows):
-            if row.size != size and not relaxed:
+        chunks, size = [], horizon * action_dim
+        for i, row in enumerate(ids):
+            values = self._read_coefficients(row, i, relaxed)
+            if values.size != size and not relaxed:
                 raise ValueError(
-                    f"ids[{i}] holds {row.size} coefficients, expected horizon * action_dim = {horizon} * "
-                    f"{action_dim} = {size}. Constrained decoding (the model's own generate) writes only whole chunks."
+                    f"ids[{i}] holds {values.size} coefficients, expected horizon * action_dim = {horizon} * "
+                    f"{action_dim} = {size}. The model's own generate() writes only whole chunks."
                 )
-        coefficients = np.zeros((len(rows), size))
-        for i, row in enumerate(rows):
-            coefficients[i, : row.size] = row[:size]
-        return inverse_dct((coefficients / self.scale).reshape(-1, horizon, action_dim))
+            chunks.append(np.zeros(size))
+            chunks[i][: values.size] = values[:size]
+        return inverse_dct((np.array(chunks) / self.scale).reshape(-1, horizon, action_dim))
 
     def _read_coefficients(self, ids: Sequence[int], index: int, relaxed: bool) -> np.ndarray:
-        with as_value_error(f"ids[{index}]", "Pass a list of ids for each chunk."):
-            ids = np.asarray(ids)
+        ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            kind = f"shape {ids.shape} and dtype {ids.dtype}"
             raise ValueError(
-                f"ids[{index}] has shape {ids.shape} and dtype {ids.dtype}, expected a list of ids: decode_actions "
-                "takes a batch of lists."
+                f"ids[{index}] has {kind}, expected a list: decode_actions takes a batch of lists of ids."
             )
         outside = ids[(ids < 0) | (ids >= len(self.token_bytes))]
         if outside.size:
@@ -327,7 +290,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"ids[{index}] is not a valid FAST string: its bytes are not UTF-8 ({error.reason} at byte "
-                f"{error.start}). Only strings from encode_actions or from constrained decoding can be decoded."
+                f"{error.start}). Pass strings of encode_actions or of the model's own generate()."
             ) from error
         if relaxed:
             return np.clip(coefficients, self.min_coefficient, self.max_coefficient)
@@ -335,35 +298,35 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         if outside.size:
             raise ValueError(
                 f"ids[{index}] holds the coefficient {outside[0]}, expected {self.min_coefficient} to "
-                f"{self.max_coefficient}, which is what encode_actions and constrained decoding write."
+                f"{self.max_coefficient}. Pass strings of encode_actions or of the model's own generate()."
             )
         return coefficients
 
-    def count_saturated(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
-        """Count, for each chunk, the coefficients that `encode_actions` has to saturate: `(batch,)` integers."""
-        coefficients = _dct_coefficients(self._check_chunks(actions), self.scale)
+    def count_saturated(self, actions: ArrayLike) -> np.ndarray:
+        """The number of coefficients in each chunk that `encode_actions` saturates: `(batch,)`."""
+        coefficients = self._dct_coefficients(actions)
         return ((coefficients < self.min_coefficient) | (coefficients > self.max_coefficient)).sum(axis=1)
 
-    def report(self, actions: "np.ndarray | torch.Tensor", action_scale: "float | np.ndarray" = 1.0) -> dict:
-        """Measure how well the tokenizer serves these chunks, in the action's own units.
+    def report(self, actions: ArrayLike, action_scale: ArrayLike = 1.0) -> dict:
+        """Measure how well the tokenizer represents these chunks, in robot units.
 
         Args:
             actions: `(batch, horizon, action_dim)`, normalised.
             action_scale: Robot units in one normalised unit, a number or `(action_dim,)`.
 
         Returns:
-            `tokens_mean`, `tokens_p99`, `tokens_max` a chunk; `rmse` and `max_error` between an action and its decoded
-            self, in robot units; `clip_rate`, the share of saturated coefficients; `vocab_used`, the share of the
-            vocabulary that these chunks use; `num_chunks`, `vocab_size`. For each dimension of the action,
-            `rmse_by_dim`, and `clipped_values_by_dim`: the share of its values at or beyond -2 and 2, where quantile
-            normalisation has clipped them.
+            `num_chunks`, `vocab_size`; `tokens_mean`, `tokens_p99`, `tokens_max` per chunk; `rmse`, `rmse_by_dim` and
+            `max_error` between actions and their decoded tokens; `clip_rate`, the share of saturated coefficients;
+            `clipped_values_by_dim`, the share of values outside (-2, 2), where quantile normalisation clips;
+            `vocab_used`, the share of the vocabulary that occurs.
         """
-        actions = self._check_chunks(actions)
-        if actions.size == 0:
+        actions = _check_chunks(actions, "actions", self._chunk_shape())
+        action_scale = as_numbers(action_scale, "action_scale")
+        if action_scale.shape not in ((), actions.shape[2:]):
             raise ValueError(
-                f"actions is empty, of shape {actions.shape}: pass at least one (H, D) chunk to report on."
+                f"action_scale has shape {action_scale.shape}, expected a number or {actions.shape[2:]}, one for each "
+                "dimension of the action. Pass Normalizer.action_scale."
             )
-        action_scale = _check_action_scale(action_scale, actions.shape[2])
         lengths, used, max_error, num_saturated = [], set(), 0.0, 0
         squares, num_clipped = np.zeros(actions.shape[2]), np.zeros(actions.shape[2])
         for rows in in_batches(len(actions), actions[0].size):
@@ -376,7 +339,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             max_error = max(max_error, np.abs(errors).max())
             num_saturated += self.count_saturated(batch).sum()
             num_clipped += (np.abs(batch) >= MAX_NORMALIZED).sum(axis=(0, 1))
-        num_values = len(actions) * actions.shape[1]  # of a dimension
+        num_values = len(actions) * actions.shape[1]  # per dimension
         return {
             "num_chunks": len(lengths),
             "vocab_size": len(self),
@@ -392,14 +355,14 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         }
 
     def token_grammar(self, num_coefficients: int) -> dict[str, list]:
-        """What constrained decoding must know of each token, as the field of `SmolAndFastConfig` that holds it.
+        """The field of `SmolAndFastConfig` that describes the tokens to constrained decoding.
 
-        Fitted: `fast_token_lengths`, the coefficients each token stands for. Byte-level (FAST+): `fast_token_bytes`,
-        the UTF-8 bytes of each token in hexadecimal, since a token may begin or end inside a character.
+        Fitted: `fast_token_lengths`, the coefficients of each token. Byte-level (FAST+): `fast_token_bytes`, the UTF-8
+        bytes of each token in hexadecimal, since a token may begin or end inside a character.
 
         Args:
-            num_coefficients: Coefficients in a chunk, H * D. Byte-level tokens that hold more are `None`: FAST+ has
-                tokens of over 1,500 coefficients, and configurations are read by people.
+            num_coefficients: Coefficients in a chunk, H * D. Longer byte-level tokens are `None`: FAST+ has tokens of
+                over 1,500 coefficients.
         """
         if not self.is_byte_level:
             return {"fast_token_lengths": [len(token.decode("utf-8")) for token in self.token_bytes]}
@@ -407,38 +370,22 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         pairs = zip(self.token_bytes, fits, strict=True)
         return {"fast_token_bytes": [token.hex() if fit else None for token, fit in pairs]}
 
-    def _check_chunks(self, actions: "np.ndarray | torch.Tensor") -> np.ndarray:
-        expected = (self.horizon or "horizon", self.action_dim or "action_dim")
-        return as_numbers(actions, "actions", ("batch", *expected), keep_floats=True)
+    def _dct_coefficients(self, actions: ArrayLike) -> np.ndarray:
+        return _dct_coefficients(as_numbers(actions, "actions", self._chunk_shape(), keep_floats=True), self.scale)
+
+    def _chunk_shape(self) -> tuple:
+        return "batch", self.horizon or "horizon", self.action_dim or "action_dim"
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for (GPT-2's, Radford et al. 2019).
-
-    Printable characters of Latin-1 stand for themselves, those from 256 on for the other bytes, in their order.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _check_scale(scale: float) -> None:
-    if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 < scale < float("inf"):
-        raise ValueError(f"scale is {scale!r}, expected a number above 0. The FAST paper uses 10.")
-
-
-def _check_action_scale(action_scale: "float | np.ndarray", action_dim: int) -> np.ndarray:
-    action_scale = as_numbers(action_scale, "action_scale")
-    if action_scale.shape not in ((), (action_dim,)):
-        raise ValueError(
-            f"action_scale has shape {action_scale.shape}, expected a number or ({action_dim},), one for each "
-            "dimension of the action. Pass Normalizer.action_scale."
-        )
-    return action_scale
+def _check_chunks(chunks: ArrayLike, name: str, shape: tuple) -> np.ndarray:
+    chunks = as_numbers(chunks, name, shape, keep_floats=True)
+    if chunks.size == 0:
+        raise ValueError(f"{name} has shape {chunks.shape}: pass at least one (H, D) chunk.")
+    return chunks
 
 
 def _coefficient_range(chunks: np.ndarray, scale: float, vocab_size: int) -> tuple[int, int]:
-    """The smallest and the largest coefficient of all chunks `(N, H, D)`."""
+    """The smallest and the largest coefficient of chunks `(N, H, D)`; raises if they need too many symbols."""
     extremes = []
     for rows in in_batches(len(chunks), chunks[0].size):
         coefficients = _dct_coefficients(chunks[rows], scale).reshape(-1, chunks.shape[2])  # (B, H*D) -> (B*H, D)
@@ -457,8 +404,8 @@ def _coefficient_range(chunks: np.ndarray, scale: float, vocab_size: int) -> tup
             fix = f"Use a scale below {scale}, or a vocab_size of {num_symbols} and more."
         raise ValueError(
             f"The coefficients run from {low} to {high}: {num_symbols} symbols, more than the vocabulary of "
-            f"{min(vocab_size, MAX_SYMBOLS)} can hold. The largest is of the action's dimension {widest}, whose "
-            f"normalised values run from {smallest:.4g} to {largest:.4g}. {fix}"
+            f"{min(vocab_size, MAX_SYMBOLS)}. The largest is in the action's dimension {widest}, whose normalised "
+            f"values run from {smallest:.4g} to {largest:.4g}. {fix}"
         )
     return low, high
 
@@ -475,7 +422,7 @@ def _dct_coefficients(actions: np.ndarray, scale: float) -> np.ndarray:
     coefficients = np.around(dct(actions.astype(np.float64), axis=1, norm="ortho") * scale)
     if not np.isfinite(coefficients).all():
         raise ValueError(
-            f"actions go up to {np.abs(actions).max():.3g} and overflow the transform. Normalise to about [-1, 1]."
+            f"actions go up to {np.abs(actions).max():.3g} and overflow the DCT. Normalise them to about [-1, 1]."
         )
     return coefficients.reshape(len(actions), actions.shape[1] * actions.shape[2])
 

@@ -1,15 +1,15 @@
 """A deployed policy: ONNX graphs, tokenizers and statistics in one folder, without PyTorch and Transformers.
 
-`examples/export_policy.py` writes the folder, this file and what it imports included. It needs onnxruntime (or
-OpenVINO), tokenizers, NumPy and Pillow. Observations are read, and refused, by the code that the processor uses;
-action strings are written under the grammar that `generate()` uses, so here too each is a whole chunk, whatever the
-weights.
+`examples/export_policy.py` writes the folder, including this file and its imports. It needs onnxruntime (or OpenVINO),
+tokenizers, NumPy and Pillow. Observations are validated by the processor's code, and decoding follows the grammar of
+`generate()`, so that every output is exactly one chunk, whatever the weights.
 """
 
 import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from ..checks_smolandfast import as_value_error, check_length, check_whole
-from ..files_smolandfast import SUMS, check_checksums, read_checksums, read_json
+from ..files_smolandfast import check_checksums, read_json
 from ..grammar_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
 from ..normalization_smolandfast import Normalizer
 from ..prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
@@ -38,24 +38,24 @@ AGAIN = "Export the policy again."
 
 
 class DeployedPolicy:
-    """Predicts action chunks, greedily, as `generate()` of the policy that was exported does.
+    """Predicts action chunks greedily, as `generate()` of the exported policy does.
 
     Args:
-        folder: What `examples/export_policy.py` wrote.
+        folder: Written by `examples/export_policy.py`.
         backend: `"onnxruntime"` or `"openvino"`.
         num_threads: Threads that compute; by default the backend's own choice, all cores.
         device: OpenVINO's device (`"CPU"`, `"GPU"`, `"NPU"`), or an execution provider of onnxruntime such as
-            `"CUDAExecutionProvider"` or `"TensorrtExecutionProvider"`; by default the processor.
+            `"CUDAExecutionProvider"` or `"TensorrtExecutionProvider"`; by default the CPU.
 
     Attributes:
         chunk_size, n_action_steps, action_dim, state_dim: As in the configuration of the policy.
         token_lengths: Coefficients in each FAST token; `None` with FAST+.
-        image_keys, fps: The cameras and the control rate of the demonstrations, see [`SmolAndFastProcessor`].
+        image_keys, fps: The cameras and the control rate of the demonstrations; `fps` may be `None`.
         state_names, action_names: Names of the dimensions of state and action; `None` where the data had none.
-        training_tasks: The sentences that it was trained on. Told another one, it warns once.
+        training_tasks: Instructions seen in training. Any other instruction triggers a one-time warning.
 
     Raises:
-        OSError: Files that are missing, damaged, or not those that were exported together.
+        OSError: Files are missing, damaged, or not those that were exported together.
         ValueError: A folder of another kind, or parts that do not fit together.
         ImportError: The backend is not installed.
     """
@@ -71,44 +71,41 @@ class DeployedPolicy:
     ):
         if backend not in list(BACKENDS):
             raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}.")
-        BACKENDS[backend].check_device(device)
         if num_threads is not None:
             check_whole(num_threads, "num_threads")
         folder = Path(folder)
         if not (folder / POLICY).is_file():
-            raise OSError(f"{folder} has no {POLICY}: it is no deployed policy. Make one with export_policy.py.")
-        unlisted = set(FILES) - set(read_checksums(folder / SUMS))
-        if unlisted:
-            raise OSError(f"{folder / SUMS} does not list {sorted(unlisted)[0]}. {AGAIN}")
+            raise OSError(f"{folder} has no {POLICY}: it is not a deployed policy. Make one with export_policy.py.")
         check_checksums(folder, FILES)
-        about = read_json(folder / POLICY, AGAIN)
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{folder} has format {about.get('format')!r}, this code reads {FORMAT}. {AGAIN}")
-        with as_value_error(folder, AGAIN, passing=(ImportError,)):
-            self._read(about)
+        metadata = read_json(folder / POLICY, AGAIN)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{folder} has format {metadata.get('format')!r}, this code reads {FORMAT}. {AGAIN}")
+        with as_value_error(folder, "Export the policy again, or choose another backend or device."):
+            self._read(metadata)
             self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
             embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r", allow_pickle=False)
-            self._embeddings = embeddings.view(np.ndarray)  # as a memmap, each look-up costs more
-            load = BACKENDS[backend]
-            self._vision, self._decoder = (load(folder / name, num_threads, device) for name in (VISION, DECODER))
-            # A first chunk: what does not fit together shows here, and a backend that compiles has done so.
+            self._embeddings = embeddings.view(np.ndarray)  # look-ups in a memmap are slower
+            self._vision, self._decoder = (
+                BACKENDS[backend](folder / name, num_threads, device) for name in (VISION, DECODER)
+            )
+            # A first chunk shows whether the parts fit together, and lets the backend compile.
             task = (self.training_tasks or ["Do nothing."])[0]
             image = np.zeros((*self._image_size, 3), dtype=np.uint8)
             self.predict([image] * len(self.image_keys), task, np.zeros(self.state_dim))
 
-    def _read(self, about: dict[str, Any]) -> None:
+    def _read(self, metadata: dict[str, Any]) -> None:
         for name in KEPT:
-            setattr(self, name, about[name])
-        self.normalizer = Normalizer(**about["normalizer"])
+            setattr(self, name, metadata[name])
+        self.normalizer = Normalizer(**metadata["normalizer"])
         self.state_dim, self.action_dim = self.normalizer.state_dim, self.normalizer.action_dim
-        self._prompt, self._cache_shape = about["prompt"], about["cache"]
-        self._max_positions = about["max_position_embeddings"]
-        pixels = about["pixels"]
+        self._prompt, self._cache_shape = metadata["prompt"], metadata["cache"]
+        self._max_positions = metadata["max_position_embeddings"]
+        pixels = metadata["pixels"]
         self._image_size, self._resample = (pixels["side"],) * 2, Image.Resampling(pixels["resample"])
         values = (np.arange(256) * pixels["rescale_factor"]).astype(np.float32)
         mean, std = (np.float32(pixels[name])[:, None] for name in ("mean", "std"))
-        self._pixel_table = (values - mean) / std  # (3, 256): what each value of a channel becomes
-        tokens = about["actions"]
+        self._pixel_table = (values - mean) / std  # (3, 256): each value of a channel, normalised
+        tokens = metadata["actions"]
         self.chunk_size, self._scale, self._base_id = (tokens[name] for name in ("chunk_size", "scale", "base_id"))
         self._symbols = tokens["first_symbol"], tokens["min_coefficient"]
         self._token_bytes = [None if token is None else bytes.fromhex(token) for token in tokens["token_bytes"]]
@@ -126,16 +123,15 @@ class DeployedPolicy:
 
         Args:
             images: One sample: an RGB image (PIL or NumPy, `(H, W, 3)` or `(3, H, W)`, uint8 or floats in [0, 1]; any
-                size), a list with one of each camera in the order of `image_keys`, or a dictionary of them by name. A
-                batch: a list with one entry a sample, an array `(batch, ...)` for one camera, or a dictionary of such
-                arrays or lists by name.
-            text: The task, one sentence or one a sample. `None` or empty: the policy's default task.
-            state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides which of the two it is.
+                size), a list with one of each camera in the order of `image_keys`, or a dictionary by name. A batch:
+                a list with one entry a sample, an array `(batch, ...)` for one camera, or a dictionary of either.
+            text: The instruction, or one a sample. `None` or empty: the policy's default task.
+            state: `(state_dim,)` or `(batch, state_dim)`, the robot's units. Its shape decides whether it is a batch.
             limits: `max_tokens` or `deadline`, see [`report`].
 
         Returns:
-            `(batch, chunk_size, action_dim)` float32 in the robot's units, inside the demonstrations' range. Execute
-            the first `n_action_steps` of a chunk, then look again.
+            `(batch, chunk_size, action_dim)` float32 in the robot's units, within the range of the demonstrations.
+            Execute the first `n_action_steps` of a chunk before the next prediction.
 
         Raises:
             ValueError: Input that is missing, of the wrong shape or kind, or not finite; a prompt that leaves no
@@ -151,20 +147,18 @@ class DeployedPolicy:
         max_tokens: int | None = None,
         deadline: float | None = None,
     ) -> dict[str, Any]:
-        """[`predict`], and how far each chunk can be trusted, so that a controller can stop the arm.
+        """[`predict`] with measures of confidence, so that a controller can stop the arm.
 
         Args:
-            max_tokens: Most tokens to write of a chunk, 1 or more. Low frequencies come first; what is not written is
-                zero, so the chunk is a smoother one.
-            deadline: The same after so many seconds from this call, for each sample of a batch. The first token is
-                always written: vision and prompt are not cut short.
+            max_tokens: Most tokens of a chunk. Low frequencies come first, so a chunk that is cut short is smoother.
+            deadline: Seconds from this call after which each sample's chunk is cut short. The first token is always
+                written.
 
         Returns:
-            `actions`, as `predict` returns them, and what [`SmolAndFastProcessor.report`] says, each `(batch,)`:
-            `log_probability`, the mean over the chunk's tokens, each among those that could follow; `clipped_actions`,
-            how many of its values were outside the demonstrations' range; `clamped_states`, how many of the state's
-            were. And `is_whole`, whether neither limit has cut it short, and `tokens`, a list with each chunk's FAST
-            tokens `(length,)`.
+            `actions` as of `predict`, and, each `(batch,)`: `log_probability`, the mean over the chunk's tokens, each
+            among those that could follow; `clipped_actions`, how many of its values were outside the demonstrations'
+            range; `clamped_states`, how many values of the state were; `is_whole`, whether the chunk was not cut
+            short. And `tokens`, a list with each chunk's FAST tokens `(length,)`.
         """
         start = time.monotonic()
         if max_tokens is not None:
@@ -201,8 +195,7 @@ class DeployedPolicy:
     def _write(
         self, ids: np.ndarray, images: list[np.ndarray], max_tokens: float, end: float
     ) -> tuple[np.ndarray, float, bool, list[int]]:
-        """A chunk's coefficients `(chunk_size, action_dim)`, its tokens' mean log-probability, whether it is whole;
-        its tokens."""
+        """Coefficients `(chunk_size, action_dim)`, mean log-probability, whether the chunk is whole, and tokens."""
         embeds = self._embeddings[ids]
         is_visual = ids == self._prompt["image_token_id"]
         embeds[is_visual] = np.concatenate([self._vision({"pixel_values": self._pixels(x)})[0][0] for x in images])
@@ -225,9 +218,9 @@ class DeployedPolicy:
             embeds = self._embeddings[[self._base_id - tokens[-1]]]
         is_whole = left == 0 and state == 0
         string = b"".join(self._token_bytes[token] for token in tokens)
-        found = read_coefficients(string, *self._symbols, errors="strict" if is_whole else "ignore")
+        written = read_coefficients(string, *self._symbols, errors="strict" if is_whole else "ignore")
         coefficients = np.zeros(self._num_coefficients, dtype=np.int64)
-        coefficients[: len(found)] = found  # a character that was cut in two is left out
+        coefficients[: len(written)] = written  # without a character that was cut in two
         return coefficients.reshape(self.chunk_size, self.action_dim), total / len(tokens), is_whole, tokens
 
     def _pixels(self, image: np.ndarray) -> np.ndarray:
@@ -235,7 +228,7 @@ class DeployedPolicy:
         return self._pixel_table[np.arange(3)[:, None, None], image.transpose(2, 0, 1)][None]
 
     def _decoder_inputs(self, embeds: np.ndarray, length: int, cache: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """`embeds` of new tokens `(new, hidden_size)` behind `length` tokens that the cache holds."""
+        """Inputs for new tokens, `(new, hidden_size)`, after the `length` tokens of the cache."""
         positions = np.arange(length, length + len(embeds))
         is_later = np.arange(length + len(embeds)) > positions[:, None]
         inputs = {
@@ -246,63 +239,50 @@ class DeployedPolicy:
         return inputs | {f"past_{i}": values for i, values in enumerate(cache)}
 
 
-class _OnnxRuntime:
-    """A graph that onnxruntime runs: inputs by name to a list of outputs."""
+# A graph: inputs by name to a list of outputs.
+Graph = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
-    def __init__(self, path: Path, num_threads: int | None, device: str | None):
-        import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads or 0
-        options.log_severity_level = 3
-        # Between two chunks threads sleep, rather than spin and take the processor from the robot's own programs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = [device or "CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(path, options, providers=providers)
+def _load_onnxruntime(path: Path, num_threads: int | None, device: str | None) -> Graph:
+    import onnxruntime
 
-    @staticmethod
-    def check_device(device: str | None) -> None:
-        import onnxruntime
-
-        if device is not None and device not in onnxruntime.get_available_providers():
-            raise ValueError(f"device is {device!r}, expected one of {onnxruntime.get_available_providers()}.")
-
-    def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return self.session.run(None, inputs)
+    providers = onnxruntime.get_available_providers()
+    if device is not None and device not in providers:  # onnxruntime would use the CPU instead
+        raise ValueError(f"device is {device!r}, expected one of {providers}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads or 0
+    options.log_severity_level = 3
+    # Threads sleep between two chunks: spinning would take the processor from the robot's own programs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(path, options, providers=[device or "CPUExecutionProvider"])
+    return functools.partial(session.run, None)
 
 
 @functools.cache
 def _openvino_core() -> Any:
     """The one `openvino.Core` of the process, which is never freed.
 
-    On processors with AMX a core gives signals a stack of their own. Where several cores are freed, that stack may be
-    freed memory (seen with 2026.4), and the next signal, Ctrl-C too, ends the process without a word.
+    With AMX, a core gives signals their own stack. Freeing one of several cores may free that stack (seen with
+    2026.4), and the next signal, including Ctrl-C, ends the process without a message.
     """
     import openvino
 
     return openvino.Core()
 
 
-class _OpenVino:
-    """A graph that OpenVINO runs, on a processor in float32: inputs by name to a list of outputs."""
+def _load_openvino(path: Path, num_threads: int | None, device: str | None) -> Graph:
+    device = device or "CPU"
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if device == "CPU":
+        options["INFERENCE_PRECISION_HINT"] = "f32"  # otherwise bf16, where the processor has it
+        options |= {} if num_threads is None else {"INFERENCE_NUM_THREADS": num_threads}
+    request = _openvino_core().compile_model(path, device, options).create_infer_request()
 
-    def __init__(self, path: Path, num_threads: int | None, device: str | None):
-        device = device or "CPU"
-        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-        if device == "CPU":
-            options["INFERENCE_PRECISION_HINT"] = "f32"  # otherwise bf16, where the processor has it
-            options |= {} if num_threads is None else {"INFERENCE_NUM_THREADS": num_threads}
-        self.request = _openvino_core().compile_model(path, device, options).create_infer_request()
+    def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        request.infer(inputs, share_inputs=True)
+        return [tensor.data.copy() for tensor in request.output_tensors]
 
-    @staticmethod
-    def check_device(device: str | None) -> None:
-        found = _openvino_core().available_devices  # such as ["CPU", "GPU.0", "GPU.1"]
-        if device is not None and device not in {*found, *(name.partition(".")[0] for name in found)}:
-            raise ValueError(f"device is {device!r}, expected one of {found}.")
-
-    def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        self.request.infer(inputs, share_inputs=True)
-        return [tensor.data.copy() for tensor in self.request.output_tensors]
+    return run
 
 
-BACKENDS = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino}
+BACKENDS = {"onnxruntime": _load_onnxruntime, "openvino": _load_openvino}

@@ -5,14 +5,13 @@ camera is its name in `policy.image_keys` with slashes: `observation/images/fron
 shorter `observation/front`; a single camera may be called `observation/image`. On connect, the server sends the keys
 it expects as `message_keys`, with `image_keys`, `fps`, names and sizes.
 
-The answer holds `actions` `(chunk_size, action_dim)` and the rest of the policy's `report`. A wrong observation is
-answered with a text that names what is wrong; the client raises it.
+The answer holds `actions` `(chunk_size, action_dim)` and the rest of the policy's `report`. The answer to an invalid
+observation is a text that says how to fix it; the client raises it.
 
-Messages are msgpack: nothing that is received can run code. Web pages are refused. `/healthz` answers `OK`. Needs the
-extra `serve`.
+Messages are msgpack, so nothing that is received can run code. Web pages are refused. `/healthz` answers `OK`. Needs
+the extra `serve`.
 """
 
-import math
 import re
 import threading
 import time
@@ -30,14 +29,17 @@ from websockets.sync.server import Server, ServerConnection, serve
 from .runtime import DeployedPolicy
 
 STATE, PROMPT, IMAGE = "observation/state", "prompt", "observation/image"
-MAX_MESSAGE = 2**26  # bytes: a few cameras' raw images
+MAX_MESSAGE = 2**26  # bytes: raw images of a few cameras
 MAX_PROMPT = 4096  # bytes
-MAX_ITEMS = 1024  # of lists and dictionaries, all together
+MAX_ITEMS = 1024  # in all lists and dictionaries together
 DTYPE = re.compile(r"[<>|=][biuf]\d\d?")
+# What the server sends on connect.
+METADATA = ("chunk_size", "n_action_steps", "action_dim", "state_dim", "image_keys", "fps", "training_tasks")
+METADATA += ("state_names", "action_names")
 
 
 def pack(values: dict[str, Any]) -> bytes:
-    """Msgpack with arrays as openpi writes them."""
+    """Msgpack with arrays in openpi's format."""
 
     def pack_array(value: Any) -> dict[bytes, Any]:
         array = np.asarray(value)
@@ -47,7 +49,7 @@ def pack(values: dict[str, Any]) -> bytes:
 
 
 def unpack(message: bytes | str) -> dict[str, Any]:
-    """What [`pack`] packed, in no more memory than the message has. Raises `ValueError` for anything else."""
+    """The inverse of [`pack`], in no more memory than the message has. Raises `ValueError` for any other message."""
     num_items = 0
 
     def count(items: list | dict) -> Any:
@@ -60,7 +62,7 @@ def unpack(message: bytes | str) -> dict[str, Any]:
     try:
         limits = {"max_array_len": MAX_ITEMS, "max_map_len": MAX_ITEMS, "max_ext_len": 0}
         values = msgpack.unpackb(message, object_hook=count, list_hook=count, **limits)
-    except Exception as error:  # msgpack and NumPy raise whatever they stumble over
+    except Exception as error:  # msgpack and NumPy raise many types
         raise ValueError(f"The message is not openpi's msgpack: {error}. Use openpi-client.") from error
     if not isinstance(values, dict):
         raise ValueError(f"The message holds a {type(values).__name__}, expected a dictionary.")
@@ -68,34 +70,22 @@ def unpack(message: bytes | str) -> dict[str, Any]:
 
 
 def _read_array(value: dict) -> Any:
-    """An array or a number that NumPy wrote, in msgpack's dictionaries; others stay as they are."""
+    """An array or a NumPy scalar from its dictionary; other dictionaries stay as they are."""
     if b"__ndarray__" not in value and b"__npgeneric__" not in value:
         return value
-    data, name = value[b"data"], value[b"dtype"]
-    if not isinstance(name, str) or not DTYPE.fullmatch(name):
-        raise ValueError(f"an array has dtype {name!r:.100}, expected booleans, integers or floats")
-    dtype = np.dtype(name)
+    dtype = value[b"dtype"]
+    if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
+        raise ValueError(f"an array has dtype {dtype!r:.100}, expected booleans, integers or floats")
     if b"__npgeneric__" in value:
-        if not isinstance(data, (bool, int, float)):
-            raise ValueError(f"a number is a {type(data).__name__}")
-        return dtype.type(data)
-    shape = value[b"shape"]
-    if not isinstance(data, bytes) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(
-            f"an array has a {type(data).__name__} of shape {shape!r:.100}, expected bytes and whole numbers"
-        )
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(
-            f"an array has {len(data)} bytes, its shape {shape!r:.100} and dtype {name} need another number"
-        )
-    return np.frombuffer(data, dtype).reshape(shape)
+        return np.dtype(dtype).type(value[b"data"])
+    return np.frombuffer(value[b"data"], dtype).reshape(value[b"shape"])
 
 
 def camera_keys(image_keys: Sequence[str]) -> dict[str, str]:
-    """The camera that each key of a message stands for. Each camera's full key comes first.
+    """The camera of each key of a message. The full key of each camera comes first.
 
     Raises:
-        ValueError: Two cameras whose full keys are the same, or one's that is the state's.
+        ValueError: Two cameras with the same full key, or one with the state's.
     """
     names = [key.removeprefix("observation.").replace(".", "/") for key in image_keys]
     full = {f"observation/{name}": key for name, key in zip(names, image_keys, strict=True)}
@@ -104,33 +94,30 @@ def camera_keys(image_keys: Sequence[str]) -> dict[str, str]:
             f"The policy's image_keys {list(image_keys)} have no different keys in a message. Rename one."
         )
     short = [f"observation/{name.removeprefix('images/')}" for name in names]
-    aliases = list(zip(short, image_keys, strict=True)) + ([(IMAGE, image_keys[0])] if len(image_keys) == 1 else [])
-    num_claims = Counter(alias for alias, _ in dict.fromkeys(aliases))
-    unambiguous = {alias: key for alias, key in aliases if num_claims[alias] == 1 and alias != STATE}
-    return full | {alias: key for alias, key in unambiguous.items() if alias not in full}
+    ambiguous = {STATE, *(key for key, number in Counter(short).items() if number > 1)}
+    aliases = {alias: key for alias, key in zip(short, image_keys, strict=True) if alias not in ambiguous}
+    if len(image_keys) == 1:
+        aliases[IMAGE] = image_keys[0]
+    return full | aliases | full
 
 
 def read_observation(observation: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
-    """The arguments of the policy's `report`. Raises `ValueError` for other keys than the policy needs."""
+    """The arguments of the policy's `report`. Raises `ValueError` unless the keys are those of the policy."""
     cameras = list(dict.fromkeys(keys.values()))
-    found = sorted(map(str, observation))
-    expected = [next(name for name, key in keys.items() if key == camera) for camera in cameras]
-    unknown = [name for name in found if name not in (STATE, PROMPT, *keys)]
-    given = [keys[name] for name in found if name in keys]
-    if unknown or sorted(given) != sorted(cameras) or STATE not in observation:
-        others = [name for name in keys if name not in expected]
-        or_else = f" (or {', '.join(others)})" if others else ""
+    image_names = [name for name in observation if name in keys]
+    images = {keys[name]: observation[name] for name in image_names}
+    is_known = all(name in keys or name in (STATE, PROMPT) for name in observation)
+    if not is_known or not len(image_names) == len(images) == len(cameras) or STATE not in observation:
         raise ValueError(
-            f"The observation has the keys {found}, expected {[*expected, STATE, PROMPT]}{or_else}: one image of "
-            f"each of the policy's cameras {cameras}, the state, and the task, which may be missing. Rename or add "
-            "what differs."
+            f"The observation has the keys {sorted(map(str, observation))}, expected one image of each of the "
+            f"policy's cameras, {STATE!r} and, optionally, {PROMPT!r}. The keys of the cameras are {keys}. Rename or "
+            "add what differs."
         )
     prompt = observation.get(PROMPT)
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"{PROMPT} is a {type(prompt).__name__}, expected a text.")
     if prompt is not None and len(prompt.encode(errors="replace")) > MAX_PROMPT:
         raise ValueError(f"{PROMPT} has more than {MAX_PROMPT} bytes. Use a shorter text.")
-    images = {camera: observation[name] for name, camera in keys.items() if name in observation}
     return {"images": images, "text": prompt, "state": observation[STATE]}
 
 
@@ -138,13 +125,11 @@ def make_server(policy: DeployedPolicy, host: str, port: int, connections: set |
     """A server that is bound, and serves with `serve_forever()` until `shutdown()`.
 
     Args:
-        connections: Holds those that are open.
+        connections: Receives the open connections.
     """
     is_busy, keys = threading.Lock(), camera_keys(policy.image_keys)
     connections = set() if connections is None else connections
-    names = ("chunk_size", "n_action_steps", "action_dim", "state_dim", "image_keys", "fps", "training_tasks")
-    names += ("state_names", "action_names")
-    metadata = {name: getattr(policy, name) for name in names}
+    metadata = {name: getattr(policy, name) for name in METADATA}
     metadata["message_keys"] = [*list(keys)[: len(policy.image_keys)], STATE, PROMPT]
 
     def answer(message: bytes | str) -> bytes | str:
@@ -169,13 +154,13 @@ def make_server(policy: DeployedPolicy, host: str, port: int, connections: set |
             for message in connection:
                 connection.send(answer(message))
         except ConnectionClosed:
-            pass  # the next one is welcome
+            pass
         finally:
             connections.discard(connection)
 
     def check_health(connection: ServerConnection, request: Request) -> Response | None:
         return connection.respond(HTTPStatus.OK, "OK\n") if request.path == "/healthz" else None
 
-    # Browsers name the page's origin, programs do not.
+    # Browsers send the page's origin, programs do not.
     limits = {"compression": None, "max_size": MAX_MESSAGE, "origins": [None]}
     return serve(handle, host, port, process_request=check_health, **limits)

@@ -3,41 +3,37 @@
     python examples/collect_metaworld.py --output_dir outputs/metaworld --episodes 50
     python examples/collect_metaworld.py --output_dir outputs/corrections --episodes 10 --policy outputs/metaworld-tiny
 
-Uses all cores. Each finished demonstration is a file in `<output_dir>.parts`; started again, it goes on from there,
-and with more `--episodes` it adds to them. The data set itself is never overwritten: rename it first.
+Each finished demonstration is a file in `<output_dir>.parts`. The same command continues after an interruption, and
+more `--episodes` add to the demonstrations. An existing data set is never overwritten: rename it first.
 
-Only demonstrations that succeed within `--max_steps` are kept, up to the first success. In two of three the arm is
-shoved once or twice: for 5 to 12 steps the hand is driven in a random direction. The recorded actions are the expert's
-throughout, so the data show how to come back.
+A demonstration ends with its first success; one without success within `--max_steps` is dropped. In two of three the
+arm is shoved once or twice: for 5 to 12 steps the hand moves in a random direction. The recorded actions are always
+the expert's, so the data show how to recover.
 
-Drawing takes most of the time. With `--draw_every 4` the camera has a quarter of the control's rate: the frames
-between show its last image, and `train.py --sample_every 4` starts no sample from them.
+Rendering takes most of the time. With `--draw_every 4`, every fourth step is rendered and its image is repeated in the
+steps between; train on it with `--sample_every 4`.
 
-With `--policy`, that policy plays first, for up to 160 steps, and a demonstration begins where the expert takes over:
-corrections of what the policy gets wrong (Kelly et al. 2019, arXiv 1810.02890).
+With `--policy`, that policy plays the first 0 to 159 steps, and the demonstration begins where the expert takes over
+(Kelly et al. 2019, arXiv 1810.02890).
 """
 
 import argparse
-import multiprocessing
+import functools
 import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
-import interrupt  # noqa: F401 - before all that takes long
+import interrupt  # noqa: F401 - before the slow imports
 import numpy as np
-import torch
 from envs.metaworld import CONTROL_HZ, IMAGE_SIZE, TASKS, MetaworldScene
 from envs.metaworld.simulator import MT10
-from evaluate import load_policy, make_predict, write_json
+from evaluate import check_counts, error_line, load_policy, make_predict, map_in_processes, write_json
 from lerobot_writer import write_dataset
 from rollouts import Predict
 from tqdm import tqdm
 
 from smolandfast.files_smolandfast import atomic_write, check_new_folder, check_output_dir, read_json
 
-FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluation seeds are below
+FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluations have lower seeds
 NUM_SHOVES = 3  # 0, 1 or 2 in a demonstration
 POSITION, ROTATION = ["x", "y", "z"], ["qx", "qy", "qz", "qw"]
 HAND = [*POSITION, "gripper"]
@@ -51,13 +47,12 @@ DATASET = {
         "action": HAND,
     },
     "image_size": IMAGE_SIZE,
-    # Objects are five pixels wide, and told apart by their colours.
+    # Objects are five pixels wide, and their colours tell them apart.
     "crf": 12,
     "pix_fmt": "yuv444p",
 }
-LEAD_IN = 160  # steps that a policy plays at most before the expert takes over
-_scene: MetaworldScene | None = None  # what this process has played last
-_policy: tuple[Predict, int] | None = None  # and how many actions of each chunk are executed
+LEAD_IN = 160  # the policy plays fewer steps than this before the expert takes over
+_scene: MetaworldScene | None = None  # the last scene of this process
 
 
 def demonstrate(
@@ -67,10 +62,11 @@ def demonstrate(
     draw_every: int = 1,
     policy: tuple[Predict, int] | None = None,
 ) -> dict[str, np.ndarray] | None:
-    """Let the expert play one episode; None if it does not succeed within `max_steps`.
+    """Let the expert play one episode. Returns None if it does not succeed within `max_steps`.
 
-    Each image stands in `draw_every` frames, and is new in the first of them. A policy, which is a `predict` and the
-    number of actions of a chunk to execute, plays first; None also if it succeeds.
+    Args:
+        draw_every: Steps from one rendered image to the next.
+        policy: A `predict` and its `n_action_steps`, which play first. If they succeed, None is returned.
 
     Returns:
         Arrays of T steps by feature: `observation.image` uint8 `(T, 128, 128, 3)`, `observation.state` `(T, 4)`,
@@ -78,11 +74,11 @@ def demonstrate(
         `(T,)`, `next.done`, `next.success`.
     """
     rng = np.random.default_rng(seed)
-    shoves = np.zeros((max_steps + 100, 3))  # where not zero, this moves the hand
+    shoves = np.zeros((max_steps + 100, 3))  # where not zero, the hand's movement
     for _ in range(rng.integers(NUM_SHOVES)):
         start, length = rng.integers(80), rng.integers(5, 13)
         shoves[start : start + length] = rng.uniform(-1, 1, 3)
-    # Draw only what will be kept: play once without images. A policy has to see, and it is not played twice.
+    # Without a policy, play first without rendering, and render only episodes that succeed.
     for draw in (False, True) if policy is None else (True,):
         scene.reset(seed)
         if policy is not None and play_policy(scene, *policy, num_steps=int(rng.integers(LEAD_IN))):
@@ -108,7 +104,7 @@ def demonstrate(
 
 
 def play_policy(scene: MetaworldScene, predict: Predict, n_action_steps: int, num_steps: int) -> bool:
-    """Let a policy play; returns whether it succeeded, or the time is over."""
+    """Let a policy play. Returns whether the episode is over."""
     for start in range(0, num_steps, n_action_steps):
         chunk = predict([scene.image()], scene.state[None], [TASKS[scene.task]])[0]
         for action in chunk[: min(n_action_steps, num_steps - start)]:
@@ -118,16 +114,13 @@ def play_policy(scene: MetaworldScene, predict: Predict, n_action_steps: int, nu
     return False
 
 
-def load(checkpoint: str | None) -> None:
-    """What a process does first."""
-    global _policy
-    torch.set_num_threads(1)
-    if checkpoint is not None:
-        model, processor = load_policy(checkpoint)
-        _policy = make_predict(model, processor), model.config.n_action_steps
+@functools.cache
+def load(checkpoint: str) -> tuple[Predict, int]:
+    model, processor = load_policy(checkpoint)
+    return make_predict(model, processor), model.config.n_action_steps
 
 
-def collect(job: tuple[str, int], folder: Path, max_steps: int, draw_every: int) -> None:
+def collect(job: tuple[str, int], folder: Path, max_steps: int, draw_every: int, policy: str | None) -> None:
     """Write demonstration `job = (task, number)` to its file."""
     global _scene
     task, number = job
@@ -135,10 +128,9 @@ def collect(job: tuple[str, int], folder: Path, max_steps: int, draw_every: int)
         if _scene is not None:
             _scene.close()
         _scene = MetaworldScene(task)
-    for attempt in range(50):
-        first = FIRST_SEED if _policy is None else FIRST_CORRECTION
-        seed = first + list(TASKS).index(task) * 100_000 + number * 50 + attempt
-        episode = demonstrate(_scene, seed, max_steps, draw_every, _policy)
+    first = (FIRST_SEED if policy is None else FIRST_CORRECTION) + list(TASKS).index(task) * 100_000 + number * 50
+    for seed in range(first, first + 50):
+        episode = demonstrate(_scene, seed, max_steps, draw_every, None if policy is None else load(policy))
         if episode is not None:
             with atomic_write(part_path(folder, task, number)) as path, open(path, "wb") as file:
                 np.savez_compressed(file, **episode)
@@ -158,46 +150,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_steps", type=int, default=250, help="of a demonstration (250)")
     parser.add_argument("--draw_every", type=int, default=1, help="steps from one image to the next (1)")
     parser.add_argument("--policy", help="checkpoint of a policy that plays until the expert takes over")
-    parser.add_argument("--num_processes", type=int, default=os.cpu_count())
+    parser.add_argument("--num_processes", type=int, default=os.cpu_count(), help="(all cores)")
     args = parser.parse_args(argv)
-    for name in ("episodes", "max_steps", "draw_every", "num_processes"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}. Give at least 1.")
+    check_counts(parser, args, episodes=1, max_steps=1, draw_every=1, num_processes=1)
     tasks = MT10 if args.tasks == ["MT10"] else args.tasks
     folder = args.output_dir.with_name(args.output_dir.name + ".parts")
-    try:
+    with error_line(parser, "--output_dir: "):
         check_new_folder(args.output_dir)
         check_output_dir(folder, ["options.json", "*.npz", ".*"])  # the last are unfinished files
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        parser.error(f"--output_dir: {error}")
     options = {"max_steps": args.max_steps, "draw_every": args.draw_every, "policy": args.policy}
-    begun = folder / "options.json"
-    if not begun.exists():
-        write_json(begun, options)
-    elif read_json(begun) != options:
-        parser.error(f"{folder} was begun with {read_json(begun)}, now it is {options}. Name another --output_dir.")
+    path = folder / "options.json"
+    if not path.exists():
+        write_json(path, options)
+    elif read_json(path) != options:
+        parser.error(f"{folder} was begun with {read_json(path)}, now it is {options}. Name another --output_dir.")
     jobs = [(task, number) for number in range(args.episodes) for task in tasks]
-    # Task by task: a scene takes 150 MB and two seconds to load.
-    missing = sorted(
-        (job for job in jobs if not part_path(folder, *job).exists()), key=lambda job: tasks.index(job[0])
-    )
-    spawn = multiprocessing.get_context("spawn")  # a forked copy of a process that has drawn hangs
-    play = partial(collect, folder=folder, max_steps=args.max_steps, draw_every=args.draw_every)
+    missing = [job for job in jobs if not part_path(folder, *job).exists()]
+    missing.sort(key=lambda job: tasks.index(job[0]))  # loading a scene takes seconds
     episodes = (dict(np.load(part_path(folder, *job))) | {"task": TASKS[job[0]]} for job in jobs)
+    bar = functools.partial(tqdm, total=len(jobs), unit="demonstration")
     try:
-        with ProcessPoolExecutor(args.num_processes, spawn, load, (args.policy,)) as pool:
-            # Processes that are started now ignore Ctrl-C: they finish the demonstration that they play.
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            work = pool.map(play, missing)
-            signal.signal(signal.SIGINT, handler)
-            for _ in tqdm(work, total=len(jobs), initial=len(jobs) - len(missing), unit="demonstration"):
+        with error_line(parser):
+            play = functools.partial(collect, folder=folder, **options)
+            for _ in bar(map_in_processes(args.num_processes, play, missing), initial=len(jobs) - len(missing)):
                 pass
-        info = write_dataset(args.output_dir, tqdm(episodes, total=len(jobs), unit="demonstration"), **DATASET)
-    except FileExistsError as error:
-        parser.error(f"--output_dir: {error}")
+            info = write_dataset(args.output_dir, bar(episodes), **DATASET)
     except KeyboardInterrupt:
-        parser.exit(130, f"\nInterrupted. {folder} keeps what is finished: the same command goes on from there.\n")
+        parser.exit(130, f"\nInterrupted. {folder} keeps the finished demonstrations: run the same command again.\n")
     print(f"{info['total_episodes']} demonstrations, {info['total_frames']} frames in {args.output_dir}")
 
 

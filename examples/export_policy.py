@@ -1,17 +1,16 @@
-"""Turn a checkpoint into a deployed policy: a folder that runs without PyTorch and Transformers.
+"""Export a checkpoint as a deployed policy: a folder that runs without PyTorch and Transformers.
 
     python examples/export_policy.py --checkpoint checkpoints/pusht-tiny --output_dir deployed
     python examples/export_policy.py --checkpoint checkpoints/pusht-tiny --output_dir deployed-int8 --weights int8
 
-`smolandfast.deployment.export` describes the folder. One that holds anything else than an earlier export is refused.
-Needs `pip install -e ".[deployment]"`.
+See `smolandfast.deployment.export`. Needs `pip install -e ".[deployment]"`.
 """
 
 import argparse
 from pathlib import Path
 
-import interrupt  # noqa: F401 - before all that takes long
-from evaluate import find_checkpoint
+import interrupt  # noqa: F401 - before the slow imports
+from evaluate import error_line, find_checkpoint
 
 from smolandfast.deployment.export import NUM_OBSERVATIONS, export_policy
 
@@ -23,14 +22,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--weights", choices=("float32", "int8"), default="float32")
     args = parser.parse_args(argv)
     find_checkpoint(parser, args)
-    try:
+    with error_line(parser):
         num_equal, difference = export_policy(args.checkpoint, args.output_dir, args.weights)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     size = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     print(
-        f"{args.output_dir}: {size / 1e6:.1f} MB, {args.weights}. {num_equal} of {NUM_OBSERVATIONS} made-up chunks "
-        f"are the checkpoint's, their mean log-probability within {difference:.1g}."
+        f"{args.output_dir}: {size / 1e6:.1f} MB, {args.weights}. For {num_equal} of {NUM_OBSERVATIONS} random "
+        f"observations the chunks equal the checkpoint's; mean log-probabilities differ by up to {difference:.1g}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a script with one line. Each script imports this first: the libraries take seconds to import."""
+"""Ctrl-C ends a script with one line. Each script imports this before its libraries, which take seconds."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Write episodes as a LeRobot v3.0 data set, in the layout of the Hub's `lerobot/pusht`.
 
-Each table is one file, and so is the video; LeRobot and [`smolandfast.training.LeRobotChunkDataset`] read them.
+Each table is one file, and so is the video. LeRobot and [`smolandfast.training.LeRobotChunkDataset`] read it.
 """
 
 import json
@@ -32,27 +32,26 @@ def write_dataset(
     crf: int = 18,
     pix_fmt: str = "yuv420p",
 ) -> dict:
-    """Write episodes one after the other. The folder appears once everything in it is written.
+    """Write a data set from an iterator of episodes. The folder appears once the data set is complete.
 
     Args:
         root: New or empty folder.
-        episodes: One at a time: `task`, the sentence, and arrays of T steps by feature: `observation.image` uint8
-            `(T, image_size, image_size, 3)`, the features of `axes` float32 `(T, dim)`, `next.reward` `(T,)`,
-            `next.done`, `next.success`. All but the images are kept in memory.
+        episodes: Each has `task`, the instruction, and arrays of T steps: `observation.image` uint8
+            `(T, image_size, image_size, 3)`, the features of `axes` `(T, dim)`, `next.reward`, `next.done` and
+            `next.success` `(T,)`. Everything but the images is kept in memory.
         fps: Steps a second.
         robot_type: For `meta/info.json`.
-        axes: Names of the dimensions of each vector, `observation.state` and `action` among them.
+        axes: Names of the dimensions of `observation.state`, `action` and other vectors.
         image_size: Pixels along each side of the images.
-        crf: x264's quality, lower is better. At 18, PushT's pusher appears about half a pixel (of 96) off where the
-            policy saw it, about one at most.
+        crf: x264's quality, lower is better. At 18, PushT's pusher is at most about one pixel (of 96) off.
         pix_fmt: Of the video. `yuv420p` halves the resolution of colours, which `yuv444p` keeps.
 
     Returns:
-        `meta/info.json`.
+        The content of `meta/info.json`.
 
     Raises:
-        ValueError: no episode, or one that is not as described; none of it is written then.
-        OSError: the folder holds something (`FileExistsError`), or cannot be written.
+        ValueError: No episode, or one that is not as described.
+        OSError: The folder is not empty (`FileExistsError`), or cannot be written.
     """
     check_new_folder(root)
     check_whole(fps, "fps")
@@ -64,7 +63,7 @@ def write_dataset(
         columns: dict[str, list[np.ndarray]] = {name: [] for name in features if name != IMAGE_KEY}
         histograms, rows, start, tasks = [], [], 0, {}
         with av.open(str(video_path), "w") as container:
-            # Every second frame is a key frame, so reading any one frame decodes at most two.
+            # Every second frame is a key frame, so that reading a frame decodes at most two.
             options = {"g": "2", "crf": str(crf)}
             stream = container.add_stream("libx264", rate=fps, pix_fmt=pix_fmt, options=options)
             stream.width = stream.height = image_size
@@ -76,20 +75,18 @@ def write_dataset(
                     frame = av.VideoFrame.from_ndarray(image, format="rgb24")
                     frame.pts = i
                     container.mux(stream.encode(frame))
-                n = len(images)
-                episode = episode | {
-                    "timestamp": np.arange(n) / fps,
-                    "frame_index": np.arange(n),
-                    "episode_index": np.full(n, len(rows)),
-                    "index": np.arange(start, start + n),
-                    "task_index": np.full(n, tasks.setdefault(task, len(tasks))),
-                }
+                frame_index = np.arange(len(images))
+                episode["timestamp"] = frame_index / fps
+                episode["frame_index"] = frame_index
+                episode["episode_index"] = np.full_like(frame_index, number)
+                episode["index"] = frame_index + start
+                episode["task_index"] = np.full_like(frame_index, tasks.setdefault(task, len(tasks)))
                 for name, values in columns.items():
                     values.append(episode[name].astype(features[name]["dtype"]))
                 histograms.append(np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]))
                 statistics = _statistics({name: values[-1] for name, values in columns.items()}, histograms[-1])
-                rows.append(_episode_row(len(rows), start, n, fps, task, statistics))
-                start += n
+                rows.append(_episode_row(number, start, len(images), fps, task, statistics))
+                start += len(images)
             container.mux(stream.encode(None))
         if not rows:
             raise ValueError("There is no episode to write. Record at least one.")
@@ -116,28 +113,26 @@ def write_dataset(
 
 
 def _check_episode(episode: dict, name: str, axes: dict[str, list[str]], image_size: int) -> dict:
-    """An episode's task and arrays, if they are as [`write_dataset`] describes them."""
+    """The task and the arrays of an episode, checked."""
     outcomes = ("next.reward", "next.done", "next.success")
     missing = [key for key in ("task", IMAGE_KEY, *axes, *outcomes) if key not in episode]
     if missing:
         raise ValueError(f"{name} has no {', '.join(missing)}, only {sorted(episode)}. Record all of them.")
     task, images = episode["task"], np.asarray(episode[IMAGE_KEY])
     if not isinstance(task, str) or not task.strip():
-        raise ValueError(f"{name}: task is {task!r}, expected the sentence that says what the robot does.")
-    expected = (image_size, image_size, 3)
-    if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8 or len(images) == 0:
+        raise ValueError(f"{name}: task is {task!r}, expected an instruction.")
+    if images.shape[1:] != (image_size, image_size, 3) or images.dtype != np.uint8 or len(images) == 0:
         raise ValueError(
-            f"{name}: {IMAGE_KEY} is {images.dtype} of shape {images.shape}, expected uint8 of shape (T, "
-            f"{', '.join(map(str, expected))}) with at least one step. Convert or resize the images first."
+            f"{name}: {IMAGE_KEY} is {images.dtype} of shape {images.shape}, expected uint8 of shape "
+            f"(T, {image_size}, {image_size}, 3) with at least one step. Convert or resize the images first."
         )
     shapes = {key: (len(images), len(names)) for key, names in axes.items()}
     shapes |= dict.fromkeys(outcomes, (len(images),))
     arrays = {"task": task, IMAGE_KEY: images}
     for key, shape in shapes.items():
-        arrays[key] = as_numbers(episode[key], f"{name}: {key}", shape)
-        if key in axes or key == "next.reward":
-            with np.errstate(over="ignore"):  # becomes infinite, and is refused
-                arrays[key] = as_numbers(arrays[key].astype(np.float32), f"{name}: {key} in float32", shape)
+        values = as_numbers(episode[key], f"{name}: {key}", shape)
+        with np.errstate(over="ignore"):  # too large numbers become infinite
+            arrays[key] = as_numbers(values.astype(np.float32), f"{name}: {key} in float32")
     return arrays
 
 
@@ -163,18 +158,20 @@ def _features(fps: int, axes: dict[str, list[str]], image_size: int, pix_fmt: st
 
 
 def _write_tables(root: Path, frames: dict[str, np.ndarray], episode_rows: list[dict], tasks: dict[str, int]) -> None:
-    widths = {name: values.shape[1] for name, values in frames.items() if values.ndim == 2}
-    frames = {k: pa.array(list(v), pa.list_(pa.float32(), widths[k])) if k in widths else v for k, v in frames.items()}
-    # LeRobot reads the tasks with pandas and looks the sentence up in the index.
+    columns = {
+        name: pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1]) if values.ndim == 2 else values
+        for name, values in frames.items()
+    }
+    # LeRobot reads the tasks with pandas, and expects the instruction in the index.
     dtypes = {"task_index": ("int64", "int64"), "task": ("unicode", "object")}
-    columns = [
+    fields = [
         {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
         for name, (kind, dtype) in dtypes.items()
     ]
-    pandas = json.dumps({"index_columns": ["task"], "column_indexes": [], "columns": columns})
+    pandas = json.dumps({"index_columns": ["task"], "column_indexes": [], "columns": fields})
     table = {"task_index": list(tasks.values()), "task": list(tasks)}
     tables = {
-        "data/chunk-000/file-000.parquet": pa.table(frames),
+        "data/chunk-000/file-000.parquet": pa.table(columns),
         "meta/episodes/chunk-000/file-000.parquet": pa.Table.from_pylist(episode_rows),
         "meta/tasks.parquet": pa.table(table, metadata={"pandas": pandas}),
     }
@@ -184,7 +181,7 @@ def _write_tables(root: Path, frames: dict[str, np.ndarray], episode_rows: list[
 
 
 def _episode_row(number: int, start: int, length: int, fps: int, task: str, statistics: dict[str, dict]) -> dict:
-    """Where an episode is in the files, and its statistics: a row of LeRobot's episodes table."""
+    """A row of LeRobot's table of episodes."""
     video = f"videos/{IMAGE_KEY}"
     return {
         "episode_index": number,
@@ -204,7 +201,7 @@ def _episode_row(number: int, start: int, length: int, fps: int, task: str, stat
 
 
 def _statistics(columns: dict[str, np.ndarray], histogram: np.ndarray) -> dict[str, dict]:
-    """LeRobot's statistics of each feature; an image's are per channel, in [0, 1], from its histogram `(3, 256)`."""
+    """LeRobot's statistics of each feature; those of images from a histogram `(3, 256)`, per channel in [0, 1]."""
     channels = [_summary(np.flatnonzero(counts) / 255, counts[counts > 0]) for counts in histogram]
     statistics = {IMAGE_KEY: {kind: [[[channel[kind]]] for channel in channels] for kind in channels[0]}}
     for name, values in columns.items():
@@ -214,7 +211,7 @@ def _statistics(columns: dict[str, np.ndarray], histogram: np.ndarray) -> dict[s
 
 
 def _summary(values: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
-    """Statistics of the numbers `(N,)`, of which the i-th occurs `counts[i]` times, by default once."""
+    """Statistics of numbers `(N,)`; the i-th occurs `counts[i]` times, by default once."""
     mean = np.average(values, weights=counts)
     std = np.sqrt(np.average((values - mean) ** 2, weights=counts))
     method = "linear" if counts is None else "inverted_cdf"

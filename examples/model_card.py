@@ -1,7 +1,7 @@
-"""The model card of a benchmark's policy, written from what was measured.
+"""The model card of a benchmark's policy, written from measurements.
 
 The numbers come from the evaluation's `metrics.json`, the trainer's state, the configuration and the processor; the
-text around them is in `model_card_template.md`. Images are saved beside the card.
+text is in `model_card_template.md`. Images are saved next to the card.
 """
 
 import math
@@ -29,53 +29,38 @@ METRICS = {
     "avg_max_reward": "Average of the highest reward",
     "avg_sum_reward": "Average of the summed reward",
 }
-NUMBERS = ("pc_success", "pc_success_low", "pc_success_high", "avg_sum_reward", "ms_per_chunk")
+# What the card needs of `metrics.json`.
+NUMBERS = ("pc_success", "pc_success_low", "pc_success_high", "avg_sum_reward", "ms_per_chunk", "n_episodes", "seed")
+NUMBERS += ("n_action_steps", "num_threads", "num_envs")
 REWARD = ("avg_max_reward", "avg_max_reward_low", "avg_max_reward_high")
-COUNTS = ("n_episodes", "seed", "n_action_steps", "num_threads", "num_envs")
-KINDS = (
-    dict.fromkeys(NUMBERS, (int, float))
-    | dict.fromkeys(COUNTS, (int,))
-    | {"successes": (list,), "versions": (dict,), "do_sample": (bool,), "dtype": (str,), "device": (str,)}
-)
-OF_TASKS = {"by_task": (dict,), "by_group": (dict,), "mean_over_tasks": (float,), "mean_over_groups": (float,)}
+OTHERS = ("versions", "do_sample", "dtype", "device")
 
 
 def read_metrics(path: Path, benchmark: Benchmark) -> dict[str, Any]:
     """Read the `metrics.json` of an evaluation.
 
     Raises:
-        OSError: the file is missing.
-        ValueError: it is not what `evaluate.py` writes for this benchmark, or its numbers contradict each other.
+        OSError: The file is missing.
+        ValueError: It is not what `evaluate.py` writes for this benchmark, or its numbers contradict each other.
     """
     fix = "Give the metrics.json that examples/evaluate.py wrote."
     metrics = read_json(path, fix)
     if metrics.get("benchmark", benchmark.name) != benchmark.name:
         raise ValueError(f"{path} is of {metrics['benchmark']!r}, expected {benchmark.name!r}. Give its --benchmark.")
-    kinds_of = dict(KINDS)
-    if benchmark.max_reward is not None:
-        kinds_of |= dict.fromkeys(REWARD, (int, float)) | {"max_rewards": (list,)}
-    kinds_of |= {name: kinds for name, kinds in OF_TASKS.items() if metrics.get(name) is not None}
-    for name, kinds in kinds_of.items():
+    for name in NUMBERS + (() if benchmark.max_reward is None else REWARD):
         value = metrics.get(name)
-        if type(value) not in kinds:  # not isinstance, for which True is a number
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{name} in {path} is {value!r}, expected {expected}. {fix}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} in {path} is {value}, expected a finite number. {fix}")
-    successes, rate, num_episodes = (metrics[name] for name in ("successes", "pc_success", "n_episodes"))
-    if not successes or len(successes) != num_episodes or not all(type(success) is bool for success in successes):
-        raise ValueError(f"successes in {path} are not {num_episodes} values true or false. {fix}")
-    if not np.isclose(100 * sum(successes) / num_episodes, rate):
-        raise ValueError(
-            f"pc_success in {path} is {rate}, but {sum(successes)} of its {num_episodes} successes are true. {fix}"
-        )
+        if type(value) not in (int, float) or not math.isfinite(value):  # not isinstance: True is an int
+            raise ValueError(f"{name} in {path} is {value!r}, expected a finite number. {fix}")
+    for name in OTHERS:
+        if name not in metrics:
+            raise ValueError(f"{path} has no {name}. {fix}")
+    sources = {"pc_success": ("successes", 100)}
     if benchmark.max_reward is not None:
-        rewards = as_numbers(metrics["max_rewards"], f"max_rewards in {path}", (num_episodes,))
-        if not np.isclose(rewards.mean(), metrics["avg_max_reward"]):
-            raise ValueError(
-                f"avg_max_reward in {path} is {metrics['avg_max_reward']}, expected {rewards.mean()}, the mean of its "
-                f"max_rewards. {fix}"
-            )
+        sources["avg_max_reward"] = "max_rewards", 1
+    for name, (source, scale) in sources.items():
+        mean = scale * as_numbers(metrics.get(source), f"{source} in {path}", (metrics["n_episodes"],)).mean()
+        if not np.isclose(mean, metrics[name]):
+            raise ValueError(f"{name} in {path} is {metrics[name]}, expected {mean} by its {source}. {fix}")
     return metrics
 
 
@@ -83,32 +68,32 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
     """Read a `trainer_state.json`, which `Trainer` saves in every checkpoint.
 
     Raises:
-        OSError: the file is missing.
-        ValueError: it is not the state of a training.
+        OSError: The file is missing.
+        ValueError: It is not the state of a training run.
     """
     fix = "Give the trainer_state.json of the training's last checkpoint-* folder."
     state = read_json(path, fix)
     history = state.get("log_history")
     is_log = isinstance(history, list) and all(isinstance(entry, dict) and "step" in entry for entry in history)
     if not is_log or not any("loss" in entry for entry in history):
-        raise ValueError(f"log_history in {path} is not the log of a training with its losses. {fix}")
+        raise ValueError(f"log_history in {path} is not the log of a training run with its losses. {fix}")
     for name in ("global_step", "epoch", "train_batch_size"):
-        if not isinstance(state.get(name), (int, float)):
-            raise ValueError(f"{name} in {path} is {state.get(name)!r}, expected a number. {fix}")
+        if name not in state:
+            raise ValueError(f"{path} has no {name}. {fix}")
     return state
 
 
 @dataclass
 class CardFacts:
-    """What a card says beside the policy's own configuration.
+    """What a card says in addition to the policy's own configuration.
 
     Args:
         metrics: See [`read_metrics`]. Without them the card says that the policy has not been evaluated.
         trainer_state: See [`read_trainer_state`].
-        kept_step: The training step that the weights are from, by default the last.
+        kept_step: The training step of the weights, by default the last.
         contact_sheet: `rollouts.png` of the evaluation.
         license: The Hub's identifier of the license.
-        datasets: Hub ids of the demonstrations, as far as they are there.
+        datasets: Hub ids of the demonstrations.
         base_model: Hub id of the model that training started from; `None` for random weights.
     """
 
@@ -127,13 +112,10 @@ def write_card(
     """Write `README.md` and what it refers to, images and `evaluation.json`, into a folder.
 
     Args:
-        folder: A model repository, or a folder that is to become one.
         repo_id: The repository's `user/name`.
-        benchmark: What the policy plays.
-        model, processor: The policy.
 
     Raises:
-        OSError: the contact sheet is not an image, or the folder cannot be written.
+        OSError: The contact sheet is not an image, or the folder cannot be written.
     """
     name, config, metrics = repo_id.split("/")[-1], model.config, facts.metrics
     data = ModelCardData(
@@ -146,32 +128,31 @@ def write_card(
         tags=[*TAGS, benchmark.name],
         eval_results=None if metrics is None else _eval_results(metrics, benchmark),
     )
-    told = [task for task, sentence in benchmark.tasks.items() if sentence in processor.training_tasks]
-    task = (told or list(benchmark.tasks))[0]
+    trained = [task for task, instruction in benchmark.tasks.items() if instruction in processor.training_tasks]
+    task = (trained or list(benchmark.tasks))[0]
     scene = benchmark.make_scene(task)
     scene.reset(0 if metrics is None else metrics["seed"])
     Image.fromarray(scene.image()).save(folder / "observation.png")
     state = scene.state.astype(float).round(3).tolist()
     scene.close()
     if metrics is not None:
-        shown = {key: value for key, value in metrics.items() if key != "checkpoint"}  # a path on somebody's machine
-        write_json(folder / "evaluation.json", shown)
+        published = {key: value for key, value in metrics.items() if key != "checkpoint"}  # a local path
+        write_json(folder / "evaluation.json", published)
     if facts.contact_sheet is not None:
         try:
-            with Image.open(facts.contact_sheet) as image:
-                image.save(folder / "rollouts.png")
+            Image.open(facts.contact_sheet).save(folder / "rollouts.png")
         except OSError as error:
             fix = "Give the rollouts.png that examples/evaluate.py wrote."
             raise OSError(f"The contact sheet {facts.contact_sheet} is not an image ({error}). {fix}") from error
     if facts.trainer_state is not None:
         plot_training(folder / "training_curve.png", facts.trainer_state["log_history"], benchmark)
     low, high = processor.normalizer.action_limits
+    instruction = processor.default_task or benchmark.tasks[task]
     card = ModelCard.from_template(
-        data,
+        data,  # its fields need not be repeated here
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
-        # The fields of `data` need not be named here.
         num_parameters=f"{model.num_parameters() / 1e6:.1f} M",
         image_size=config.image_size or config.vision_config.image_size,
         num_visual_tokens=processor.image_seq_len,
@@ -179,9 +160,9 @@ def write_card(
         n_action_steps=config.n_action_steps if metrics is None else metrics["n_action_steps"],
         actions_shape=(1, config.chunk_size, config.action_dim),
         benchmark=benchmark,
-        num_tasks=max(len(told), 1),
-        task=processor.default_task or benchmark.tasks[task],
-        task_literal=repr(processor.default_task or benchmark.tasks[task]),
+        num_tasks=max(len(trained), 1),
+        task=instruction,
+        task_literal=repr(instruction),
         state=state,
         action_low=low.tolist(),
         action_high=high.tolist(),
@@ -219,31 +200,28 @@ def plot_training(path: Path, log_history: list[dict], benchmark: Benchmark) -> 
 
 
 def _seeds(metrics: dict[str, Any]) -> tuple[int, int]:
-    """The first and the last seed: the same for each task."""
+    """The first and the last seed, the same for each task."""
     return metrics["seed"], metrics["seed"] + metrics["n_episodes"] // len(metrics.get("by_task", [1])) - 1
 
 
 def _eval_results(metrics: dict[str, Any], benchmark: Benchmark) -> list[EvalResult]:
-    env_id, results = benchmark.card["env_id"], []
-    played = {
+    env_id, (first, last) = benchmark.card["env_id"], _seeds(metrics)
+    evaluation = {
         "task_type": "robotics",
+        "task_name": "Robotics",
         "dataset_type": env_id.split("/")[-1],
         "dataset_name": f"{benchmark.card['title']} ({env_id})",
     }
-    first, last = _seeds(metrics)
+    args = {"n_episodes": metrics["n_episodes"], "first_seed": first, "last_seed": last}
+    args["n_action_steps"] = metrics["n_action_steps"]
+    results = []
     for name, title in METRICS.items():
         if metrics.get(name) is None:
             continue
-        args = {
-            "n_episodes": metrics["n_episodes"],
-            "first_seed": first,
-            "last_seed": last,
-            "n_action_steps": metrics["n_action_steps"],
-        }
-        if f"{name}_low" in metrics:
-            args["interval_95"] = [round(metrics[f"{name}_{end}"], 4) for end in ("low", "high")]
-        value = {"metric_type": name, "metric_name": title, "metric_value": round(metrics[name], 4)}
-        results.append(EvalResult(task_name="Robotics", **played, **value, metric_args=args))
+        result = {"metric_type": name, "metric_name": title, "metric_value": round(metrics[name], 4)}
+        interval = [round(metrics[f"{name}_{end}"], 4) for end in ("low", "high") if f"{name}_{end}" in metrics]
+        metric_args = args | ({"interval_95": interval} if interval else {})
+        results.append(EvalResult(**evaluation, **result, metric_args=metric_args))
     return results
 
 

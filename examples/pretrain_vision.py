@@ -5,11 +5,11 @@
         --learning_rate 7e-4 --seed 10 --vision_weights outputs/vision/vision.safetensors
     python examples/pretrain_vision.py --benchmark metaworld --dataset_root outputs/metaworld --output_dir outputs/mw
 
-SmolVLM's vision tower comes pretrained; the tiny one does not, and from the policy's loss alone it hardly learns to
-see. Labels come from the simulator: `Pretraining` in `envs/<benchmark>/pretraining.py` draws the scenes. Writes
+SmolVLM's vision tower is pretrained; the tiny one is not, and it learns little from the policy's loss alone. Labels
+come from the simulator: `Pretraining` in `envs/<benchmark>/pretraining.py` renders the scenes. The output is
 `vision.safetensors`, the weights of the vision tower and the connector, for `train.py --vision_weights`. The second
-command continues from there, with more scenes in which the T lies near its target, where one pixel matters. A run that
-was interrupted continues when the same command is given again; all but `--max_steps` has to be as before.
+command continues from there, with more scenes in which the T is near its target, where one pixel matters. To continue
+an interrupted run, give the same command again; only `--max_steps` may differ.
 """
 
 import argparse
@@ -18,12 +18,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import interrupt  # noqa: F401 - before all that takes long
+import interrupt  # noqa: F401 - before the slow imports
 import torch
 from envs import BENCHMARKS, Benchmark
 from evaluate import load_benchmark
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from training_runs import (
     OPTIONS,
@@ -33,16 +32,17 @@ from training_runs import (
     keep_options,
     make_own_folder,
     naming_option,
+    read_weights,
 )
 from transformers import TrainerCallback, TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
 from smolandfast.training import AtomicCheckpointTrainer, bf16_is_faster, make_muon, make_tiny_vision
 
-# What pretraining writes: not the files that only a policy's checkpoints have. Those with a dot are unfinished.
+# The files that pretraining writes; those with a dot are unfinished. A policy's checkpoints have others.
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
 CHECKPOINT_FILES += ("trainer_state.json", "training_args.bin", "SHA256SUMS", ".SHA256SUMS.*")
-OUTPUTS = [OPTIONS, f".{OPTIONS}.*", "vision.safetensors", ".vision.safetensors.*"]
+OUTPUTS = [f"*{OPTIONS}", "vision.safetensors", ".vision.safetensors.*"]
 OUTPUTS += [f"checkpoint-*/{name}" for name in CHECKPOINT_FILES]
 
 
@@ -58,7 +58,7 @@ class PoseRegressor(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 `(B, image_size, image_size, 3)` and labels `(B, num_labels)` -> loss and predictions."""
-        pixels = pixel_values.permute(0, 3, 1, 2).float() / 127.5 - 1  # as the processor normalises
+        pixels = pixel_values.permute(0, 3, 1, 2).float() / 127.5 - 1  # as in the processor
         tokens = self.connector(self.vision_model(pixels).last_hidden_state)
         predictions = self.head(tokens.flatten(1)).float()
         return {"loss": self.loss(predictions, labels), "predictions": predictions}
@@ -72,23 +72,17 @@ class SaveVision(TrainerCallback):
 
 
 def load_vision(model: nn.Module, path: str) -> None:
-    """Load what [`save_vision`] wrote, or these parts of a policy's `model.safetensors`; the linear layer stays.
-
-    Raises:
-        ValueError: a missing or damaged file, or one with other weights.
-    """
+    """Load the output of [`save_vision`], or these parts of a policy's `model.safetensors`; the head stays."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in read_weights(path).items()}
+    weights = {name: weight for name, weight in weights.items() if not name.startswith(("text_model.", "lm_head."))}
     try:
-        tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
-        tensors = {
-            name: tensor for name, tensor in tensors.items() if not name.startswith(("text_model.", "lm_head."))
-        }
-        model.load_state_dict(tensors | {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is no vision.safetensors of this script: {error}") from error
+        model.load_state_dict(weights | {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()})
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a vision.safetensors of this script: {error}") from error
 
 
 def save_vision(model: nn.Module, folder: str) -> None:
-    """Write the vision tower and the connector to `vision.safetensors`: all of the file or none of it."""
+    """Write the vision tower and the connector to `vision.safetensors`."""
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
     with atomic_write(Path(folder) / "vision.safetensors") as path:
         save_file(tensors, path)
@@ -97,13 +91,13 @@ def save_vision(model: nn.Module, folder: str) -> None:
 def make_parser(name: str, description: str | None) -> tuple[argparse.ArgumentParser, Benchmark, type]:
     """The parser with a benchmark's own options, the benchmark, and its `Pretraining`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht", help="whose images (pusht)")
+    parser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht", help="simulator of the images (pusht)")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--max_steps", type=int)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--vision_weights", help="vision.safetensors of an earlier run, or a policy, to continue from")
-    parser.add_argument("--seed", type=int, default=0, help="another one has other scenes (0)")
+    parser.add_argument("--seed", type=int, default=0, help="changes the scenes too (0)")
     benchmark = load_benchmark(parser, name)
     pretraining = importlib.import_module(f"envs.{name}.pretraining").Pretraining
     pretraining.add_options(parser)
@@ -134,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         pretrain(model, pretraining, args)
     except KeyboardInterrupt:
-        parser.exit(130, interruption(args.output_dir, "the same command continues from there."))
+        advice = "the same command continues from there."
+        parser.exit(130, interruption(args.output_dir, advice, pretraining.kept))
 
 
 def pretrain(model: PoseRegressor, pretraining: Any, args: argparse.Namespace) -> None:

@@ -5,9 +5,9 @@
     python examples/train.py --benchmark metaworld --dataset_root outputs/metaworld --output_dir outputs/mt50
 
 Every argument of `TrainingArguments` works too, or is refused by name: `--max_steps`, `--report_to`,
-`--per_device_train_batch_size`, ... While training, the policy is played in the simulator at each evaluation; the
-checkpoint with the highest success rate is kept, and saved in the output folder at the end. That folder has to be new
-or empty; `--resume_from_checkpoint last` continues an earlier training in it.
+`--per_device_train_batch_size`, ... At each evaluation, the policy is played in the simulator; the checkpoint with the
+highest success rate is saved in the output folder at the end. That folder has to be new or empty;
+`--resume_from_checkpoint last` continues an earlier training in it.
 """
 
 import math
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import interrupt  # noqa: F401 - before all that takes long
+import interrupt  # noqa: F401 - before the slow imports
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
@@ -26,8 +26,6 @@ from evaluate import make_predict
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from model_card import CardFacts, write_card
 from rollouts import rollout
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from train_arguments import (
     PARTS,
@@ -38,7 +36,7 @@ from train_arguments import (
     one_line,
     parse_arguments,
 )
-from training_runs import EpochDataset, EpochSetter, interruption, naming_option
+from training_runs import EpochDataset, EpochSetter, interruption, naming_option, read_weights
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -65,52 +63,42 @@ from smolandfast.training import (
 )
 from smolandfast.training.checkpoints import STATE, UNFINISHED
 
-MAX_FITTED_CHUNKS = 100_000  # that the FAST tokenizer is fitted to
-CHUNKS_AT_ONCE = 20_000  # held in memory while all of a data set are measured
+MAX_FITTED_CHUNKS = 100_000  # of FAST tokenizer and quantiles
+CHUNKS_AT_ONCE = 20_000  # in memory, when all chunks of a data set are read
 EMBEDDINGS = ("model.text_model.embed_tokens.weight", "lm_head.weight")
+parse_args = partial(parse_arguments, description=__doc__)
 
 
 class VariedDemonstrations(EpochDataset):
-    """Demonstrations turned, shifted and reworded, another way in every epoch; without their last frames.
-
-    Raises:
-        ValueError: Options that the data set or the benchmark has no use for.
-    """
+    """Demonstrations turned, shifted and reworded, another way in every epoch; without their last frames."""
 
     def __init__(self, dataset: LeRobotChunkDataset, args: PolicyArguments, seed: int, benchmark: Benchmark):
         super().__init__()
         self.dataset, self.seed, self.wordings = dataset, seed, benchmark.wordings
-        lasts = np.flatnonzero(np.diff(dataset.episode_index, append=-1))
-        frames_to_come = np.repeat(lasts, np.diff(lasts, prepend=-1)) - np.arange(len(dataset))
-        if args.sample_every < 1:
-            raise ValueError(f"--sample_every is {args.sample_every}, expected 1 or more. 1 starts at every frame.")
         is_start = dataset.frame_index % args.sample_every == 0
-        self.indices = np.flatnonzero(is_start & (frames_to_come >= args.drop_n_last_frames))
+        remaining_frames = dataset.episode_end - np.arange(len(dataset))
+        self.indices = np.flatnonzero(is_start & (remaining_frames >= args.drop_n_last_frames))
         if len(self.indices) == 0:
             raise ValueError(f"--drop_n_last_frames is {args.drop_n_last_frames}, and no episode is longer. Lower it.")
-        sentences = _sentences_of_groups(args.oversample or [], benchmark)
-        self.indices = np.repeat(self.indices, [1 + (dataset.text(i) in sentences) for i in self.indices.tolist()])
+        oversampled = oversampled_instructions(args, benchmark)
+        repeats = [2 if dataset.text(i) in oversampled else 1 for i in self.indices.tolist()]
+        self.indices = np.repeat(self.indices, repeats)
         self.vary, self.options = benchmark.vary, variation_options(args, benchmark)
         sizes, size = list(dataset.image_sizes.values()), benchmark.image_size
         if any(self.options.values()) and sizes != [(size, size)]:
-            names = ", ".join(f"--{name}" for name in VARIATIONS)
-            raise ValueError(
-                f"Only one image of {size}x{size} pixels, {benchmark.name}'s, can be varied; the data set has images "
-                f"of {sizes} (height, width). Set {names} to 0."
-            )
+            reason = f"The data set has images of {sizes} (height, width), and only one of {size}x{size} can be varied"
+            raise ValueError(f"{reason}. Set {', '.join('--' + name for name in VARIATIONS)} to 0.")
         self.reword_probability = args.reword_probability
         unknown = [task for task in dataset.tasks if not self.wordings.get(task)]
         if self.reword_probability > 0 and unknown:
-            raise ValueError(
-                f"--reword_probability is {self.reword_probability}, but {benchmark.name} has no other wordings of "
-                f"the data set's task {unknown[0]!r}. Set it to 0."
-            )
+            reason = f"{benchmark.name} has no other wordings of the data set's task {unknown[0]!r}"
+            raise ValueError(f"--reword_probability is {self.reword_probability}, but {reason}. Set it to 0.")
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def text(self, i: int) -> tuple[str, np.random.Generator]:
-        """The sentence that a sample is told in this epoch, and its random numbers for what else is varied."""
+        """A sample's instruction in this epoch, and the random generator of its other variations."""
         i = int(self.indices[i])
         text, rng = self.dataset.text(i), np.random.default_rng((self.seed, self.epoch, i))
         is_reworded = rng.random() < self.reword_probability
@@ -118,46 +106,51 @@ class VariedDemonstrations(EpochDataset):
 
     def __getitem__(self, i: int) -> dict:
         text, rng = self.text(i)
-        i = int(self.indices[i])
-        sample = {**self.dataset[i], "text": text}
+        sample = {**self.dataset[int(self.indices[i])], "text": text}
         if not any(self.options.values()):
             return sample
         image, state, actions = self.vary(sample["images"][0], sample["state"], sample["actions"], rng, **self.options)
         return {**sample, "images": [image], "state": state, "actions": actions}
 
 
+def evenly_spaced(size: int) -> np.ndarray:
+    """Up to [`MAX_FITTED_CHUNKS`] indices below `size`."""
+    return np.linspace(0, size - 1, min(size, MAX_FITTED_CHUNKS)).round().astype(np.int64)
+
+
+def normalized_chunks(dataset: LeRobotChunkDataset, normalizer: Normalizer, indices: np.ndarray) -> np.ndarray:
+    bins = normalizer.state_bins(dataset.states[indices])
+    return normalizer.normalize_actions(dataset.action_chunks(indices), bins)
+
+
 def variation_options(args: PolicyArguments, benchmark: Benchmark) -> dict[str, float]:
-    """The options by which the benchmark's demonstrations are varied. Raises `ValueError` for one that it has not."""
+    """The options by which the benchmark's demonstrations are varied. Raises `ValueError` for an unsupported one."""
     for name in VARIATIONS:
         if getattr(args, name) and name not in benchmark.variations:
-            raise ValueError(f"--{name} is {getattr(args, name)}, which {benchmark.name} has no use for. Set it to 0.")
+            value = getattr(args, name)
+            raise ValueError(f"--{name} is {value}, which {benchmark.name} does not support. Set it to 0.")
     return {name: getattr(args, name) for name in benchmark.variations}
 
 
-def _sentences_of_groups(groups: list[str], benchmark: Benchmark) -> set[str]:
-    """The instructions of the benchmark's tasks in these groups."""
-    known = list(dict.fromkeys(benchmark.groups.values()))
-    unknown = [group for group in groups if group not in known]
-    if unknown:
-        raise ValueError(f"--oversample has {unknown[0]!r}, expected some of {benchmark.name}'s groups {known}.")
+def oversampled_instructions(args: PolicyArguments, benchmark: Benchmark) -> set[str]:
+    """The instructions of the tasks in the groups of `--oversample`."""
+    groups, known = args.oversample or [], list(dict.fromkeys(benchmark.groups.values()))
+    for group in groups:
+        if group not in known:
+            raise ValueError(f"--oversample has {group!r}, expected some of {benchmark.name}'s groups {known}.")
     return {benchmark.tasks[task] for task, group in benchmark.groups.items() if group in groups}
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """Batches of samples of similar length, so that little is padded; another order in every epoch, also if resumed.
-
-    Args:
-        seed: Of the order, by default the data set's.
-    """
+    """Batches of samples of similar length, to pad less; another order in every epoch, also after resuming."""
 
     def __init__(
         self, dataset: VariedDemonstrations, processor: SmolAndFastProcessor, batch_size: int, seed: int | None = None
     ):
-        frames, normalizer, num_tokens = dataset.dataset, processor.normalizer, []
+        num_tokens = []
         for start in range(0, len(dataset), CHUNKS_AT_ONCE):
             indices = dataset.indices[start : start + CHUNKS_AT_ONCE]
-            bins = normalizer.state_bins(frames.states[indices])
-            actions = normalizer.normalize_actions(frames.action_chunks(indices), bins)
+            actions = normalized_chunks(dataset.dataset, processor.normalizer, indices)
             num_tokens += [len(ids) for ids in processor.action_tokenizer.encode_actions(actions)]
         super().__init__(batch_size, lengths=num_tokens)
         self.num_tokens, self.tokenizer, self.dataset = num_tokens, processor.tokenizer, dataset
@@ -165,39 +158,31 @@ class GroupedByLength(LengthGroupedSampler):
 
     def __iter__(self):
         texts = [self.dataset.text(i)[0] for i in range(len(self))]  # of this epoch
-        words = {text: len(self.tokenizer(text)["input_ids"]) for text in set(texts)}
-        self.lengths = [n + words[text] for n, text in zip(self.num_tokens, texts, strict=True)]
+        text_tokens = {text: len(self.tokenizer(text)["input_ids"]) for text in set(texts)}
+        self.lengths = [n + text_tokens[text] for n, text in zip(self.num_tokens, texts, strict=True)]
         seed = np.random.SeedSequence((self.seed, self.dataset.epoch)).generate_state(1)[0]
         self.generator = torch.Generator().manual_seed(int(seed))
         return super().__iter__()
 
 
 class PolicyTrainer(AtomicCheckpointTrainer):
-    """A `Trainer` whose evaluation also plays the policy in the simulator, and scores it by that.
+    """A `Trainer` whose evaluation also plays the policy in the simulator, which gives its score.
 
-    With `push_to_hub`, the model card is ours; `card_options` are arguments of [`model_card.CardFacts`].
+    `card_options` are arguments of [`model_card.CardFacts`], for the model card of `push_to_hub`; the other new
+    arguments are those of [`rollouts.rollout`], and whether [`GroupedByLength`] makes the batches.
     """
 
-    def __init__(
-        self,
-        *args,
-        benchmark: Benchmark,
-        eval_tasks: list[str] | None,
-        eval_seeds: range,
-        card_options: dict,
-        batch_by_length: bool = False,
-        **kwargs,
-    ):
+    def __init__(self, *args, benchmark, eval_tasks, eval_seeds, card_options, batch_by_length=False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.batch_by_length = batch_by_length
         self.benchmark, self.eval_tasks, self.eval_seeds = benchmark, eval_tasks, eval_seeds
-        self.card_options = card_options
+        self.card_options, self.batch_by_length = card_options, batch_by_length
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         if not self.batch_by_length:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return GroupedByLength(self.train_dataset, self.processing_class, self._train_batch_size, seed)
+        # Without --data_seed, the data set's seed is that of the training.
+        batch_size, seed = self._train_batch_size, self.args.data_seed
+        return GroupedByLength(self.train_dataset, self.processing_class, batch_size, seed)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
@@ -209,7 +194,7 @@ class PolicyTrainer(AtomicCheckpointTrainer):
             played = rollout(self.benchmark, predict, self.eval_seeds, steps, self.eval_tasks).metrics()
             names = ("avg_max_reward", "avg_sum_reward", "pc_success", "mean_over_tasks", "mean_over_groups")
             scores = [{f"eval_{name}": played[name] for name in names if played.get(name) is not None}]
-            # The reward, at most 1, decides between checkpoints of equal success.
+            # The reward, at most 1, ranks checkpoints of equal success.
             scores[0]["eval_score"] = played["pc_success"] + played.get("avg_max_reward", 0.0)
         scores = broadcast_object_list(scores)[0]
         self.log(scores)
@@ -240,30 +225,21 @@ class PolicyTrainer(AtomicCheckpointTrainer):
 
 
 class EvaluateLastStep(TrainerCallback):
-    """Evaluates after the last step too, which otherwise could not be the best where `eval_steps` does not meet it."""
+    """Evaluates after the last step too, so that it can be the best where it is no multiple of `eval_steps`."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
 
-class PushCodeFiles(TrainerCallback):
-    """Adds the code to what `push_to_hub` uploads during training: `Trainer` copies only weights from a checkpoint."""
-
-    def on_push_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            for path in Path(args.output_dir, f"checkpoint-{state.global_step}").glob("*.py"):
-                shutil.copyfile(path, Path(args.output_dir, path.name))
-
-
 def fit_statistics_and_tokenizer(
     dataset: LeRobotChunkDataset, args: PolicyArguments, benchmark: Benchmark
 ) -> tuple[dict, FastActionTokenizer]:
-    """Measure the demonstrations, and their turned copies where training turns them; fit FAST to the result.
+    """Statistics of the demonstrations and of their symmetric copies, and a FAST tokenizer fitted to them.
 
-    The limits are those of all chunks. Quantiles, and FAST, are of up to `MAX_FITTED_CHUNKS`, evenly spaced. Rotated
-    copies stay out of the statistics, whose limits are those of the actions that the robot is sent. With `init_from`,
-    both are the earlier policy's.
+    The limits are those of all chunks; quantiles and FAST use up to `MAX_FITTED_CHUNKS`, evenly spaced. Rotated copies
+    count for FAST alone: the statistics limit the actions sent to the robot. With `init_from`, both are those of the
+    earlier policy.
     """
     if args.init_from is not None and not args.refit:
         return read_earlier(dataset, args)
@@ -281,11 +257,10 @@ def fit_statistics_and_tokenizer(
             states[turned], chunks[turned] = move(states[turned]), move(chunks[turned])
         return states, chunks
 
-    count = min(len(frames), MAX_FITTED_CHUNKS)
-    states, chunks = take(np.linspace(0, len(frames) - 1, count).round().astype(np.int64))
+    states, chunks = take(evenly_spaced(len(frames)))
     with naming_option("--dataset_root"):
         statistics = compute_statistics(states, chunks)
-    if count < len(frames):
+    if len(states) < len(frames):
         for start in range(0, len(frames), CHUNKS_AT_ONCE):
             widen(statistics, compute_statistics(*take(np.arange(start, min(start + CHUNKS_AT_ONCE, len(frames))))))
     if args.action_tokenizer is not None:
@@ -293,10 +268,9 @@ def fit_statistics_and_tokenizer(
             return statistics, FastActionTokenizer.from_pretrained(args.action_tokenizer)
     rotations = benchmark.rotations(**options)
     states, chunks = (np.concatenate([x, *(move(x) for move in rotations)]) for x in (states, chunks))
+    options = {"use_relative_actions": args.use_relative_actions, **read_earlier_options(args)}
     with naming_option("--use_relative_actions"):
-        normalizer = Normalizer(
-            statistics, use_relative_actions=args.use_relative_actions, **read_earlier_options(args)
-        )
+        normalizer = Normalizer(statistics, **options)
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
     with naming_option("--fast_scale, --fast_vocab_size"):
         tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)
@@ -317,35 +291,31 @@ def widen(statistics: dict, other: dict) -> None:
 
 
 def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[dict, FastActionTokenizer]:
-    """Statistics and FAST tokenizer of the policy that `--init_from` names, which have to fit the data.
+    """Statistics and FAST tokenizer of `--init_from`, which have to fit the data.
 
-    For another `--chunk_size` the tokenizer is resampled: its chunks still span the same time.
+    For another `--chunk_size`, the tokenizer is resampled: its chunks still span the same time.
     """
     with naming_option("--init_from"):
         earlier = read_json(Path(args.init_from, "processor_config.json"))
         normalizer = Normalizer(earlier.get("statistics"), **read_earlier_options(args))
-        for name, found, expected in (
-            ("state_dim", normalizer.state_dim, dataset.states.shape[1]),
+        for name, value, expected in (
+            ("state_dim", normalizer.state_dim, dataset.state_dim),
             ("action_dim", normalizer.action_dim, dataset.action_dim),
             ("use_relative_actions", earlier.get("use_relative_actions", False), args.use_relative_actions),
         ):
-            if found != expected:
-                raise ValueError(
-                    f"{name} of {args.init_from} is {found}, here it is {expected}. Name a policy of the same kind, "
-                    "or measure the data again with --refit."
-                )
+            if value != expected:
+                fix = "Name a policy of the same kind, or measure the data again with --refit."
+                raise ValueError(f"{name} of {args.init_from} is {value}, here it is {expected}. {fix}")
         tokenizer = FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
         if tokenizer.horizon not in (None, args.chunk_size):
-            frames = np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_FITTED_CHUNKS)).round().astype(np.int64)
-            bins = normalizer.state_bins(dataset.states[frames])
-            chunks = normalizer.normalize_actions(dataset.action_chunks(frames), bins)
+            chunks = normalized_chunks(dataset, normalizer, evenly_spaced(len(dataset)))
             tokenizer = tokenizer.resample(chunks, normalizer.action_scale)
             print_report(tokenizer)
         return earlier["statistics"], tokenizer
 
 
 def read_earlier_options(args: PolicyArguments) -> dict:
-    """How the policy that `--init_from` names reads numbers, where it says so: its weights were learnt with that."""
+    """Options of `--init_from`'s normalizer that its weights depend on, where it has them."""
     if args.init_from is None:
         return {}
     with naming_option("--init_from"):
@@ -354,12 +324,13 @@ def read_earlier_options(args: PolicyArguments) -> dict:
 
 
 def make_policy(
-    dataset: LeRobotChunkDataset, args: PolicyArguments, benchmark: Benchmark, **kwargs
+    dataset: LeRobotChunkDataset, args: PolicyArguments, benchmark: Benchmark
 ) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
-    """The preset's model and processor; kwargs go to `from_pretrained` or the configuration."""
+    """The preset's model and processor."""
     statistics, action_tokenizer = fit_statistics_and_tokenizer(dataset, args, benchmark)
     wordings = sum(benchmark.wordings.values(), []) if args.reword_probability > 0 else []
-    default_task = dataset.tasks[0] if len(dataset.tasks) == 1 else ""
+    has_tasks = len(dataset.tasks) > 1
+    default_task = "" if has_tasks else dataset.tasks[0]
     options = {
         "chunk_size": args.chunk_size,
         "use_relative_actions": args.use_relative_actions,
@@ -370,35 +341,30 @@ def make_policy(
         "training_tasks": list(dict.fromkeys([*dataset.tasks, *wordings])),
         **read_earlier_options(args),
     }
-    frozen = {"freeze_vision_tower": args.freeze_vision_tower, "freeze_connector": args.freeze_connector}
+    names = ("n_action_steps", "freeze_vision_tower", "freeze_connector")
+    model_options = {name: getattr(args, name) for name in names}
     if args.preset == "256M":
         with naming_option("--vlm"):
             processor = SmolAndFastProcessor.from_vlm(
                 args.vlm, action_tokenizer, statistics, args.scale_factor, default_task=default_task, **options
             )
             model = SmolAndFastForActionPrediction.from_pretrained(
-                args.vlm,
-                **processor.model_kwargs(),
-                n_action_steps=args.n_action_steps,
-                dtype=torch.float32,
-                **frozen,
-                **kwargs,
+                args.vlm, **processor.model_kwargs(), **model_options, dtype=torch.float32
             )
         return model, processor
     processor = make_tiny_processor(
         action_tokenizer,
         statistics,
         default_task,
-        options["training_tasks"] if len(dataset.tasks) > 1 else (),
+        options["training_tasks"] if has_tasks else (),
         scale_factor=args.scale_factor,
         image_size=benchmark.image_size,
-        split_words=len(dataset.tasks) > 1,
+        split_words=has_tasks,
         **options,
     )
     # On a CPU, eager attention trains short sequences faster than the fused kernel.
-    model = make_tiny_model(
-        processor, args.n_action_steps, benchmark.image_size, attn_implementation="eager", **frozen, **kwargs
-    )
+    model_options |= {"image_size": benchmark.image_size, "attn_implementation": "eager"}
+    model = make_tiny_model(processor, **model_options)
     if args.init_from is not None:
         with naming_option("--init_from"):
             weights = read_weights(Path(args.init_from, "model.safetensors"))
@@ -412,28 +378,16 @@ def make_policy(
     return model, processor
 
 
-def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Name one that training or pretraining wrote.") from error
-
-
 def load_weights(
     model: SmolAndFastForActionPrediction, weights: dict[str, torch.Tensor], source: str, needed: str = ""
 ) -> None:
-    """Replace some of the model's weights, at least those whose names begin with `needed`.
-
-    Raises:
-        ValueError: weights of another architecture.
-    """
+    """Replace some of the model's weights, at least those whose names begin with `needed`."""
     expected = model.state_dict()
     fix = "Start from weights of the tiny preset, for the same image size and --scale_factor."
     for name, tensor in weights.items():
         if name not in expected or tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{source} has a weight {name} of shape {tuple(tensor.shape)}, which the tiny policy has not. {fix}"
-            )
+            weight = f"{name} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{source} has a weight {weight}, which the tiny policy has not. {fix}")
     missing = [name for name in expected if name.startswith(needed) and name not in (*weights, *EMBEDDINGS)]
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} weights of the tiny policy, {missing[0]} first. {fix}")
@@ -445,9 +399,9 @@ def fit_embeddings(
     earlier: tuple[PreTrainedTokenizerFast, FastActionTokenizer],
     new: tuple[PreTrainedTokenizerFast, FastActionTokenizer],
 ) -> dict[str, torch.Tensor]:
-    """Embeddings of an earlier policy for other vocabularies, of text and of actions.
+    """An earlier policy's embeddings, for new vocabularies of text and of actions.
 
-    A new token gets the mean of what the earlier tokenizers would have written in its place.
+    A new token gets the mean embedding of the earlier tokens for the same text or coefficients.
     """
     (earlier_text, earlier_actions), (text, actions) = earlier, new
     known, rows = earlier_text.get_vocab(), []
@@ -465,134 +419,96 @@ def fit_embeddings(
     }
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[PolicyArguments, TrainingArguments]:
-    """Read the command line; whatever is wrong with it ends in an error line."""
-    return parse_arguments(argv, __doc__)
-
-
 def check_output_folder(args: PolicyArguments, training: TrainingArguments) -> None:
-    """Refuse a folder whose content a training would replace, and make it otherwise.
-
-    Raises:
-        ValueError: It holds anything, and neither `--resume_from_checkpoint` nor `--overwrite_output_dir` allows that.
-    """
+    """Create the output folder, and refuse one with content that the training would replace."""
     folder, resumed = Path(training.output_dir), training.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file, expected a folder. Name another one.")
     if resumed not in (None, "last") and not Path(resumed, STATE).is_file():
-        raise ValueError(
-            f"--resume_from_checkpoint {resumed} is not a checkpoint: it has no {STATE}. Name a checkpoint-* folder, "
-            "or say last."
-        )
+        fix = "Name a checkpoint-* folder, or last."
+        raise ValueError(f"--resume_from_checkpoint {resumed} is not a checkpoint: it has no {STATE}. {fix}")
     folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(path.name for path in folder.iterdir())
-    fix = (
-        "Name a new --output_dir, continue with --resume_from_checkpoint last, or give --overwrite_output_dir, which "
-    )
-    fix += "deletes the earlier checkpoints in it and replaces the policy."
-    if not found or args.overwrite_output_dir:
+    names = sorted(path.name for path in folder.iterdir())
+    if not names or args.overwrite_output_dir:
         return
-    if resumed is None:
-        raise ValueError(f"--output_dir {folder} holds {found[0]}: an earlier training may be in it. {fix}")
     checkpoints = [checkpoint.resolve() for checkpoint in find_checkpoints(folder)]
-    if resumed != "last" and Path(resumed).resolve() not in checkpoints:
-        raise ValueError(
-            f"--resume_from_checkpoint {resumed} is not in --output_dir {folder}, which is not empty. {fix}"
-        )
-    policy = [name for name in found if name.startswith("model") and name.endswith(".safetensors")]
-    if not checkpoints and (policy or not {"runs", UNFINISHED} & set(found)):  # a run killed early leaves these
-        held = (policy or found)[0]
-        raise ValueError(f"--output_dir {folder} holds {held}, but no checkpoint to continue from. {fix}")
-
-
-def delete_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of an earlier training, and say which."""
-    for checkpoint in find_checkpoints(folder):
-        print(f"--overwrite_output_dir: deleting {checkpoint}")
-        if checkpoint.is_symlink():
-            checkpoint.unlink()
-        else:
-            shutil.rmtree(checkpoint)
+    policy = [name for name in names if name.startswith("model") and name.endswith(".safetensors")]
+    is_begun = not policy and {"runs", UNFINISHED} & set(names)  # by a run that was killed before its first checkpoint
+    if resumed is None:
+        reason = f"--output_dir {folder} holds {names[0]}: an earlier training may be in it."
+    elif resumed != "last" and Path(resumed).resolve() not in checkpoints:
+        reason = f"--resume_from_checkpoint {resumed} is not in --output_dir {folder}, which is not empty."
+    elif not checkpoints and not is_begun:
+        reason = f"--output_dir {folder} holds {(policy or names)[0]}, but no checkpoint to continue from."
+    else:
+        return
+    raise ValueError(
+        f"{reason} Name a new --output_dir, continue with --resume_from_checkpoint last, or give "
+        "--overwrite_output_dir, which deletes the earlier checkpoints in it and replaces the policy."
+    )
 
 
 def read_demonstrations(
     args: PolicyArguments, training: TrainingArguments, benchmark: Benchmark
 ) -> tuple[LeRobotChunkDataset | JoinedChunkDatasets, LeRobotChunkDataset | None]:
-    """The demonstrations to train on and those to evaluate with, which have to be the benchmark's."""
-    for root in args.dataset_root or []:
-        if not Path(root).expanduser().is_dir():
-            raise ValueError(
-                f"--dataset_root {root} is not a folder. Name that of a LeRobot v3.0 data set, or leave it out to "
-                f"load {benchmark.repo_id} from the Hub."
-            )
-    root, *more = args.dataset_root or [download_dataset(args.dataset_repo_id or benchmark.repo_id)]
+    """The demonstrations to train on and those to evaluate with, which are the last of the first data set."""
+    roots = args.dataset_root or [download_dataset(args.dataset_repo_id or benchmark.repo_id)]
     read = partial(LeRobotChunkDataset, chunk_size=args.chunk_size, frame_stride=args.frame_stride)
-    with naming_option(f"--dataset_root {root}"):
-        first = read(root, episodes=[0])
-        check_kind(first, args, training, benchmark)
-        total = first.info.get("total_episodes")
-        if not isinstance(total, int) or isinstance(total, bool):
-            raise ValueError(f"total_episodes in meta/info.json is {total!r}, expected the number of episodes.")
-        num_trained = total - args.held_out_episodes
-        if num_trained < 1:
-            raise ValueError(
-                f"--held_out_episodes is {args.held_out_episodes}, but there are {total} episodes. Lower it, so that "
-                "one at least is left to train on."
-            )
-        train_set = read(root, episodes=range(num_trained))
-        eval_set = read(root, episodes=range(num_trained, total)) if num_trained < total else None
-    others = []
-    for other in more:
-        with naming_option(f"--dataset_root {other}"):
-            others.append(read(other))
-            check_kind(others[-1], args, training, benchmark)
+    train_sets, eval_set = [], None
+    for root in roots:
+        with naming_option(f"--dataset_root {root}"):
+            first = read(root, episodes=[0])
+            check_kind(first, args, training, benchmark)
+            total = int(first.info["total_episodes"])
+            num_trained = total if train_sets else total - args.held_out_episodes
+            if num_trained < 1:
+                reason = f"but there are {total} episodes, and one at least is trained on"
+                raise ValueError(f"--held_out_episodes is {args.held_out_episodes}, {reason}. Lower it.")
+            train_sets.append(read(root, episodes=range(num_trained)))
+            if num_trained < total:
+                eval_set = read(root, episodes=range(num_trained, total))
     with naming_option("--dataset_root"):
-        return JoinedChunkDatasets([train_set, *others]) if others else train_set, eval_set
+        return JoinedChunkDatasets(train_sets) if len(train_sets) > 1 else train_sets[0], eval_set
 
 
 def check_kind(
     dataset: LeRobotChunkDataset, args: PolicyArguments, training: TrainingArguments, benchmark: Benchmark
 ) -> None:
-    """Refuse demonstrations of another robot or camera than the one that the policy is played with."""
-    fields = {
-        "state_dim": (dataset.state_dim, benchmark.state_dim),
-        "action_dim": (dataset.action_dim, benchmark.action_dim),
-        "number of cameras": (len(dataset.image_keys), 1),
-    }
+    """Refuse demonstrations of a robot or camera other than the benchmark's."""
+    size = (benchmark.image_size, benchmark.image_size)
+    checked = [
+        ("state_dim", dataset.state_dim, benchmark.state_dim),
+        ("action_dim", dataset.action_dim, benchmark.action_dim),
+        ("number of cameras", len(dataset.image_keys), 1),
+    ]
     if args.preset == "tiny" or needs_evaluation(training):
-        size = (benchmark.image_size, benchmark.image_size)
-        fields["image size (height, width)"] = (tuple(dataset.image_sizes[dataset.image_keys[0]]), size)
-    rates = (dataset.fps, dataset.fps / args.frame_stride)  # the demonstrated speed times --frame_stride, or exactly
-    if not any(math.isclose(rate, benchmark.fps) for rate in rates):
-        fields["fps"] = (dataset.fps, benchmark.fps)
-    for name, (found, expected) in fields.items():
-        if found != expected:
-            raise ValueError(
-                f"its {name} is {found}, that of the benchmark {benchmark.name} is {expected}. Name demonstrations of "
-                "that simulator, or another --benchmark."
-            )
+        checked.append(("image size (height, width)", dataset.image_sizes[dataset.image_keys[0]], size))
+    # The policy plays at the demonstrated speed, or at --frame_stride times that.
+    if not any(math.isclose(dataset.fps / stride, benchmark.fps) for stride in (1, args.frame_stride)):
+        checked.append(("fps", dataset.fps, benchmark.fps))
+    for name, value, expected in checked:
+        if value != expected:
+            fix = "Name demonstrations of that simulator, or another --benchmark."
+            raise ValueError(f"its {name} is {value}, that of the benchmark {benchmark.name} is {expected}. {fix}")
 
 
 def choose_eval_tasks(
     args: PolicyArguments, training: TrainingArguments, benchmark: Benchmark, tasks: list[str]
 ) -> list[str]:
-    """The tasks to play: those of `--eval_tasks`, or else those whose instruction the demonstrations have."""
+    """The tasks to play: those of `--eval_tasks`, or else those of the demonstrations."""
     unknown = [task for task in args.eval_tasks or () if task not in benchmark.tasks]
     if unknown:
-        raise ValueError(
-            f"--eval_tasks has {unknown[0]!r}, expected some of {benchmark.name}'s {', '.join(benchmark.tasks)}."
-        )
-    chosen = args.eval_tasks or [task for task, sentence in benchmark.tasks.items() if sentence in tasks]
+        names = ", ".join(benchmark.tasks)
+        raise ValueError(f"--eval_tasks has {unknown[0]!r}, expected some of {benchmark.name}'s {names}.")
+    chosen = args.eval_tasks or [task for task, instruction in benchmark.tasks.items() if instruction in tasks]
     if needs_evaluation(training) and not chosen:
-        raise ValueError(
-            f"--dataset_root has none of {benchmark.name}'s tasks, but {tasks[0]!r}. Name the tasks to play with "
-            "--eval_tasks, or give --eval_strategy no."
-        )
+        fix = "Name the tasks to play with --eval_tasks, or give --eval_strategy no."
+        raise ValueError(f"--dataset_root has none of {benchmark.name}'s tasks, but {tasks[0]!r}. {fix}")
     return chosen
 
 
 def make_trainer(args: PolicyArguments, training: TrainingArguments) -> PolicyTrainer:
-    """Read, check and make everything that the training needs; whatever is wrong with it is a ValueError."""
+    """Read, check and make everything that the training needs; bad input is a ValueError."""
     if training.process_index == 0:  # others would see what the first has begun to write
         check_output_folder(args, training)
     set_seed(training.seed)
@@ -602,21 +518,17 @@ def make_trainer(args: PolicyArguments, training: TrainingArguments) -> PolicyTr
     samples = VariedDemonstrations(train_set, args, training.seed, benchmark)
     batch = training.train_batch_size * training.world_size
     if training.dataloader_drop_last and len(samples) < batch:
-        raise ValueError(
-            f"--per_device_train_batch_size makes batches of {batch} samples, but there are {len(samples)}, and what "
-            "is left of the last batch is dropped. Lower it."
-        )
+        reason = f"but there are {len(samples)}, and incomplete batches are dropped"
+        raise ValueError(f"--per_device_train_batch_size makes batches of {batch} samples, {reason}. Lower it.")
     model, processor = make_policy(train_set, args, benchmark)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f} M parameters, {model.dtype}, bf16 autocast: {training.bf16}")
-    repo_id = args.dataset_repo_id or benchmark.repo_id
-    on_hub = [repo_id] if args.dataset_repo_id or not args.dataset_root else []
+    is_on_hub = args.dataset_repo_id or not args.dataset_root
+    on_hub = [args.dataset_repo_id or benchmark.repo_id] if is_on_hub else []
     base_model = args.vlm if args.preset == "256M" and not os.path.isdir(args.vlm) else None
     rates = {name: getattr(args, name) for name in PARTS} | {"weight_decay": training.weight_decay}
-    if args.preset == "tiny":
-        optimizer = make_muon(model, parameter_groups(model, **rates))
-    else:
-        optimizer = make_optimizer(model, **rates)
+    is_tiny = args.preset == "tiny"
+    optimizer = make_muon(model, parameter_groups(model, **rates)) if is_tiny else make_optimizer(model, **rates)
     return PolicyTrainer(
         model,
         training,
@@ -625,7 +537,7 @@ def make_trainer(args: PolicyArguments, training: TrainingArguments) -> PolicyTr
         eval_dataset=eval_set,
         processing_class=processor,
         optimizers=(optimizer, None),
-        callbacks=[EpochSetter(), EvaluateLastStep(), PushCodeFiles()],
+        callbacks=[EpochSetter(), EvaluateLastStep()],
         benchmark=benchmark,
         eval_tasks=eval_tasks,
         eval_seeds=range(args.eval_seed, args.eval_seed + args.eval_episodes),
@@ -643,7 +555,9 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError, ImportError, RuntimeError) as error:  # of a library, for --report_to and others
             parser.error(one_line(error))
         if args.overwrite_output_dir and trainer.is_world_process_zero():
-            delete_checkpoints(folder)
+            for checkpoint in find_checkpoints(folder):
+                print(f"--overwrite_output_dir: deleting {checkpoint}")
+                shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
         try:
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -72,9 +72,12 @@ def smolvlm_assets() -> Path:
 
 @pytest.fixture
 def vlm(smolvlm_assets, tmp_path) -> Path:
-    """SmolVLM2's real configuration and vocabulary at a small depth, with random weights."""
+    """SmolVLM2's image size and vocabulary in a narrow model of one layer, with random weights."""
     config = SmolVLMConfig.from_pretrained(smolvlm_assets)
-    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    for part in (config.text_config, config.vision_config):
+        part.hidden_size, part.intermediate_size, part.num_attention_heads = 64, 128, 2
+        part.num_hidden_layers = 1
+    config.text_config.num_key_value_heads, config.text_config.head_dim = 1, 32
     SmolVLMForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "vlm")
     for path in smolvlm_assets.glob("*.json"):
         if path.name != "config.json":

@@ -39,7 +39,7 @@ class StandInHub(ThreadingHTTPServer):
         self.versions: list[dict[str, bytes]] = []
         self.requests: list[str] = []
         self.breaks: str | None = None
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
     def handle_error(self, request, client_address):
         """A client that hangs up is no error of the hub's."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PYTHON_FILES, warnings_of
+from conftest import PYTHON_FILES, make_processor, make_small_model, warnings_of
 from envs.pusht import BENCHMARK as PUSHT
 from rollouts import rollout
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
@@ -24,14 +24,55 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_outside(code: str, tmp_path: Path) -> str:
-    """Run code where `import smolandfast` fails, as on a user's machine."""
+    """What code prints, warnings included, where `import smolandfast` fails, as on a user's machine."""
     blocked = "import sys; sys.modules['smolandfast'] = None\n"
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", blocked + code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    result = subprocess.run([sys.executable, "-c", blocked + code], cwd=tmp_path, env=environment, **output)
+    assert result.returncode == 0, result.stdout
     return result.stdout
+
+
+IN_A_FRESH_PROCESS = """
+import pickle
+import numpy as np
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+sys.modules["transformers"].__version__ = "5.25.0.dev0"
+observation = np.load("observation.npz")
+for name in ("absolute", "relative"):
+    model, model_again = (AutoModel.from_pretrained(name, trust_remote_code=True) for _ in range(2))
+    processor, processor_again = (AutoProcessor.from_pretrained(name, trust_remote_code=True) for _ in range(2))
+    inputs = processor(images=observation["image"], text="Push the block.", state=observation["state"])
+    np.save(f"{name}.npy", processor.post_process_actions(model.generate(**inputs)))
+    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+    assert config.model_type == "smolandfast" and config.chunk_size == 8
+    fast = AutoTokenizer.from_pretrained(name, subfolder="action_tokenizer", trust_remote_code=True)
+    assert fast.decode_actions(fast.encode_actions(np.zeros((1, 8, 2)))).shape == (1, 8, 2)
+    assert "User" in AutoTokenizer.from_pretrained(name).decode(inputs["input_ids"][0])
+
+    assert type(model) is type(model_again) and type(processor) is type(processor_again)
+    copied = pickle.loads(pickle.dumps(model))
+    assert type(copied) is type(model) and copied.config.to_dict() == model.config.to_dict()
+    assert pickle.loads(pickle.dumps(processor)).fingerprint == processor.fingerprint
+    print("pickled", name)
+"""
+
+
+@pytest.fixture(scope="module")
+def outside(demonstrations, batch, tmp_path_factory):
+    """What two policies predict, and what a fresh process that loads them predicts and prints."""
+    folder, expected = tmp_path_factory.mktemp("outside"), {}
+    image, state = batch["images"][0], batch["state"][0]
+    np.savez(folder / "observation.npz", image=image, state=state)
+    for name in ("absolute", "relative"):
+        processor = make_processor(demonstrations, use_relative_actions=name == "relative")
+        model = make_small_model(processor)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+        ids = model.generate(**processor(images=image, text="Push the block.", state=state))
+        expected[name] = processor.post_process_actions(ids)
+    printed = run_outside(IN_A_FRESH_PROCESS, folder)
+    return expected, {name: np.load(folder / f"{name}.npy") for name in expected}, printed
 
 
 @pytest.fixture
@@ -48,47 +89,19 @@ def test_the_folder_holds_weights_processor_tokenizers_and_code(folder):
     assert (folder / "action_tokenizer/tokenizer.json").is_file()
 
 
-def test_auto_classes_predict_the_same_actions_in_a_fresh_process(folder, processor, model, batch, tmp_path):
-    image, state = batch["images"][0], batch["state"][0]
-    np.savez(tmp_path / "observation.npz", image=image, state=state)
-    expected = processor.post_process_actions(
-        model.generate(**processor(images=image, text="Push the block.", state=state))
-    )
-    run_outside(
-        """
-import numpy as np
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
-observation = np.load("observation.npz")
-model = AutoModel.from_pretrained("policy", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("policy", trust_remote_code=True)
-inputs = processor(images=observation["image"], text="Push the block.", state=observation["state"])
-np.save("actions.npy", processor.post_process_actions(model.generate(**inputs)))
-config = AutoConfig.from_pretrained("policy", trust_remote_code=True)
-assert config.model_type == "smolandfast" and config.chunk_size == 8
-fast = AutoTokenizer.from_pretrained("policy", subfolder="action_tokenizer", trust_remote_code=True)
-assert fast.decode_actions(fast.encode_actions(np.zeros((1, 8, 2)))).shape == (1, 8, 2)
-assert "User" in AutoTokenizer.from_pretrained("policy").decode(inputs["input_ids"][0])
-""",
-        tmp_path,
-    )
-    np.testing.assert_allclose(np.load(tmp_path / "actions.npy"), expected)
+def test_auto_classes_predict_the_same_actions_in_a_fresh_process(outside):
+    expected, predicted, _ = outside
+    for name in ("absolute", "relative"):
+        np.testing.assert_allclose(predicted[name], expected[name])
 
 
-@pytest.mark.parametrize("processor", [False], indirect=True, ids=["absolute"])
-@pytest.mark.parametrize(("version", "warnings"), [("5.24.1", 0), ("5.25.0.dev0", 1)])
-def test_a_release_that_was_not_tested_is_warned_of_once(folder, version, warnings, tmp_path):
-    printed = run_outside(
-        f"""
-import os
-os.dup2(1, 2)
-from transformers import AutoConfig, AutoModel, AutoProcessor
-sys.modules["transformers"].__version__ = {version!r}
-for auto_class in (AutoConfig, AutoModel, AutoProcessor):
-    auto_class.from_pretrained("policy", trust_remote_code=True)
-""",
-        tmp_path,
-    )
-    assert printed.count(f"and this is {version}") == warnings
+def test_a_release_that_was_not_tested_is_warned_of_once(outside):
+    assert outside[-1].count("and this is 5.25.0.dev0") == 1
+
+
+def test_loading_twice_gives_one_class_and_models_that_can_be_pickled(outside):
+    """As `DataLoader` workers, `multiprocessing` and `torch.save` of a whole model need it."""
+    assert "pickled absolute" in outside[-1] and "pickled relative" in outside[-1]
 
 
 @pytest.fixture
@@ -113,9 +126,12 @@ def find_repository(code: str, repository: str) -> str:
 
 
 def test_the_readmes_ten_lines_work_from_an_empty_folder(ten_lines, tmp_path):
+    """Without a warning where the release of Transformers was tested."""
     (tmp_path / "empty").mkdir()
-    printed = run_outside(find_repository(ten_lines, str(ROOT)), tmp_path / "empty")
-    assert printed.strip() == re.search(r"print\(actions.shape\)  # (.*)", ten_lines)[1]
+    version = "import transformers\ntransformers.__version__ = '5.24.1'\n"
+    printed = run_outside(version + find_repository(ten_lines, str(ROOT)), tmp_path / "empty")
+    assert printed.splitlines()[-1] == re.search(r"print\(actions.shape\)  # (.*)", ten_lines)[1]
+    assert "5.24.1" not in printed
 
 
 def test_the_readmes_ten_lines_play(ten_lines, monkeypatch):
@@ -137,7 +153,7 @@ def test_the_readmes_ten_lines_play(ten_lines, monkeypatch):
         return np.stack(chunks)
 
     with warnings_of(sys.modules[type(names["processor"]).__module__]) as messages:
-        result = rollout(PUSHT, predict, range(1000, 1004), names["model"].config.n_action_steps)
+        result = rollout(PUSHT, predict, [1002, 1004, 1005], names["model"].config.n_action_steps)
     assert not messages
     assert np.mean(result.max_rewards) > 0.8  # 0.08 is holding still
 
@@ -154,21 +170,3 @@ def test_where_the_package_is_installed_no_code_of_a_checkpoint_runs(folder, pro
     assert type(fast) is FastActionTokenizer
     text = AutoTokenizer.from_pretrained(folder, **options)
     assert type(text) is PreTrainedTokenizerFast and text.tokenize("State: 1234") == expected
-
-
-def test_loading_twice_gives_one_class_and_models_that_can_be_pickled(folder, tmp_path):
-    """As `DataLoader` workers, `multiprocessing` and `torch.save` of a whole model need it."""
-    run_outside(
-        """
-import pickle
-from transformers import AutoModel, AutoProcessor
-first, second = (AutoModel.from_pretrained("policy", trust_remote_code=True) for _ in range(2))
-assert type(first) is type(second)
-copied = pickle.loads(pickle.dumps(first))
-assert type(copied) is type(first) and copied.config.to_dict() == first.config.to_dict()
-processors = [AutoProcessor.from_pretrained("policy", trust_remote_code=True) for _ in range(2)]
-assert type(processors[0]) is type(processors[1])
-assert pickle.loads(pickle.dumps(processors[0])).fingerprint == processors[0].fingerprint
-""",
-        tmp_path,
-    )

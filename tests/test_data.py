@@ -80,6 +80,7 @@ def edit_features(root: Path, **features) -> None:
 
 
 def describe_timestamps(root: Path) -> None:
+    edit_table(root / DATA.replace("000.parquet", "001.parquet"), timestamp=FRAME[LENGTHS[0] :] / FPS)
     edit_features(root, timestamp={"dtype": "float32", "shape": [1]})
 
 
@@ -175,7 +176,7 @@ def test_chunks_of_chosen_samples_are_those_of_the_samples(number, tiny, cache):
     assert dataset.action_chunks([]).shape == (0, 4, 3)
     np.testing.assert_array_equal(dataset.action_chunks(), [dataset[i]["actions"] for i in range(len(dataset))])
     for wrong in ([0, len(dataset)], [-1], [0.5], [[0]], [True] * len(dataset)):
-        with pytest.raises(ValueError, match=r"indices is .*, expected indices of samples up to"):
+        with pytest.raises(ValueError, match=r"indices is .*, expected indices up to"):
             dataset.action_chunks(wrong)
 
 
@@ -519,16 +520,16 @@ BREAKS = {  # what is done to the data set: words that the error must have
     "lengths_swapped": (lambda r: edit_table(r / EPISODES, length=[7, 5, 4]), [DATA, "5 rows", "7"]),
     "lengths_swapped_in_a_file": (
         lambda r: edit_table(r / EPISODES, length=[5, 4, 7]),
-        ["file-001", "Row 4", "[1, 4]", "[2, 0]"],
+        ["file-001", "[1, 4]", "episode 2, frame 0"],
     ),
     "total_episodes": (lambda r: edit_info(r, total_episodes=4), ["total_episodes", "info.json is 4", "3"]),
     "fps_of_another_recording": (
         lambda r: edit_table(r / DATA, timestamp=np.arange(5) / 30) or describe_timestamps(r),
-        [DATA, "timestamp", "row 1", "fps 10"],
+        [DATA, "timestamp", "frame 1", "fps 10"],
     ),
     "timestamp_not_finite": (
         lambda r: edit_table(r / DATA, timestamp=[0, 0.1, np.nan, 0.3, 0.4]) or describe_timestamps(r),
-        [DATA, "timestamp", "row 2"],
+        [DATA, "timestamp", "frame 2"],
     ),
     "data_path_of_version_2": (
         lambda r: edit_info(r, data_path="data/episode_{episode_index:06d}.parquet"),
@@ -680,7 +681,7 @@ def test_a_frame_that_is_not_finite_can_be_left_out(tiny, cache):
 
 def test_a_cache_that_cannot_be_written_is_a_clear_error(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cache_dir is .*file.* cannot be made"):
+    with pytest.raises(OSError, match="cache_dir is .*file.* cannot be created"):
         LeRobotChunkDataset(tiny, 4, cache_dir=tmp_path / "file")
     with pytest.raises(ValueError, match="inside the data set"):
         LeRobotChunkDataset(tiny, 4, cache_dir=tiny / "cache")

@@ -25,13 +25,26 @@ from rollouts import Episode, rollout
 from smolandfast.training import LeRobotChunkDataset
 
 
+def in_this_process(num_processes, function, items):
+    """Replaces `map_in_processes`, which an evaluation in two processes tests: starting one takes five seconds."""
+    return map(function, items)
+
+
 @pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory):
     """Two demonstrations each of two tasks, as `collect_metaworld.py` writes them."""
     root = tmp_path_factory.mktemp("metaworld") / "data"
     options = "--tasks reach drawer-close --episodes 2 --draw_every 2"
-    collect_metaworld.main([*options.split(), "--output_dir", str(root)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("collect_metaworld.map_in_processes", in_this_process)
+        collect_metaworld.main([*options.split(), "--output_dir", str(root)])
     return root
+
+
+@pytest.fixture(scope="module")
+def drawer():
+    """One scene for several tests: loading it takes a second."""
+    return MetaworldScene("drawer-close")
 
 
 @pytest.fixture
@@ -94,8 +107,8 @@ def test_an_unknown_task_is_refused():
         MetaworldScene("fly")
 
 
-def test_a_demonstration_ends_with_success_and_records_the_experts_own_actions():
-    scene = MetaworldScene("window-open")
+def test_a_demonstration_ends_with_success_and_records_the_experts_own_actions(drawer):
+    scene = drawer
     tried = ((seed, collect_metaworld.demonstrate(scene, seed, 250)) for seed in range(1_000_000, 1_000_020))
     seed, episode = next((seed, episode) for seed, episode in tried if episode)
     assert episode["next.success"].tolist() == [False] * (len(episode["action"]) - 1) + [True]
@@ -105,16 +118,15 @@ def test_a_demonstration_ends_with_success_and_records_the_experts_own_actions()
     np.testing.assert_array_equal(scene.image(), episode["observation.image"][0])
 
 
-def test_between_new_images_a_demonstration_shows_the_last_one():
-    scene = MetaworldScene("drawer-close")
-    every, fourth = (collect_metaworld.demonstrate(scene, 1_000_003, 250, n) for n in (1, 4))
+def test_between_new_images_a_demonstration_shows_the_last_one(drawer):
+    every, fourth = (collect_metaworld.demonstrate(drawer, 1_000_003, 250, n) for n in (1, 4))
     np.testing.assert_array_equal(every["action"], fourth["action"])
     shown = np.arange(len(every["action"])) // 4 * 4
     np.testing.assert_array_equal(fourth["observation.image"], every["observation.image"][shown])
 
 
-def test_a_correction_begins_where_the_policy_stopped_and_is_the_experts():
-    scene, asked = MetaworldScene("drawer-close"), []
+def test_a_correction_begins_where_the_policy_stopped_and_is_the_experts(drawer):
+    scene, asked = drawer, []
 
     def rise(images, states, texts):
         asked.append((images[0].shape, texts))
@@ -215,6 +227,7 @@ def test_many_tasks_are_played_side_by_side_and_scored_by_task_and_difficulty():
 
     def make_scene(task):
         scenes.append(MetaworldScene(task))
+        scenes[-1].image = lambda: np.zeros((128, 128, 3), np.uint8)  # the expert does not need it
         return scenes[-1]
 
     benchmark = dataclasses.replace(BENCHMARK, make_scene=make_scene)
@@ -247,41 +260,43 @@ def test_failures_are_told_apart_by_what_became_of_the_object():
     assert kind("reach", hand=[0, 0.36, 0]) == "near its goal"
 
 
+def test_a_stopped_pretraining_says_where_its_scenes_are(demonstrations, cache, tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("envs.metaworld.pretraining.map_in_processes", interrupt)
+    options = ["--benchmark", "metaworld", "--dataset_root", str(demonstrations)]
+    with pytest.raises(SystemExit) as end:
+        pretrain_vision.main([*options, "--output_dir", str(tmp_path / "vision")])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 130 and line.endswith(f"drawn so far are kept in {tmp_path / 'vision.scenes'}.")
+
+
 def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cache, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("envs.metaworld.BENCHMARK", dataclasses.replace(BENCHMARK, max_steps=24))
+    monkeypatch.setattr("envs.metaworld.BENCHMARK", dataclasses.replace(BENCHMARK, max_steps=12))
+    monkeypatch.setattr("envs.metaworld.pretraining.map_in_processes", in_this_process)
     output = tmp_path / "policy"
     vision = tmp_path / "vision"
     drawn = "--benchmark metaworld --tasks reach --num_scenes 4 --max_shift 4 --max_steps 2 --batch_size 4 "
-    drawn += "--num_processes 1"
-    pretrain_vision.main(
-        [
-            "--benchmark",
-            "metaworld",
-            *drawn.split(),
-            "--dataset_root",
-            str(demonstrations),
-            "--output_dir",
-            str(vision),
-        ]
-    )
+    drawn += f"--dataset_root {demonstrations} --output_dir {vision}"
+    pretrain_vision.main(drawn.split())
     options = f"--vision_weights {vision}/vision.safetensors --freeze_vision_tower --reword_probability 0.5 "
     options += "--benchmark metaworld --max_steps 2 --eval_steps 2 --save_steps 2 --warmup_steps 1 --eval_episodes 1 "
     options += "--sample_every 2 --max_shift 3 --oversample hard --batch_by_length "
     options += "--held_out_episodes 1 --per_device_train_batch_size 4 --report_to none --eval_tasks reach"
     train.main([*options.split(), "--dataset_root", str(demonstrations), "--output_dir", str(output)])
-    arguments = "--benchmark metaworld --tasks reach push --episodes 1 --record 1 --n_action_steps 12 --num_envs 1"
-    evaluate.main([*arguments.split(), "--checkpoint", str(output), "--output_dir", str(tmp_path / "eval")])
+    arguments = "--benchmark metaworld --tasks reach push --episodes 1 --n_action_steps 6 --num_envs 1 --full_render "
+    arguments += f"--checkpoint {output} --output_dir"
+    evaluate.main([*arguments.split(), str(tmp_path / "eval"), "--record", "1"])
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
     assert list(metrics["by_task"]) == ["reach", "push"]
     assert {"rollouts.png", "rollouts.mp4"} <= {path.name for path in (tmp_path / "eval").iterdir()}
     assert "mean over groups" in capsys.readouterr().out
-    again = [*arguments.split(), "--checkpoint", str(output), "--num_processes", "2", "--output_dir"]
-    evaluate.main([*again, str(tmp_path / "processes")])
+    evaluate.main([*arguments.split(), str(tmp_path / "processes"), "--num_processes", "2", "--record", "0"])
     both = json.loads((tmp_path / "processes/metrics.json").read_text())
     for name in ("tasks", "seeds", "max_rewards", "episode_lengths"):
         assert both[name] == metrics[name]
-    evaluate.main([*again, str(tmp_path / "full"), "--full_render", "--record", "0"])
-    assert json.loads((tmp_path / "full/metrics.json").read_text())["full_render"] is True
+    assert metrics["full_render"] is both["full_render"] is True
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", "checkpoints/pusht-tiny", "--full_render"])
     assert "--full_render: pusht has one kind of images" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_a_sentence_that_was_not_trained_is_warned_of_once(demonstrations, batch
         for text in ("Push the block.", "Push it."):
             processor(**one, text=text)
     assert len(messages) == 1
-    assert "told 'Push the block.'" in messages[0] and repr(TASK) in messages[0] and "and 2 more" in messages[0]
+    assert "instruction 'Push the block.'" in messages[0] and repr(TASK) in messages[0] and "and 2 more" in messages[0]
     with pytest.raises(ValueError, match="training_tasks is 'Push', expected a list"):
         make_processor(demonstrations, training_tasks="Push")
 

@@ -158,13 +158,13 @@ def test_a_chunk_of_the_wrong_shape_is_refused(shape):
 def test_a_chunk_that_is_not_finite_is_refused(value):
     chunk = np.zeros((1, 4, 2))
     chunk[0, 3, 1] = value
-    with pytest.raises(ValueError, match=r"\(0, 3, 1\), expected finite numbers"):
+    with pytest.raises(ValueError, match=r"\[0, 3, 1\] is (nan|inf), expected finite numbers"):
         rollout(PUSHT, lambda images, states, texts: chunk, [0], n_action_steps=4, max_steps=4)
 
 
 @pytest.mark.parametrize("wrong", [{"n_action_steps": 0}, {"num_envs": 0}, {"max_steps": 0}, {"seeds": []}])
 def test_an_argument_out_of_range_is_refused(wrong):
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="expected a whole number from 1 to"):
         rollout(PUSHT, hold_still, **{"seeds": [0], "n_action_steps": 4, "max_steps": 4, **wrong})
 
 
@@ -309,7 +309,7 @@ def test_sampling_and_n_action_steps_reach_the_policy(checkpoint, tmp_path):
         (["--do_sample", "--temperature", "0"], "Give a positive number"),
         (["--device", "toaster"], "Try --device cpu."),
         (["--checkpoint", "./missing"], "./missing is not a folder. Give the folder"),
-        (["--checkpoint", "{tmp}"], "holds no config.json. Give the folder"),
+        (["--checkpoint", "{tmp}"], "has no config.json. Give the folder"),
         (["--checkpoint", "{tmp}/other"], "has model_type 'smolvlm', expected 'smolandfast'"),
         (["--checkpoint", "{tmp}/arm"], "has 7 action dimensions, pusht 2"),
         (["--checkpoint", "{tmp}/torn"], "cannot be read"),
@@ -389,13 +389,15 @@ WORKERS = """
 import sys
 sys.path[:0] = sys.argv[1:]
 import time
-import evaluate
+import interrupt
 
 def play(seconds):
     print("playing", flush=True)
     time.sleep(seconds)
 
 def main():
+    import evaluate  # not in the processes that it starts, to save time
+
     print("begin", flush=True)
     list(evaluate.map_in_processes(2, play, [600, 600]))
 

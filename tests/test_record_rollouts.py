@@ -134,7 +134,7 @@ def test_every_second_action_of_a_chunk_is_recorded(counting_policy, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--only_successes --max_steps 2", "--episodes: There is no episode"),
+        ("--only_successes --max_steps 2", "There is no episode"),
         ("--action_stride 2 --n_action_steps 99", "--n_action_steps is 99"),
         ("--action_stride 0", "--action_stride is 0"),
     ],
@@ -268,7 +268,7 @@ def test_the_script_records_the_shipped_policy(tmp_path, capsys, monkeypatch):
     dataset = LeRobotChunkDataset(tmp_path / "set", chunk_size=4, cache_dir=tmp_path / "cache")
     assert dataset.actions.min() >= 0 and dataset.actions.max() <= 512
     for wrong, message in ((["--episodes", "0"], "at least 1"), ([], "Name another folder")):
-        monkeypatch.setattr(record_rollouts, "load_checkpoint", lambda *args: pytest.fail("nothing may be loaded"))
+        monkeypatch.setattr(record_rollouts, "load_policy", lambda *args: pytest.fail("nothing may be loaded"))
         with pytest.raises(SystemExit):
             record([*arguments, *wrong])
         assert message in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_the_oldest_releases_are_the_declared_floors(python):
 
 
 def test_a_space_installs_what_is_declared():
-    lines = (ROOT / "examples/app_requirements.txt").read_text().splitlines()
+    lines = (ROOT / "examples/app/requirements.txt").read_text().splitlines()
     declared = {requirement.name: requirement for requirement in DECLARED}
     for requirement in (Requirement(line) for line in lines if not line.startswith("#")):
         assert requirement == declared[requirement.name]

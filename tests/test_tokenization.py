@@ -211,8 +211,8 @@ def test_actions_that_are_not_whole_finite_chunks_are_refused(fitted, actions, m
         ([[-1] * 20], r"ids\[0\] holds -1"),
         ([[0] * 19], r"ids\[0\] holds 19 coefficients, expected horizon \* action_dim = 10 \* 2 = 20"),
         ([[0] * 20, [0] * 21], r"ids\[1\] holds 21 coefficients"),
-        ([0] * 20, "takes a batch of lists"),
-        ([[0] * 20, [0.0] * 20], r"ids\[1\] has .*expected a list of ids"),
+        ([0] * 20, "takes a batch of lists of ids"),
+        ([[0] * 20, [0.0] * 20], r"ids\[1\] has .*expected a list: decode"),
     ],
 )
 def test_ids_that_do_not_hold_one_chunk_each_are_refused(fitted, ids, message):

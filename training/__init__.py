@@ -1,4 +1,4 @@
-"""What training a policy needs and running one does not: no checkpoint carries these files."""
+"""Code for training only. Checkpoints do not include these files."""
 
 from .checkpoints import AtomicCheckpointTrainer, find_checkpoints, last_whole_checkpoint
 from .collator import ActionDataCollator

@@ -1,18 +1,17 @@
-"""`Trainer` for runs that may be killed at any moment: they resume from the last checkpoint that is whole.
+"""`Trainer` for runs that may be killed at any moment: they resume from the last complete checkpoint.
 
 Transformers writes a checkpoint file by file into its folder, deletes older ones, and resumes from the folder with
-the highest number, half-written or not. Here `SHA256SUMS` comes last: a checkpoint is whole if that lists the
-trainer's state and every file that it lists is as it was saved. Only then are older checkpoints deleted.
+the highest number, complete or not. Here `SHA256SUMS` is written last: a checkpoint is complete if that lists the
+trainer's state and every listed file is unchanged. Only then are older checkpoints deleted.
 
-`Trainer` also assumes that a model has logits at every position. A policy that is given labels has them only at
-[`action_positions`], so label smoothing and the labels of `compute_metrics` are aligned with those here.
+`Trainer` also assumes that a model has logits at every position. Given labels, a policy has them only at
+[`action_positions`]; label smoothing and the labels of `compute_metrics` are aligned with those here.
 """
 
 import os
 import shutil
 from pathlib import Path
 
-from accelerate import PartialState
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
@@ -24,11 +23,17 @@ from ..modeling_smolandfast import action_positions
 logger = logging.get_logger(__name__)
 
 STATE = "trainer_state.json"  # missing in the SHA256SUMS that the policy's own `save_pretrained` writes
-UNFINISHED = "_unfinished_checkpoint"  # marks what is being written; names with an underscore stay out of uploads
+UNFINISHED = "_unfinished_checkpoint"  # marks what is being written; names with an underscore are not uploaded
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a training's `output_dir`, sorted by their steps, complete or not."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The checkpoint with the highest step whose files are all there and as they were saved.
+    """The checkpoint with the highest step whose files are all there and unchanged.
 
     Args:
         folder: `output_dir` of a training.
@@ -37,7 +42,7 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
         Its folder; `None` where there is no checkpoint yet, or only one that a killed run had begun to write.
 
     Raises:
-        OSError: there are checkpoints, but none is whole.
+        OSError: There are checkpoints, but none is complete.
     """
     folder = Path(folder)
     checkpoints = find_checkpoints(folder)
@@ -48,74 +53,44 @@ def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
             check_checksums(checkpoint)
             return str(checkpoint)
         except OSError as error:
-            logger.warning(f"{checkpoint} is not whole and is passed over: {error}")
+            logger.warning(f"{checkpoint} is not complete and is skipped: {error}")
     if all((folder / UNFINISHED / checkpoint.name).exists() for checkpoint in checkpoints):
         return None
     raise OSError(
-        f"None of the {len(checkpoints)} checkpoints in {folder} is whole. Delete them to start anew, or name one to "
-        "resume from it unchecked (its SHA256SUMS deleted)."
+        f"None of the {len(checkpoints)} checkpoints in {folder} is complete. Delete them to start again, or name one "
+        "to resume from it unchecked (its SHA256SUMS deleted)."
     )
 
 
-class CheckpointSealer(TrainerCallback):
-    """Writes `SHA256SUMS` once all processes have written their files, and then deletes the oldest checkpoints."""
-
-    folder: Path | None = None  # the checkpoint that is being written
-    save_total_limit: int | None = None
-
-    def begin(self, folder: Path, args) -> None:
-        """Clear what a killed run, or one that was resumed from an earlier step, left in the folder."""
-        self.folder, self.save_total_limit = folder, args.save_total_limit
-        if args.should_save:
-            (folder.parent / UNFINISHED / folder.name).mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
-        PartialState().wait_for_everyone()
+class CopyFilesToPush(TrainerCallback):
+    """Copies code and checksums for `push_to_hub` during training: `Trainer` copies only weights from a checkpoint."""
 
     def on_push_begin(self, args, state, control, **kwargs):
-        if self.folder is not None and (self.folder / SUMS).is_file():  # the checkpoint's weights are what is pushed
-            shutil.copyfile(self.folder / SUMS, Path(args.output_dir, SUMS))
-
-    def on_save(self, args, state, control, **kwargs):
-        folder = self.folder
-        if folder is None:
-            return
-        args.save_total_limit = self.save_total_limit
-        PartialState().wait_for_everyone()  # each process writes its own random state
-        if args.should_save:
-            names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-            write_checksums(folder, names - {SUMS})
-            shutil.rmtree(folder.parent / UNFINISHED, ignore_errors=True)
-            if self.save_total_limit:
-                checkpoints, best = find_checkpoints(folder.parent), Path(state.best_model_checkpoint or folder).name
-                old = [path for path in checkpoints if path.name not in (folder.name, best)]
-                old.sort(key=os.path.getmtime)  # those of an earlier run, which may have higher steps, go first
-                for checkpoint in old[: max(0, len(checkpoints) - self.save_total_limit)]:
-                    shutil.rmtree(checkpoint, ignore_errors=True)
-        self.folder = None
-
-    on_train_end = on_save  # `enable_jit_checkpoint` saves without an `on_save`
+        if state.is_world_process_zero:
+            for path in Path(args.output_dir, f"checkpoint-{state.global_step}").glob("*"):
+                if path.name == SUMS or path.suffix == ".py":
+                    shutil.copyfile(path, Path(args.output_dir, path.name))
 
 
 class AtomicCheckpointTrainer(Trainer):
     """`Trainer` that can be killed at any moment, and resumed with `train(resume_from_checkpoint="last")`.
 
-    A save that fails, on a full disk for example, is an `OSError`; earlier checkpoints stay as they are. Checkpoints
+    A save that fails, on a full disk for example, is an `OSError`; earlier checkpoints stay unchanged. Checkpoints
     of an earlier training are never overwritten: `train` refuses an `output_dir` that has any, unless it resumes.
 
     For a policy, `remove_unused_columns` is False, since its data collator reads columns that the model does not, and
     `compute_metrics` gets the logits of the positions that an action token follows, `(N, positions, vocabulary)`, with
-    the labels of those same positions, `(N, positions)`, -100 where a sample has none. So `predictions.argmax(-1)` is
-    compared with `label_ids` without a shift.
+    the labels of the same positions, `(N, positions)`, -100 where a sample has none: compare
+    `predictions.argmax(-1)` with `label_ids` without a shift.
 
     Raises:
-        ValueError: An option that would train a policy on another loss than that of the next action token.
+        ValueError: An option that would train a policy with another loss than that of the next action token.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.sealer = CheckpointSealer()
-        self.add_callback(self.sealer)
         if self._trains_policy():
+            self.add_callback(CopyFilesToPush())
             self.args.remove_unused_columns = False
             self._check_policy_options()
 
@@ -124,29 +99,24 @@ class AtomicCheckpointTrainer(Trainer):
         return getattr(getattr(self.model, "config", None), "model_type", None) == "smolandfast"
 
     def _check_policy_options(self) -> None:
-        args, parallelism = self.args, self.args.parallelism_config
+        args, smoothing = self.args, self.args.label_smoothing_factor
         if args.use_liger_kernel:
             raise ValueError("use_liger_kernel is True, but Liger has no kernels for this policy. Set it to False.")
-        splits = [name for name in ("cp_enabled", "sp_enabled") if getattr(parallelism, name, False)]
-        if splits:
-            raise ValueError(
-                f"parallelism_config has {splits[0]}, which splits sequences between devices; a policy's loss needs "
-                "each sequence whole. Set cp_size and sp_size to 1."
-            )
-        if not 0 <= args.label_smoothing_factor < 1:
-            raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}, expected 0 or more, below 1.")
-        if args.label_smoothing_factor and args.n_gpu > 1:
-            raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor} with {args.n_gpu} GPUs in one process. "
-                "Start one process for each GPU with `accelerate launch`, or set it to 0."
-            )
+        for name in ("cp_enabled", "sp_enabled"):
+            if getattr(args.parallelism_config, name, False):
+                fix = "A policy's loss needs whole sequences: set cp_size and sp_size to 1."
+                raise ValueError(f"parallelism_config has {name}, which splits sequences between devices. {fix}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"label_smoothing_factor is {smoothing}, expected 0 or more, below 1.")
+        if smoothing and args.n_gpu > 1:
+            fix = "Start one process for each GPU with `accelerate launch`, or set it to 0."
+            raise ValueError(f"label_smoothing_factor is {smoothing} with {args.n_gpu} GPUs in one process. {fix}")
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """The policy's own loss, with `label_smoothing_factor` that of the next action token, smoothed.
+        """The policy's own loss; with `label_smoothing_factor`, the smoothed loss of the next action token.
 
-        `Trainer` takes the labels away from the model to smooth them itself, with logits that it does not shift: each
-        position would learn to repeat its own token. A `compute_loss_func` gets what `Trainer` promises: logits of all
-        positions, and the labels unshifted.
+        `Trainer` would smooth labels against logits that it does not shift. A `compute_loss_func` gets what `Trainer`
+        promises: logits of all positions, and the labels unshifted.
         """
         if self.label_smoother is None or self.compute_loss_func is not None or not self._trains_policy():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -168,76 +138,63 @@ class AtomicCheckpointTrainer(Trainer):
             self.label_smoother = smoother
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys: list[str] | None = None):
-        """`Trainer`'s, with a policy's labels at the positions of its logits."""
+        """As in `Trainer`, with a policy's labels at the positions of its logits."""
         if not self._trains_policy():
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        is_default = ignore_keys is None
-        ignored = ["past_key_values"] if is_default else ignore_keys
-        loss, outputs, found = super().prediction_step(model, inputs, prediction_loss_only, ignored)
-        labels = inputs.get("labels")
-        if outputs is None or found is None or labels is None:
-            return loss, outputs, found
+        ignored = ["past_key_values"] if ignore_keys is None else ignore_keys
+        loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignored)
+        if outputs is None or labels is None:
+            return loss, outputs, labels
         logits, *others = outputs if isinstance(outputs, tuple) else (outputs,)
-        if is_default:
-            others = []  # features of the images, which no metric is made of
+        if ignore_keys is None:
+            others = []  # features of the images, which no metric needs
         labels = labels.to(logits.device)
-        kept = action_positions(labels)
-        if logits.shape[1] == labels.shape[1]:  # a `compute_loss_func` has had them all
-            logits = logits[:, kept]
-        return loss, (logits, *others) if others else logits, labels[:, kept + 1]
+        positions = action_positions(labels)
+        if logits.shape[1] == labels.shape[1]:  # a `compute_loss_func` got the logits of all positions
+            logits = logits[:, positions]
+        return loss, (logits, *others) if others else logits, labels[:, positions + 1]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, from a checkpoint that has been checked.
 
         Args:
-            resume_from_checkpoint: `"last"` or `True`: the last whole checkpoint, or the beginning where there is
+            resume_from_checkpoint: `"last"` or `True`: the last complete checkpoint, or the beginning where there is
                 none yet. A folder: that one, checked where it has checksums.
 
         Raises:
             ValueError: `output_dir` holds checkpoints, and none of them is resumed from: saving and `save_total_limit`
                 would delete them. Or the checkpoint was trained on other data, or with other options of its processor.
         """
-        is_last, folder = resume_from_checkpoint in ("last", True), Path(self.args.output_dir)
-        if is_last:
+        folder = Path(self.args.output_dir)
+        if resume_from_checkpoint in ("last", True):
             resume_from_checkpoint = last_whole_checkpoint(folder)
-        elif resume_from_checkpoint and (Path(resume_from_checkpoint) / SUMS).is_file():
-            check_checksums(Path(resume_from_checkpoint))
-        if not is_last:
-            check_earlier_checkpoints(folder, resume_from_checkpoint)
+        else:
+            resumed = Path(resume_from_checkpoint).resolve() if resume_from_checkpoint else None
+            if resumed and (resumed / SUMS).is_file():
+                check_checksums(resumed)
+            checkpoints = find_checkpoints(folder)
+            if checkpoints and resumed not in [checkpoint.resolve() for checkpoint in checkpoints]:
+                raise ValueError(
+                    f"output_dir {folder} holds {checkpoints[-1].name} of an earlier training, which this one would "
+                    'replace. Continue that training with resume_from_checkpoint="last", or name another output_dir.'
+                )
         if resume_from_checkpoint:
-            self._check_same_processor(Path(resume_from_checkpoint))
-        limit, self.sealer.folder = self.args.save_total_limit, None
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
-            folder = self.sealer.folder
-            if folder is None:
-                raise
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.rmtree(folder.parent / UNFINISHED, ignore_errors=True)
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} cannot be saved in {folder.parent}: {error}. Make "
-                "room there, or make it writable, and resume from the last checkpoint; earlier ones are untouched."
-            ) from error
-        finally:
-            self.args.save_total_limit = limit
+            self._check_same_processor(Path(resume_from_checkpoint, "config.json"))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _check_same_processor(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint whose tokens or units mean something else than those of this training's samples."""
+    def _check_same_processor(self, path: Path) -> None:
+        """Refuse a checkpoint whose tokens or units differ in meaning from those of this training's samples."""
         expected = getattr(getattr(self.model, "config", None), "processor_fingerprint", None)
-        if expected is None or not (checkpoint / "config.json").is_file():
-            return
-        found = read_json(checkpoint / "config.json").get("processor_fingerprint")
-        if found is not None and found != expected:
+        fingerprint = read_json(path).get("processor_fingerprint") if path.is_file() else None
+        if None not in (expected, fingerprint) and fingerprint != expected:
             raise ValueError(
-                f"{checkpoint} was trained with another processor: its processor_fingerprint is {found}, this "
+                f"{path.parent} was trained with another processor: its processor_fingerprint is {fingerprint}, this "
                 f"training's is {expected}. Resume with the same data and options as before, or start a new training "
                 "from it: train.py has --init_from for that, with a new --output_dir."
             )
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # Trainer would look at the number of steps only after one more.
+        # Trainer would compare the number of steps only after one more.
         if self.state.global_step >= self.state.max_steps:
             logger.warning(
                 f"The training is complete at step {self.state.global_step} of {self.state.max_steps}, so nothing is "
@@ -247,31 +204,37 @@ class AtomicCheckpointTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
-        is_checkpoint = self.is_in_train and Path(output_dir or "").name == f"checkpoint-{self.state.global_step}"
-        if is_checkpoint:
-            self.sealer.begin(Path(output_dir), self.args)
-        super().save_model(output_dir, *args, **kwargs)
-        if is_checkpoint:
-            self.args.save_total_limit = None  # else older checkpoints would be deleted before this one is whole
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        mark, limit = folder.parent / UNFINISHED, self.args.save_total_limit
+        try:
+            if self.args.should_save:
+                (mark / folder.name).mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # of a killed run, or of one that was resumed earlier
+            self.accelerator.wait_for_everyone()
+            self.args.save_total_limit = None  # Trainer would delete older checkpoints before this one is complete
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes its own random state
+            if self.args.should_save:
+                names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+                write_checksums(folder, names - {SUMS})
+                shutil.rmtree(mark, ignore_errors=True)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(mark, ignore_errors=True)
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} cannot be saved in {folder.parent}: {error}. Make "
+                "room there, or make it writable, and resume from the last checkpoint; earlier ones are unchanged."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save and limit:
+            self._delete_old_checkpoints(folder, limit)
 
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a training's `output_dir`, by their steps, whole or not."""
-    found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    return sorted((path for path in found if found[path].isdecimal()), key=lambda path: int(found[path]))
-
-
-def check_earlier_checkpoints(folder: str | os.PathLike, resume_from_checkpoint: str | os.PathLike | None) -> None:
-    """Refuse to train in a folder that holds checkpoints, unless one of them is resumed from.
-
-    Raises:
-        ValueError: The message names the newest of them.
-    """
-    checkpoints = find_checkpoints(Path(folder))
-    resumed = Path(resume_from_checkpoint).resolve() if resume_from_checkpoint else None
-    if checkpoints and resumed not in [checkpoint.resolve() for checkpoint in checkpoints]:
-        raise ValueError(
-            f"output_dir {folder} holds {checkpoints[-1].name} of an earlier training, which this one would replace. "
-            'Continue that training with resume_from_checkpoint="last", or name another output_dir.'
-        )
+    def _delete_old_checkpoints(self, newest: Path, limit: int) -> None:
+        checkpoints, best = find_checkpoints(newest.parent), Path(self.state.best_model_checkpoint or newest).name
+        old = [path for path in checkpoints if path.name not in (newest.name, best)]
+        old.sort(key=os.path.getmtime)  # those of an earlier run, which may have higher steps, come first
+        for checkpoint in old[: max(0, len(checkpoints) - limit)]:
+            shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""From samples of a data set to a batch with labels."""
+"""Batches of samples of a data set."""
 
 from transformers import BatchFeature
 
@@ -8,9 +8,9 @@ FIELDS = ("images", "text", "state", "actions")
 
 
 class ActionDataCollator:
-    """Turns samples into a batch with labels, through the processor.
+    """Turns samples into a batch with labels, with the processor.
 
-    A sample is a dictionary with `images` (one a camera), `text` (the task), `state` `(state_dim,)` and `actions`
+    A sample is a dictionary with `images` (one per camera), `text` (the task), `state` `(state_dim,)` and `actions`
     `(chunk_size, action_dim)`, in the robot's units.
 
     Raises:
@@ -26,7 +26,7 @@ class ActionDataCollator:
                 if name not in sample:
                     raise ValueError(
                         f"samples[{i}] has no {name!r}, only {sorted(sample)}; expected {', '.join(FIELDS)}. Return "
-                        "them from the data set, and with another Trainer than AtomicCheckpointTrainer set "
-                        "TrainingArguments(remove_unused_columns=False), or it removes them."
+                        "them from the data set. Trainers other than AtomicCheckpointTrainer remove them unless "
+                        "TrainingArguments has remove_unused_columns=False."
                     )
         return self.processor(**{name: [sample[name] for sample in samples] for name in FIELDS})

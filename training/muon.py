@@ -1,7 +1,6 @@
-"""Muon for the matrices inside the layers, AdamW for the rest, as one optimizer for `Trainer`.
+"""Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the rest, as one optimizer for `Trainer`.
 
-From random weights, the tiny vision tower needed half as many samples with Muon (Jordan et al. 2024) as with AdamW;
-`LOG.md` has the figures. Muon optimizes matrices only.
+From random weights, the tiny vision tower needed half as many samples with Muon as with AdamW (`LOG.md`).
 """
 
 import math
@@ -12,10 +11,10 @@ from .optimization import bf16_is_faster
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")` that computes in the `dtype` it is given.
+    """`torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")` that computes in `dtype`.
 
-    PyTorch's computes in bf16 only. On a processor without bf16 products, as most laptops have, its step takes many
-    times as long as the forward and backward passes of the tiny policy.
+    PyTorch's computes in bf16 only. On a processor without bf16 products, its step takes many times as long as the
+    forward and backward passes of the tiny policy.
     """
 
     def __init__(self, params, lr: float, weight_decay: float, dtype: torch.dtype):
@@ -49,7 +48,7 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """A [`Muon`] and a `torch.optim.AdamW`, for other parameters, that step together."""
+    """A [`Muon`] and a `torch.optim.AdamW` for disjoint parameters, which step together."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.optimizers = {"muon": muon, "adamw": adamw}
@@ -57,7 +56,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        # Schedulers write learning rates into this optimizer's groups, so these must be the groups of the two.
+        # Schedulers write learning rates into this optimizer's groups, so they must be the groups of the two.
         self.param_groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def step(self, closure=None):
@@ -89,7 +88,7 @@ def make_muon(model: torch.nn.Module, parameter_groups: list[dict]) -> MuonWithA
         muon.append({**group, "params": [p for p in group["params"] if p in matrices], "lr": 2 * group["lr"]})
         adamw.append({**group, "params": [p for p in group["params"] if p not in matrices]})
     dtype = torch.bfloat16 if bf16_is_faster() else torch.float32
-    peak = max(group["lr"] for group in parameter_groups)  # what schedulers take an absolute final rate relative to
+    peak = max(group["lr"] for group in parameter_groups)  # schedulers divide an absolute final rate by it
     return MuonWithAdamW(
         Muon([group for group in muon if group["params"]], lr=0.0, weight_decay=0.0, dtype=dtype),
         torch.optim.AdamW([group for group in adamw if group["params"]], lr=peak, betas=(0.9, 0.95), fused=True),

@@ -1,4 +1,4 @@
-"""How the weights are updated: a learning rate for each part of the model, and the precision that is faster here."""
+"""A learning rate for each part of the model, and the precision that is faster on this machine."""
 
 import time
 
@@ -16,8 +16,8 @@ def parameter_groups(
 ) -> list[dict]:
     """An optimizer's parameter groups, with a learning rate for each part of the model. The head counts as text.
 
-    Biases and norms have no decay, and what is frozen is left out, as `Trainer` does. With `peft`, these are the
-    adapters' parameters alone.
+    As in `Trainer`, biases and norms have no decay, and frozen parameters are left out: with `peft`, only the adapters
+    remain.
     """
     learning_rates = {
         "model.vision_model.": vision_learning_rate,
@@ -48,7 +48,7 @@ def make_optimizer(
         betas: AdamW's decay rates of the two moments.
 
     Raises:
-        ValueError: Trainable weights in bf16, whose 8 bits most updates are too small for.
+        ValueError: Trainable weights in bf16: most updates are smaller than its rounding.
     """
     groups = parameter_groups(model, *learning_rates, **kwargs)
     if any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
@@ -56,12 +56,12 @@ def make_optimizer(
             "Weights to train are in bf16, too coarse for AdamW's updates. Load the model with dtype=torch.float32, "
             "and train under autocast with TrainingArguments(bf16=True)."
         )
-    # The default matters to schedulers that end at an absolute rate: they take it for the peak, of the fastest part.
+    # Schedulers that end at an absolute rate take this default, of the fastest part, for the peak.
     return torch.optim.AdamW(groups, lr=max((group["lr"] for group in groups), default=0.0), betas=betas, fused=True)
 
 
 def bf16_is_faster(size: int = 512, repeats: int = 10) -> bool:
-    """Whether bf16 matrix products beat fp32 on this machine: by far with AMX or a GPU, and not at all without.
+    """Whether bf16 matrix products beat fp32 on this machine, as they do with AMX or a GPU.
 
     Times both, alternating, on the device that `Trainer` would use: for `repeats` rounds, or until one is far ahead.
     """

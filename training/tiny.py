@@ -1,6 +1,6 @@
-"""The `tiny` preset: SmolVLM's architecture at a few million parameters, with a small text vocabulary of its own.
+"""The `tiny` preset: SmolVLM's architecture with a few million parameters and its own small text vocabulary.
 
-Same classes as the 256M model, so everything learnt here carries over; small enough to train on a laptop's CPU.
+It has the classes of the 256M model, and trains on a laptop's CPU.
 """
 
 import json
@@ -44,9 +44,9 @@ def make_text_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the prompts themselves, so that a prompt takes few tokens.
 
-    Numbers are kept apart, so a bin is one token; any other text still falls back to bytes. With `split_words`, words
-    are too: sentences that share words then share tokens, where otherwise a whole sentence becomes one token. What all
-    prompts have in common is then one token a piece. The tail of the vocabulary is left to the action tokens.
+    Numbers are split off, so each bin is one token; any other text is encoded as bytes. By default a whole instruction
+    becomes one token; with `split_words`, instructions that share words share tokens. The action tokens are the tail
+    of the vocabulary.
     """
     prompts = [PROMPT.format(task=task, bins=f"{i} {i}") for task in tasks for i in range(n_state_bins)]
     prompts += ["User:", "\nAssistant:"] * n_state_bins
@@ -87,9 +87,9 @@ def make_tiny_processor(
 
     Args:
         task: The default task; "" for none.
-        other_tasks: What else the vocabulary is fitted to. Any other sentence is read as bytes.
-        scale_factor: Side of the pixel shuffle, a divisor of the patches of 16 pixels on an image's side.
-        image_size: Pixels on an image's side, a multiple of 16.
+        other_tasks: Further instructions that the vocabulary is fitted to. All others are encoded as bytes.
+        scale_factor: Side of the pixel shuffle, a divisor of the patches of 16 pixels along an image's side.
+        image_size: Pixels along an image's side, a multiple of 16.
         split_words: See [`make_text_tokenizer`].
     """
     tasks = list(dict.fromkeys([*([task] if task else []), *other_tasks]))
@@ -116,7 +116,7 @@ def make_tiny_processor(
 def make_tiny_vision(
     image_size: int = IMAGE_SIZE, scale_factor: int = SCALE_FACTOR
 ) -> tuple[nn.Module, nn.Module, int]:
-    """Vision tower and connector of the tiny model with random weights, and the numbers a whole image becomes."""
+    """Vision tower and connector of the tiny model with random weights, and the size of an image's features."""
     config = SmolAndFastConfig(
         vision_config={**VISION, "image_size": image_size, "patch_size": PATCH_SIZE},
         text_config={**TEXT, "model_type": "llama"},
@@ -130,10 +130,7 @@ def make_tiny_vision(
 def make_tiny_model(
     processor: SmolAndFastProcessor, n_action_steps: int, image_size: int = IMAGE_SIZE, **kwargs
 ) -> SmolAndFastForActionPrediction:
-    """A model with random weights that fits the processor; kwargs go to `SmolAndFastConfig`.
-
-    `image_size` is what the vision tower is made for: the processor's images are no larger.
-    """
+    """A model with random weights for the processor's images, of `image_size` at most; kwargs go to its config."""
     tokenizer = processor.tokenizer
     special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = SmolAndFastConfig(

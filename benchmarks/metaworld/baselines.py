@@ -1,13 +1,13 @@
-"""ACT, as LeRobot has it, on the demonstrations of single Meta-World tasks and with our CPU time.
+"""Train LeRobot's ACT on the demonstrations of one Meta-World task, with as much CPU time as our policy.
 
     python examples/collect_metaworld.py --output_dir outputs/hammer --tasks hammer --episodes 50
     make .venv-lerobot/installed && .venv-lerobot/bin/pip install metaworld==3.0.0 mujoco==3.3.0
     .venv-lerobot/bin/python benchmarks/metaworld/baselines.py --task hammer --dataset_root outputs/hammer
 
-`lerobot-train` with image and state, not the places of things that the data set also has; chunks as ours, the
-ResNet from random weights, and a learning rate for hours instead of days. Played as `examples/evaluate.py` plays ours:
-same seeds, same images, eight actions of each chunk. ACT reads no sentence, so each task is trained alone. Adds a
-row to `benchmarks/results/metaworld_baselines.json`.
+`lerobot-train` gets image and state, but not the data set's object positions. Chunks have our size, the ResNet starts
+from random weights, and the learning rate suits hours instead of days. The evaluation has the same seeds, images and
+eight actions of each chunk. ACT takes no instruction, so each task is trained alone. Adds a row to
+`benchmarks/results/metaworld_baselines.json`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CHUNK_SIZE, N_ACTION_STEPS = (BENCHMARK.preset[name] for name in ("chunk_size", 
 
 
 def load_predict(folder: Path) -> tuple[Predict, int]:
-    """The trained policy, and its number of parameters."""
+    """The trained policy and its number of parameters."""
     policy = get_policy_class("act").from_pretrained(folder).eval()
     prepare, finish = make_pre_post_processors(policy.config, pretrained_path=str(folder))
 
@@ -53,7 +53,7 @@ def load_predict(folder: Path) -> tuple[Predict, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS), required=True)
-    parser.add_argument("--dataset_root", type=Path, required=True, help="its demonstrations, with every image")
+    parser.add_argument("--dataset_root", type=Path, required=True, help="demonstrations, every step rendered")
     parser.add_argument("--cpu_hours", type=float, default=0.25, help="training time, in hours of one core")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="LeRobot's 1e-5 is for 100,000 steps")

@@ -1,9 +1,9 @@
-"""Does a Meta-World policy need its sentence? Success when told another task's, and in words it never read.
+"""Does a Meta-World policy follow its instruction? Success with rephrased instructions and with another task's.
 
     python benchmarks/metaworld/language.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 3000
 
-Each task is played with its own sentence, with one from `UNSEEN`, which no training sample was told, with one from
-`OUTSIDE`, most of whose words none had, and, where another task has the same things on the table, with that task's.
+Each task is played with its own instruction; with one from `UNSEEN`, which is not in the training data; with one from
+`OUTSIDE`, most of whose words are not either; and, if another task has the same objects, with that task's instruction.
 Writes `metaworld_language.json`.
 """
 
@@ -17,7 +17,7 @@ from envs.metaworld import BENCHMARK, TASKS
 from evaluate import find_backend, installed_versions, rollout_in_processes, write_json
 from rollouts import success_rate
 
-# Tasks with the same things on the table.
+# Tasks with the same objects.
 TWINS = {
     "reach": "push",
     "push": "pick-place",
@@ -95,7 +95,7 @@ UNSEEN = {
     "stick-pull": "Drag the box with the stick",
     "stick-push": "Shove the box with the stick",
 }
-# Three in five of these words are in no training sentence, and no sentence is without one.
+# Three in five of these words are not in the training data; each instruction has at least one of them.
 OUTSIDE = {
     "button-press": "Tap the round switch",
     "button-press-topdown": "Squash the switch from overhead",
@@ -148,7 +148,7 @@ OUTSIDE = {
     "stick-pull": "Fetch the flask with a rod",
     "stick-push": "Poke the flask with a rod",
 }
-TOLD = {
+INSTRUCTIONS = {
     "own": TASKS,
     "unseen": UNSEEN,
     "outside": OUTSIDE,
@@ -160,26 +160,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/metaworld-tiny")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--told", nargs="+", default=list(TOLD), choices=list(TOLD))
+    parser.add_argument("--told", nargs="+", default=list(INSTRUCTIONS), choices=list(INSTRUCTIONS))
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--seed", type=int, default=3000)
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     results = {"checkpoint": args.checkpoint, "versions": installed_versions(BENCHMARK), "told": {}}
-    for told in args.told:
-        wordings = TOLD[told]
-        tasks = [task for task in args.tasks if task in wordings]
+    for kind in args.told:
+        instructions = INSTRUCTIONS[kind]
+        tasks = [task for task in args.tasks if task in instructions]
         if not tasks:
             continue
-        benchmark = replace(BENCHMARK, tasks=wordings)
+        benchmark = replace(BENCHMARK, tasks=instructions)
         options = {"seeds": range(args.seed, args.seed + args.episodes), "num_envs": args.episodes}
         load_options = {"backend": find_backend(args.checkpoint)}
         result = rollout_in_processes(args.num_processes, args.checkpoint, benchmark, tasks, load_options, **options)
         successes = {task: [e.success for e in result.episodes if e.task == task] for task in tasks}
-        by_task = {task: {"sentence": wordings[task], **success_rate(successes[task])} for task in tasks}
-        results["told"][told] = {**success_rate(result.successes), "by_task": by_task}
-        print(f"{told}: {results['told'][told]['pc_success']:.1f} % of {len(result.successes)}")
+        by_task = {task: {"sentence": instructions[task], **success_rate(successes[task])} for task in tasks}
+        results["told"][kind] = {**success_rate(result.successes), "by_task": by_task}
+        print(f"{kind}: {results['told'][kind]['pc_success']:.1f} % of {len(result.successes)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "metaworld_language.json", results)
 

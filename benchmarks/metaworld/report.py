@@ -1,11 +1,11 @@
-"""Score a Meta-World policy as the docs report it: by task and difficulty, kinds of failures, an image of each task.
+"""Score a Meta-World policy by task and difficulty, and classify its failures, as reported in the docs.
 
     python benchmarks/metaworld/report.py --checkpoint checkpoints/metaworld-tiny --episodes 10 --seed 1000
 
-A deployed policy (`export_policy.py`) takes half of the time; its chunks are equal.
+A deployed policy (`export_policy.py`) gives the same chunks in half of the time.
 
-Writes `metaworld.json`, `metaworld.png`, where each task's first episode ended, and `metaworld_failures.png`, filmed
-failures of each kind, into the output folder.
+Writes `metaworld.json`, `metaworld.png` with the last frame of each task's first episode, and `metaworld_failures.png`
+with failures of each kind.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from evaluate import (
     write_json,
 )
 from PIL import Image
-from rollouts import Episode, write_contact_sheet, write_end_sheet
+from rollouts import Episode, draw_grid, draw_tile, write_contact_sheet
 
-NEAR, NEAR_GOAL = 0.05, 0.1  # metres; most tasks are solved at some five centimetres
+NEAR, NEAR_GOAL = 0.05, 0.1  # metres; most tasks are solved at about five centimetres
 
 
 def kind_of_ending(episode: Episode) -> str:
-    """Solved or not; else whether the object came near its goal, was moved, or had the hand near it."""
+    """Solved; or whether the object was near its goal, moved elsewhere, touched by the hand, or not reached."""
     if episode.success:
         return "solved"
     poses = np.array(episode.poses)  # (T, 21), see `MetaworldScene.poses`
@@ -83,14 +83,18 @@ def main() -> None:
     print(summary(metrics), metrics["counts"], sep="\n")
     rates = {task: f"{rate['pc_success'] / 100 * rate['n_episodes']:.0f}/{rate['n_episodes']}"
              for task, rate in metrics["by_task"].items()}  # fmt: skip
-    write_end_sheet(args.output_dir / "metaworld.png", result.recordings, BENCHMARK, rates)
+    last_frames = [
+        draw_tile(e, len(e.frames) - 1, 256, BENCHMARK, title=f"{e.task}  {rates[e.task]}", score="")
+        for e in result.recordings
+    ]
+    draw_grid(last_frames, columns=10).save(args.output_dir / "metaworld.png")
     filmed = [(kind, e) for kind, e in zip(kinds, result.episodes, strict=True) if e.is_filmed and not e.success]
     chosen = [pair for kind in sorted(set(kinds)) for pair in [p for p in filmed if p[0] == kind][: args.examples]]
     if chosen:
         titles = [f"{episode.task}: {kind}" for kind, episode in chosen]
         sheet = args.output_dir / "metaworld_failures.png"
         write_contact_sheet(sheet, [episode for _, episode in chosen], BENCHMARK, titles=titles)
-    for path in args.output_dir.glob("metaworld*.png"):  # a quarter of the size, for the docs
+    for path in args.output_dir.glob("metaworld*.png"):  # a palette makes the files four times smaller
         Image.open(path).quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 

@@ -1,13 +1,13 @@
-"""A world that goes on while the policy thinks: success and smoothness of PushT against the delay of a chunk.
+"""Success and smoothness on PushT against the inference delay, in a simulation that does not wait for the policy.
 
     python examples/export_policy.py --checkpoint checkpoints/pusht-tiny --output_dir deployed
     python benchmarks/pusht/delay.py --checkpoint deployed --episodes 50 --num_processes 2
     python benchmarks/pusht/delay.py --checkpoint deployed --max_tokens 1 2 3 4 6 8 --delays 0 --strategies switch
 
-Each delay, in control steps of 0.1 s, with each strategy (`deployment.loop.STRATEGIES`), on the same seeds. And the
-same for chunks that are cut short after some tokens, and how long these take; for that, nothing else should run on the
-machine. What is played is kept: started again, it goes on. Writes `benchmarks/results/delay.json` and
-`assets/delay.png`, or `anytime.json`.
+Plays each delay, in control steps of 0.1 s, with each strategy (`deployment.loop.STRATEGIES`), on the same seeds. With
+`--max_tokens`, chunks end after so many tokens and are timed; nothing else should then run on the machine. The same
+command continues after an interruption. Writes `benchmarks/results/delay.json` and `assets/delay.png`, or
+`anytime.json`.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from rollouts import rollout
 from smolandfast.deployment.loop import STRATEGIES
 
 NAMES = {
-    "wait": "stands still while it thinks",
-    "switch": "goes on, then switches",
-    "blend": "goes on, averages the overlap (LeRobot)",
+    "wait": "stands still during inference",
+    "switch": "keeps moving, then switches",
+    "blend": "keeps moving, averages the overlap (LeRobot)",
 }
 
 
 def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | None, seeds: range) -> dict[str, Any]:
-    """Play one strategy, delay and limit of tokens."""
+    """Play one combination of strategy, delay and token limit."""
     strategy, delay, max_tokens = case
     policy = load_predict(checkpoint, backend, max_tokens=max_tokens)
     options = {"n_action_steps": policy.n_action_steps, "num_envs": 1}
@@ -59,7 +59,7 @@ def measure(case: tuple[str, int, int | None], checkpoint: str, backend: str | N
 
 
 def time_chunks(checkpoint: str, backend: str | None, limits: list[int | None], seed: int) -> dict[str, float]:
-    """Milliseconds of a chunk for each limit of tokens, on one thread: medians, averaged over an episode's chunks."""
+    """Milliseconds of a chunk for each token limit, on one thread: medians, averaged over an episode's chunks."""
     torch.set_num_threads(1)
     policy, observations = load_predict(checkpoint, backend), []
 
@@ -70,11 +70,11 @@ def time_chunks(checkpoint: str, backend: str | None, limits: list[int | None], 
     rollout(BENCHMARK, predict, [seed], policy.n_action_steps)
     predicts = [load_predict(checkpoint, backend, max_tokens=limit).predict for limit in limits]
     times = [seconds(*[partial(predict, *observation) for predict in predicts]) for observation in observations]
-    return {str(limit): 1e3 * float(found) for limit, found in zip(limits, np.mean(times, axis=0), strict=True)}
+    return {str(limit): 1e3 * float(time) for limit, time in zip(limits, np.mean(times, axis=0), strict=True)}
 
 
 def draw(cases: list[dict[str, Any]], path: Path) -> None:
-    """Success, and the jumps between commanded actions, against the delay."""
+    """Plot success, and the jumps between commanded actions, against the delay."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     lines = {}
     for case in sorted(cases, key=lambda case: case["delay"]):
@@ -107,28 +107,28 @@ def main() -> None:
     backend = find_backend(args.checkpoint)
     setting = {"seed": args.seed, "episodes": args.episodes, "backend": backend}
     setting["versions"] = installed_versions(BENCHMARK)
-    found = json.loads(path.read_text()) if path.is_file() else setting | {"cases": []}
-    if {name: found[name] for name in setting} != setting:
+    results = json.loads(path.read_text()) if path.is_file() else setting | {"cases": []}
+    if {name: results[name] for name in setting} != setting:
         parser.error(f"{path} was measured with other options. Move it away.")
     done = {
         (case["strategy"], case["delay"], case["max_tokens"])
-        for case in found["cases"]
+        for case in results["cases"]
         if case["checkpoint"] == args.checkpoint
     }
     cases = [c for c in itertools.product(args.strategies, args.delays, args.max_tokens) if c not in done]
     seeds = range(args.seed, args.seed + args.episodes)
-    one = partial(measure, checkpoint=args.checkpoint, backend=backend, seeds=seeds)
-    for case in map_in_processes(args.num_processes, one, sorted(cases, key=lambda case: case[1])) if cases else ():
-        found["cases"].append(case)
-        write_json(path, found)
+    play = partial(measure, checkpoint=args.checkpoint, backend=backend, seeds=seeds)
+    for case in map_in_processes(args.num_processes, play, sorted(cases, key=lambda case: case[1])):
+        results["cases"].append(case)
+        write_json(path, results)
         print({name: value for name, value in case.items() if name != "successes"}, flush=True)
     if args.max_tokens == [None]:
-        own = [case for case in found["cases"] if case["checkpoint"] == args.checkpoint]
+        own = [case for case in results["cases"] if case["checkpoint"] == args.checkpoint]
         draw(own, RESULTS.parents[1] / "assets/delay.png")
     else:
-        found["ms_of_a_chunk"] = time_chunks(args.checkpoint, backend, [*args.max_tokens, None], args.seed)
-        write_json(path, found)
-        print(found["ms_of_a_chunk"])
+        results["ms_of_a_chunk"] = time_chunks(args.checkpoint, backend, [*args.max_tokens, None], args.seed)
+        write_json(path, results)
+        print(results["ms_of_a_chunk"])
 
 
 if __name__ == "__main__":

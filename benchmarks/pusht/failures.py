@@ -1,9 +1,9 @@
-"""What a PushT policy gets wrong: its episodes by kind of ending, and a contact sheet of examples.
+"""Failure modes of a PushT policy: episodes by kind of ending, and a contact sheet of examples.
 
     python benchmarks/pusht/failures.py --checkpoint checkpoints/pusht-tiny --episodes 200 --seed 2000
 
-Writes `failures.json` and `failures.png` into the output folder. The examples are played again to be filmed, together;
-rounding may depend on who is played together, so each is labelled with what it did the second time.
+Writes `failures.json` and `failures.png`. The examples are played again to be filmed. Rounding may depend on the
+batch, so each is labelled with the ending of its second run.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import CONTROL_HZ
-from evaluate import load_policy, make_output_dir, make_predict
+from evaluate import load_policy, make_output_dir, make_predict, write_json
 from rollouts import Episode, rollout, write_contact_sheet
 
 NEAR = 0.85  # reward: 81 % covered
@@ -25,7 +25,7 @@ LAST = 5 * CONTROL_HZ  # steps
 
 
 def kind_of_ending(episode: Episode) -> str:
-    """Solved or not, near the target at its end or not, the T still in motion or not."""
+    """Whether the episode is solved, was near the target at its end or before, and whether the T still moves."""
     if episode.success:
         return "solved"
     poses = np.array(episode.poses[-LAST:])
@@ -56,9 +56,7 @@ def main() -> None:
         for name in sorted(set(kinds) - {"solved"})
     ]
     counts = dict(Counter(kinds).most_common())
-    (args.output_dir / "failures.json").write_text(
-        json.dumps({"counts": counts, "seeds": result.seeds, "kinds": kinds}, indent=2) + "\n"
-    )
+    write_json(args.output_dir / "failures.json", {"counts": counts, "seeds": result.seeds, "kinds": kinds})
     if seeds := sum(chosen, []):
         again = rollout(PUSHT, predict, seeds, steps, record=len(seeds))
         titles = [f"{episode.seed}: {kind_of_ending(episode)}" for episode in again.episodes]

@@ -2,8 +2,8 @@
 
     python benchmarks/pusht/figures.py
 
-Writes `assets/architecture.png`; `assets/pusht.gif`, three episodes side by side at twice the simulator's speed; and
-`assets/delay.gif`, one episode at its own speed where a chunk takes 0.4 seconds: the pusher waits for it, or goes on.
+Writes `assets/architecture.png`; `assets/pusht.gif`, three episodes at twice the simulator's speed; and
+`assets/delay.gif`, one episode in which each chunk takes 0.4 seconds: the pusher waits for it, or keeps moving.
 """
 
 import io
@@ -25,11 +25,11 @@ from rollouts import Episode, rollout  # noqa: E402
 SEEDS = range(1000, 1003)
 DELAY, DELAY_SEED = 4, 8000  # control steps
 TILE, GAP = 224, 8  # pixels
-# Left, centre y, width, text, colour; all are of one height.
+# Left, centre y, width, text, colour.
 HEIGHT, INPUT, LEARNT, FIXED = 0.95, "#e8e8e8", "#cfe3ff", "#ffe3c2"
 BOXES = [
     (0.1, 2.6, 2.0, "image", INPUT),
-    (0.1, 1.1, 2.0, "task sentence,\nrobot's state", INPUT),
+    (0.1, 1.1, 2.0, "instruction,\nrobot's state", INPUT),
     (2.6, 2.6, 2.3, "SigLIP, pixel shuffle,\nlinear layer", LEARNT),
     (2.6, 1.1, 2.3, "state in bins,\nchat template", FIXED),
     (6.2, 1.85, 1.5, "SmolLM2", LEARNT),
@@ -60,23 +60,19 @@ def draw_architecture(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def film(path: Path) -> None:
+def film(folder: Path) -> None:
     model, processor = load_policy(str(ROOT / "checkpoints/pusht-tiny"))
-    result = rollout(PUSHT, make_predict(model, processor), SEEDS, model.config.n_action_steps, record=len(SEEDS))
-    write_gif(path, result.recordings, speed=2)
-
-
-def film_delay(path: Path) -> None:
-    model, processor = load_policy(str(ROOT / "checkpoints/pusht-tiny"))
-    options = {"n_action_steps": model.config.n_action_steps, "record": 1, "delay": DELAY}
-    titles = {"wait": "stands still while it thinks", "switch": "goes on while it thinks"}
-    predict = make_predict(model, processor)
-    results = [rollout(PUSHT, predict, [DELAY_SEED], strategy=strategy, **options) for strategy in titles]
-    write_gif(path, [result.recordings[0] for result in results], titles=list(titles.values()))
+    predict, n_action_steps = make_predict(model, processor), model.config.n_action_steps
+    result = rollout(PUSHT, predict, SEEDS, n_action_steps, record=len(SEEDS))
+    write_gif(folder / "pusht.gif", result.recordings, speed=2)
+    titles = {"wait": "stands still during inference", "switch": "keeps moving during inference"}
+    options = {"record": 1, "delay": DELAY}
+    results = [rollout(PUSHT, predict, [DELAY_SEED], n_action_steps, strategy=name, **options) for name in titles]
+    write_gif(folder / "delay.gif", [result.recordings[0] for result in results], titles=list(titles.values()))
 
 
 def write_gif(path: Path, episodes: list[Episode], speed: int = 1, titles: list[str] | None = None) -> None:
-    """Episodes side by side, every second control step, so many times as fast as they were; the end is held."""
+    """Write episodes side by side, with every second control step; shorter ones hold their last frame."""
     top = 24 if titles else 0
     images = []
     for step in range(0, max(len(episode.frames) for episode in episodes) + 10, 2):
@@ -86,8 +82,8 @@ def write_gif(path: Path, episodes: list[Episode], speed: int = 1, titles: list[
             image.paste(scene.resize((TILE, TILE), Image.Resampling.LANCZOS), (i * (TILE + GAP), top))
             if titles:
                 done = ": solved" if episode.success and step >= len(episode.frames) else ""
-                place = (i * (TILE + GAP), 4)
-                ImageDraw.Draw(image).text(place, titles[i] + done, "black", ImageFont.load_default(14))
+                position = (i * (TILE + GAP), 4)
+                ImageDraw.Draw(image).text(position, titles[i] + done, "black", ImageFont.load_default(14))
         images.append(image.quantize(48, dither=Image.Dither.NONE))
     duration = 2 * 1000 // CONTROL_HZ // speed
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
@@ -96,5 +92,4 @@ def write_gif(path: Path, episodes: list[Episode], speed: int = 1, titles: list[
 
 if __name__ == "__main__":
     draw_architecture(ROOT / "assets/architecture.png")
-    film(ROOT / "assets/pusht.gif")
-    film_delay(ROOT / "assets/delay.gif")
+    film(ROOT / "assets")

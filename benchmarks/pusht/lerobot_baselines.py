@@ -1,12 +1,12 @@
-"""Diffusion Policy and ACT, as LeRobot has them, on our demonstrations and with our CPU time.
+"""Train LeRobot's Diffusion Policy and ACT on our demonstrations, with as much CPU time as our policy.
 
     make .venv-lerobot/installed && .venv-lerobot/bin/pip install diffusers
     .venv-lerobot/bin/python benchmarks/pusht/lerobot_baselines.py --dataset_root path/to/pusht --cpu_hours 1.0
 
-`lerobot-train` with image observations, LeRobot's own settings for each policy, backbones from random weights, bf16
-where the CPU has it. A few steps are timed first; then as many are trained as fit into the CPU hours, so that a
-schedule comes to its end. `lerobot-eval` plays the result on our untouched seeds. Writes
-`benchmarks/results/lerobot_baselines.json` and `.md`; `--policies` runs some of them and keeps the others' rows.
+`lerobot-train` gets image observations, LeRobot's settings for each policy, backbones with random weights, and bf16
+where the CPU has it. A few steps are timed first, to choose the number of steps that fills the CPU hours.
+`lerobot-eval` plays the result on seeds that we tuned nothing on. Writes `benchmarks/results/lerobot_baselines.json`
+and `.md`; `--policies` runs some of them and keeps the other rows.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from lerobot.policies.factory import get_policy_class
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/lerobot_baselines"
 OPTIONS = {
-    # Horizon and steps of Chi et al. 2023, which LeRobot had as its defaults up to 0.5.
+    # Horizon and steps of Chi et al. 2023, LeRobot's defaults up to 0.5.
     "diffusion": ["--policy.horizon=16", "--policy.n_action_steps=8", "--policy.use_group_norm=true"]
     + ["--policy.crop_shape=[84, 84]", "--policy.num_inference_steps=10", "--policy.noise_scheduler_type=DDIM"],
     "act": [],
@@ -60,7 +60,7 @@ def train(args: argparse.Namespace, name: str, options: list[str], steps: int, o
 
 
 def train_for_hours(args: argparse.Namespace, name: str, options: list[str], folder: Path) -> dict:
-    """Train for about `args.cpu_hours` in `folder / "train"`; returns what it took."""
+    """Train for about `args.cpu_hours` in `folder / "train"`; returns time and samples."""
     few, more = 2, 6
     seconds = [train(args, name, options, steps, folder / f"timing-{steps}") for steps in (few, more)]
     seconds_a_step = (seconds[1] - seconds[0]) / (more - few)
@@ -75,13 +75,13 @@ def train_for_hours(args: argparse.Namespace, name: str, options: list[str], fol
 
 
 def chunk_seconds(name: str, folder: Path, repeats: int = 10) -> tuple[float, int]:
-    """Seconds of a chunk, one observation at a time, and the number of parameters."""
+    """Median seconds of a chunk for one observation, and the number of parameters."""
     policy = get_policy_class(name).from_pretrained(folder).eval()
     shapes = {key: feature.shape for key, feature in PreTrainedConfig.from_pretrained(folder).input_features.items()}
     observation = {key: torch.rand(1, *shape) for key, shape in shapes.items()}
     times = []
     for _ in range(repeats):
-        policy.reset()  # so that the next action needs a new chunk
+        policy.reset()  # drops the rest of the chunk
         start = time.perf_counter()
         with torch.inference_mode():
             policy.select_action(dict(observation))
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict:
         "lerobot-eval",
         f"--policy.path={checkpoint}",
         "--policy.device=cpu",
-        "--policy.use_amp=false",  # with it ACT's actions are bf16, which lerobot-eval cannot hand to the simulator
+        "--policy.use_amp=false",  # otherwise ACT's actions are bf16, which lerobot-eval cannot convert
         "--env.type=pusht",
         f"--eval.n_episodes={args.episodes}",
         "--eval.batch_size=10",

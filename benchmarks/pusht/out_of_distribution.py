@@ -1,9 +1,9 @@
-"""What `processor.report` says of held-out demonstrations, and of images that the policy never saw.
+"""The confidence scores of `processor.report` on held-out demonstrations and on out-of-distribution images.
 
     python benchmarks/pusht/out_of_distribution.py --dataset_root path/to/pusht
 
-Writes `benchmarks/results/out_of_distribution.json`. `pairs_ranked_right` is the share of all pairs of a demonstration
-and a strange image in which the demonstration scores higher: 0.5 would be chance.
+Writes `benchmarks/results/out_of_distribution.json`. `pairs_ranked_right` is the share of pairs of a demonstration and
+an out-of-distribution image in which the demonstration scores higher; 0.5 is chance.
 """
 
 import argparse
@@ -41,17 +41,17 @@ def main() -> None:
         "black": np.zeros_like(images),
         "white": np.full_like(images, 255),
     }
-    results, known = {}, None
+    results, demonstration_scores = {}, None
     for kind, shown in kinds.items():
         inputs = processor(images=list(shown), text=[""] * FRAMES, state=states)
         output = model.generate(**inputs, return_dict_in_generate=True, output_scores=True)
         report = processor.report(output, states)
-        found = report["log_probability"]
-        known = found if known is None else known
+        scores = report["log_probability"]
+        demonstration_scores = scores if demonstration_scores is None else demonstration_scores
         results[kind] = {
-            "log_probability": round(float(found.mean()), 3),
-            "percentile_5": round(float(np.quantile(found, 0.05)), 3),
-            "pairs_ranked_right": round(float((known[:, None] > found).mean()), 3),
+            "log_probability": round(float(scores.mean()), 3),
+            "percentile_5": round(float(np.quantile(scores, 0.05)), 3),
+            "pairs_ranked_right": round(float((demonstration_scores[:, None] > scores).mean()), 3),
             "clipped_actions": round(float(report["clipped_actions"].mean()), 3),
         }
         print(kind, results[kind])

@@ -1,7 +1,7 @@
-"""Time the shipped policy, at work and in training: `make bench`.
+"""Time inference and training of the shipped policy: `make bench`.
 
-Both sides of a comparison run in one process, alternating; a figure is the median of its repeats. Nothing else should
-run on the machine meanwhile. Writes `benchmarks/results/bench.json` and `bench.md`.
+Both sides of a comparison alternate in one process; each figure is a median. Nothing else should run on the machine.
+Writes `benchmarks/results/bench.json` and `bench.md`.
 """
 
 import json
@@ -9,6 +9,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,14 +25,15 @@ RESULTS = ROOT / "benchmarks/results"
 
 
 def seconds(*functions, repeats: int = 7) -> list[float]:
-    """Median seconds of each function, called in turn; the first round is for warming up."""
-    times = [[] for _ in functions]
+    """Median seconds of each function, called in turn; the first round is a warm-up."""
+    rounds = []
     for _ in range(repeats + 1):
-        for function, found in zip(functions, times, strict=True):
+        rounds.append([])
+        for function in functions:
             start = time.perf_counter()
             function()
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found[1:]) for found in times]
+            rounds[-1].append(time.perf_counter() - start)
+    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
 
 
 def bench_policy() -> dict[str, float]:
@@ -60,10 +62,9 @@ def bench_policy() -> dict[str, float]:
         optimizer.zero_grad()
 
     cases = [(attention, bf16) for attention in ("eager", "sdpa") for bf16 in (False, True)]
-    for (attention, bf16), found in zip(
-        cases, seconds(*[lambda c=c: step(*c) for c in cases], repeats=3), strict=True
-    ):
-        figures[f"training, samples a second, {attention} {'bf16' if bf16 else 'fp32'}"] = 64 / found
+    times = seconds(*[partial(step, *case) for case in cases], repeats=3)
+    for (attention, bf16), step_seconds in zip(cases, times, strict=True):
+        figures[f"training, samples a second, {attention} {'bf16' if bf16 else 'fp32'}"] = 64 / step_seconds
     return figures
 
 

@@ -1,10 +1,10 @@
-"""An action chunk of the real size against stock Transformers, on random weights of SmolVLM2-256M's shapes.
+"""Time an action chunk with SmolVLM2-256M's shapes and random weights against stock Transformers.
 
     python benchmarks/speed/bench_256m.py     # part of `make bench`
 
 Stock is what a user would write without this repository: `generate()` with a logits processor that masks all but the
-action tokens and EOS. It runs on the same weights as ours, alternating with it in one process. Some minutes on two
-cores, and 6 GB. Writes `benchmarks/results/bench_256m.json` and `.md`; `bench_training_256m.py` is the other half.
+action tokens and EOS. Both alternate in one process on the same weights. Takes some minutes on two cores, and 6 GB.
+Writes `benchmarks/results/bench_256m.json` and `.md`. See also `bench_training_256m.py`.
 """
 
 import argparse
@@ -25,12 +25,12 @@ TEXT |= {"num_key_value_heads": 3, "vocab_size": 49280, "max_position_embeddings
 TEXT |= {"bos_token_id": 1, "eos_token_id": 49279, "pad_token_id": 2}
 IMAGE_TOKEN_ID = 49190
 BASE_ID, NUM_ACTION_TOKENS = 48871, 512
-CHUNK_SIZE, ACTION_DIM, ACTION_TOKENS = 4, 2, 8  # one coefficient a token, so every chunk takes eight
-PROMPT_TOKENS = 60  # besides the image
+CHUNK_SIZE, ACTION_DIM, ACTION_TOKENS = 4, 2, 8  # one coefficient per token, so each chunk takes eight
+PROMPT_TOKENS = 60  # without the image
 
 
 class MaskedBand(LogitsProcessor):
-    """Leaves the action tokens and EOS, at any time."""
+    """Allows only the action tokens and EOS."""
 
     def __call__(self, input_ids, scores):
         masked = torch.full_like(scores, -torch.inf)
@@ -98,7 +98,7 @@ def timed(function, *args) -> float:
 
 
 def make_stock(model: SmolAndFastForActionPrediction) -> SmolVLMForConditionalGeneration:
-    """The stock model on the same tensors, without anything that ours adds to its parts."""
+    """The stock model on the same tensors."""
     stock = SmolVLMForConditionalGeneration(model.config)
     stock.load_state_dict(model.state_dict(), assign=True)
     return stock.eval()
@@ -115,13 +115,13 @@ def bench_inference(scale_factor: int, rounds: int) -> dict[str, float]:
         *[lambda name=name, model=model: chunks[name](model, one) for name, model in models.items()], repeats=rounds
     )
     figures = {}
-    for name, found in zip(models, times, strict=True):
-        figures[f"one chunk, scale {scale_factor}, {name}: ms"] = found * 1e3
-        figures[f"one chunk, scale {scale_factor}, {name}: times stock fp32"] = times[0] / found
+    for name, duration in zip(models, times, strict=True):
+        figures[f"one chunk, scale {scale_factor}, {name}: ms"] = duration * 1e3
+        figures[f"one chunk, scale {scale_factor}, {name}: times stock fp32"] = times[0] / duration
     for image_size in (256, 384):
         smaller = make_batch(scale_factor, 1, False, image_size)
-        (found,) = seconds(lambda smaller=smaller: our_chunk(half, smaller), repeats=rounds)
-        figures[f"one chunk, scale {scale_factor}, ours bf16, {image_size} pixels: ms"] = found * 1e3
+        (duration,) = seconds(lambda smaller=smaller: our_chunk(half, smaller), repeats=rounds)
+        figures[f"one chunk, scale {scale_factor}, ours bf16, {image_size} pixels: ms"] = duration * 1e3
     many = make_batch(scale_factor, 8, False)
     figures[f"8 chunks at once, scale {scale_factor}, ours bf16: ms a chunk"] = timed(our_chunk, half, many) / 8 * 1e3
     return {name: float(value) for name, value in figures.items()}

@@ -1,10 +1,10 @@
-"""A training step of the real size against stock Transformers, on random weights of SmolVLM2-256M's shapes.
+"""Time a training step with SmolVLM2-256M's shapes and random weights against stock Transformers.
 
     python benchmarks/speed/bench_training_256m.py     # part of `make bench`
 
-Stock is what a user would write without this repository: `SmolVLMForConditionalGeneration`'s own forward pass and loss
-over the whole sequence. Each way to train has a process of its own, so that its peak memory is its own; in each round
-all of them take their turn. Ten minutes on two cores for one round, and up to 17 GB. Writes
+Stock is what a user would write without this repository: the forward pass and loss of
+`SmolVLMForConditionalGeneration` over the whole sequence. Each way to train runs in its own process, which measures
+peak memory; they take turns in each round. A round takes ten minutes on two cores, and up to 17 GB. Writes
 `benchmarks/results/bench_training_256m.json` and `.md`.
 """
 
@@ -28,7 +28,7 @@ BATCH = {1: 2, 4: 4}  # by scale factor
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: each field is something a user turns on."""
+    """One way to train."""
 
     is_stock: bool = False
     is_autocast: bool = True  # TrainingArguments(bf16=True)
@@ -46,7 +46,7 @@ WAYS = {
 
 
 def measure(way: Way, scale_factor: int) -> dict[str, float]:
-    """Seconds of a step, peak memory in GB, the loss of the first step."""
+    """Seconds of a step, peak memory in GB, and the loss of the first step."""
     model = make_model(scale_factor).to(torch.bfloat16 if way.has_lora else torch.float32)
     model = (make_stock(model) if way.is_stock else model).train()
     if way.is_checkpointed:
@@ -63,33 +63,32 @@ def measure(way: Way, scale_factor: int) -> dict[str, float]:
         optimizer.zero_grad()
         return loss.item()
 
-    loss = step()  # not timed: it makes the optimizer's state, and memory is touched for the first time
+    loss = step()  # not timed: it allocates the optimizer's state
     times = []
     for _ in range(2):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    # Not `ru_maxrss`, which starts at what the parent process held.
+    # `ru_maxrss` would start at the parent's memory.
     peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
     return {"seconds": min(times), "peak GB": int(peak) * 1024 / 1e9, "loss": loss}
 
 
-def measure_apart(*args):
-    context = get_context("forkserver")  # its processes start with these imports, and without threads
+def measure_in_process(*args):
+    context = get_context("forkserver")  # new processes have these imports, and no threads
     context.set_forkserver_preload(["peft", "scipy.fft", "smolandfast.training"])
     with ProcessPoolExecutor(1, context) as executor:
         return executor.submit(measure, *args).result()
 
 
 def bench(scale_factor: int, rounds: int) -> dict[str, float]:
-    found = {name: [] for name in WAYS}
+    results = {name: [] for name in WAYS}
     for _ in range(rounds):
-        for name, results in found.items():
-            results.append(measure_apart(WAYS[name], scale_factor))
-            print(scale_factor, name, results[-1], flush=True)
+        for name, way in WAYS.items():
+            results[name].append(measure_in_process(way, scale_factor))
+            print(scale_factor, name, results[name][-1], flush=True)
     medians = {
-        name: {key: float(np.median([result[key] for result in results])) for key in results[0]}
-        for name, results in found.items()
+        name: {key: float(np.median([run[key] for run in runs])) for key in runs[0]} for name, runs in results.items()
     }
     stock, batch_size, figures = medians["stock, fp32"], BATCH[scale_factor], {}
     for name, median in medians.items():

@@ -1,11 +1,11 @@
-"""The deployed policy beside PyTorch's: equal chunks, milliseconds, memory, start, size on disk.
+"""Compare deployed policies with PyTorch: equal chunks, milliseconds, memory, start-up time, size on disk.
 
     python benchmarks/speed/deployment.py speed
     python benchmarks/speed/deployment.py speed_256m --rounds 3     # SmolVLM2-256M's shapes, random weights
     python benchmarks/speed/deployment.py equal
 
-Both sides run in one process, alternating; a figure is the median of its repeats. Nothing else should run on the
-machine meanwhile. Needs `pip install -e ".[examples,deployment]"`; OpenVINO is measured where it is installed. Writes
+Both sides alternate in one process; each figure is a median. Nothing else should run on the machine. Needs
+`pip install -e ".[examples,deployment]"`; OpenVINO is measured if it is installed. Writes
 `benchmarks/results/deployment_<part>.json` and `.md`.
 """
 
@@ -37,7 +37,7 @@ from smolandfast.training import make_tiny_processor
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
 WEIGHTS = ("float32", "int8")
-# A process of its own says how long it takes to a first chunk, and how much memory it takes.
+# Run in a new process, which prints the seconds to its first chunk and its peak memory.
 START = r"""
 import json, re, sys, time
 start = time.perf_counter()
@@ -46,7 +46,7 @@ image, state = np.zeros(({side}, {side}, 3), dtype=np.uint8), np.zeros({state_di
 {load}
 {predict}
 seconds = time.perf_counter() - start
-peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())  # of this process alone; Linux
+peak = re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())  # Linux
 print(json.dumps([seconds, int(peak[1]) / 1000]))
 """
 LOAD_TORCH = """
@@ -83,7 +83,7 @@ def make_checkpoint_256m(folder: Path) -> None:
 
 
 def count_equal(checkpoint: str, policies: dict[str, DeployedPolicy], count: int) -> dict[str, float]:
-    """On what the policy sees while it plays PushT: chunks that are PyTorch's, bit by bit."""
+    """Count the chunks that equal PyTorch's bit for bit, on observations of PushT episodes."""
     seen = collect(checkpoint, range(6000, 6000 + max(2, count // 12)), count)
     model, processor = load_policy(checkpoint, dtype=torch.float32)
     equal, differences = dict.fromkeys(policies, 0), {name: [] for name in policies}
@@ -93,9 +93,9 @@ def count_equal(checkpoint: str, policies: dict[str, DeployedPolicy], count: int
         )
         expected, actions = processor.report(output, state), processor.post_process_actions(output)
         for name, policy in policies.items():
-            found = policy.report(image, None, state)
-            equal[name] += np.array_equal(found["actions"], actions)
-            differences[name].append(abs(found["log_probability"] - expected["log_probability"])[0])
+            report = policy.report(image, None, state)
+            equal[name] += np.array_equal(report["actions"], actions)
+            differences[name].append(abs(report["log_probability"] - expected["log_probability"])[0])
     figures = {}
     for name in policies:
         figures[f"{name}: chunks of {count} that are PyTorch's"] = equal[name]
@@ -104,49 +104,48 @@ def count_equal(checkpoint: str, policies: dict[str, DeployedPolicy], count: int
 
 
 def installed_megabytes(*names: str) -> float:
-    """Size of packages and of all that they need, as installed here."""
-    found, waiting = {}, list(names)
+    """Size of installed packages and their dependencies."""
+    sizes, waiting = {}, list(names)
     while waiting:
         name = waiting.pop()
-        if name in found:
+        if name in sizes:
             continue
         try:
             package = distribution(name)
         except PackageNotFoundError:
             continue  # optional on this platform
-        found[name] = sum(os.path.getsize(f.locate()) for f in package.files or () if f.locate().is_file())
+        sizes[name] = sum(os.path.getsize(f.locate()) for f in package.files or () if f.locate().is_file())
         requirements = map(Requirement, package.requires or ())
         waiting += [r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return sum(found.values()) / 1e6
+    return sum(sizes.values()) / 1e6
 
 
 def measure_start(code: str) -> tuple[float, float]:
-    """Seconds to a first chunk and megabytes of memory of a new process; the second of two, with files cached."""
+    """Seconds to the first chunk and megabytes of a new process; the second of two runs, with cached files."""
     for _ in range(2):
         printed = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout
     return tuple(json.loads(printed.splitlines()[-1]))
 
 
 def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dict[str, float]:
-    """Milliseconds of a chunk on one and two threads, and what a new process takes to a first one."""
+    """Milliseconds of a chunk on one and two threads; start-up time and memory of a new process."""
     kinds = [(backend, weights) for backend in BACKENDS for weights in WEIGHTS]
     model, processor = load_policy(checkpoint, dtype=torch.float32)
     side = processor.image_processor.max_image_size["longest_edge"]
     image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     state, task = np.mean(processor.normalizer.state_bounds, axis=0), processor.default_task
-    models = {"PyTorch, float32": model}
     figures = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        predicts = {name: make_predict(one, processor) for name, one in models.items()}
+        predicts = {"PyTorch, float32": make_predict(model, processor)}
         predicts |= {
             f"{backend}, {weights}": load_predict(folders[weights], backend).predict for backend, weights in kinds
         }
         times = seconds(*[lambda p=p: p([image], state[None], [task]) for p in predicts.values()], repeats=rounds)
-        for name, found in zip(predicts, times, strict=True):
-            figures[f"{name}, threads {threads}: ms a chunk"] = found * 1e3
-            figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / found
-    del predicts, models, model
+        for name, duration in zip(predicts, times, strict=True):
+            figures[f"{name}, threads {threads}: ms a chunk"] = duration * 1e3
+            figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / duration
+    del predicts, model
     starts = {"PyTorch, float32": (LOAD_TORCH.format(folder=checkpoint), PREDICT_TORCH.format(task=task))}
     for backend, weights in kinds:
         load = LOAD_DEPLOYED.format(folder=str(folders[weights]), backend=backend)
@@ -161,8 +160,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("speed", "speed_256m", "equal"))
     parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
-    parser.add_argument("--observations", type=int, default=1000, help="that chunks are compared on")
-    parser.add_argument("--export_dir", type=Path, help="keep there what is exported, and take what is there")
+    parser.add_argument("--observations", type=int, default=1000, help="to compare chunks on (1000)")
+    parser.add_argument("--export_dir", type=Path, help="keep the exported policies here, and reuse them")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     figures: dict[str, float] = {}

@@ -1,10 +1,10 @@
-"""Whether the shipped policy writes the same actions whatever releases are installed.
+"""Compare the shipped policy's actions between environments with different releases of the libraries.
 
     make .venv-oldest/installed test-newest
     python benchmarks/speed/releases.py .venv-oldest .venv .venv-newest
 
-Plays a few episodes, and shows what was seen there to the policy in each environment, loaded by the auto classes as a
-user does. Writes `benchmarks/results/releases.md`.
+Records observations of a few episodes, and predicts chunks for them in each environment, with the auto classes. Writes
+`benchmarks/results/releases.md`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PREDICT = """
 import json, sys
 from importlib.metadata import version
-sys.modules["smolandfast"] = None  # the code beside the weights, not the installed package
+sys.modules["smolandfast"] = None  # use the checkpoint's code, not the installed package
 import numpy as np, torch
 from transformers import AutoModel, AutoProcessor
 
@@ -50,23 +50,23 @@ print(json.dumps({"python": sys.version.split()[0], **{n: version(n) for n in na
 
 
 def collect(checkpoint: str, seeds: range, count: int) -> dict[str, np.ndarray]:
-    """What the policy sees while it plays, evenly spaced."""
+    """Evenly spaced observations of a policy's episodes."""
     model, processor = load_policy(checkpoint)
     predict, images, states = make_predict(model, processor), [], []
 
-    def watched(*observation):
+    def record(*observation):
         images.extend(observation[0])
         states.extend(observation[1])
         return predict(*observation)
 
-    rollout(PUSHT, watched, seeds, model.config.n_action_steps)
+    rollout(PUSHT, record, seeds, model.config.n_action_steps)
     chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
     return {"images": np.stack(images)[chosen], "states": np.stack(states)[chosen]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("environments", nargs="+", type=Path, help="virtual environments; the first is compared with")
+    parser.add_argument("environments", nargs="+", type=Path, help="virtual environments; the first is the reference")
     parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
     parser.add_argument("--observations", type=int, default=50)
     parser.add_argument("--seed", type=int, default=6000)
@@ -91,10 +91,10 @@ def main() -> None:
 
 def write_table(rows: list[dict], observations: int, seed: int) -> None:
     lines = [
-        "# Equal actions whatever is installed",
+        "# Equal actions with different releases",
         "",
-        f"{observations} observations of PushT (episodes from seed {seed}), the shipped policy by the auto classes, "
-        "one thread, greedy, fp32: chunks that equal the first row's bit for bit.",
+        f"{observations} observations of PushT (episodes from seed {seed}), the shipped policy loaded by the auto "
+        "classes, one thread, greedy, fp32: chunks that equal the first row's bit for bit.",
         "",
         "| Transformers | PyTorch | Python | tokenizers | huggingface_hub | NumPy | equal |",
         "|---|---|---|---|---|---|---|",

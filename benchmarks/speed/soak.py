@@ -1,17 +1,15 @@
-"""Play the shipped policy for thousands of episodes in one process: does memory grow, do results stay the same?
+"""Play the shipped policy for thousands of episodes in one process, to find memory leaks and drifting results.
 
     python benchmarks/speed/soak.py --episodes 2000
 
-Episodes are played in rounds of `--round`, as an evaluation would play them, and after each round the process's
-memory is noted. Then a few of the seeds are played again, each alone in a process of its own: lengths must be equal,
-and rewards up to their last digits, since gym-pusht adds areas in the order of a set, which is one of memory
+Memory is measured after each round of episodes. Then some seeds are played again, each in a new process: lengths must
+be equal, and rewards except for the last digits, because gym-pusht adds areas in an order that depends on memory
 addresses. Writes `benchmarks/results/soak.json`.
 """
 
 import argparse
 import gc
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -25,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from envs.pusht import BENCHMARK as PUSHT  # noqa: E402
-from evaluate import load_policy, make_predict, write_json  # noqa: E402
-from rollouts import rollout  # noqa: E402
+from evaluate import installed_versions, load_policy, make_predict, write_json  # noqa: E402
+from rollouts import Predict, rollout  # noqa: E402
 
 
 def memory_mb() -> float:
@@ -35,13 +33,8 @@ def memory_mb() -> float:
     return int(fields[0]) / 1024
 
 
-def play(checkpoint: Path, seeds: range, num_envs: int) -> list[tuple[float, float, int]]:
-    """Greatest reward, sum of rewards and length of each episode."""
-    model, processor = load_policy(checkpoint, dtype=torch.float32)
-    return play_round(make_predict(model, processor), model.config.n_action_steps, seeds, num_envs)
-
-
-def play_round(predict, n_action_steps: int, seeds: range, num_envs: int) -> list[tuple[float, float, int]]:
+def play(predict: Predict, n_action_steps: int, seeds: range, num_envs: int) -> list[tuple[float, float, int]]:
+    """Maximum reward, sum of rewards and length of each episode."""
     result = rollout(PUSHT, predict, seeds, n_action_steps, num_envs=num_envs)
     return list(zip(result.max_rewards, result.sum_rewards, result.lengths, strict=True))
 
@@ -64,16 +57,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/soak.json")
     parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    model, processor = load_policy(args.checkpoint, dtype=torch.float32)
+    predict, n_action_steps = make_predict(model, processor), model.config.n_action_steps
     if args.alone is not None:
-        print(json.dumps(play(args.checkpoint, range(args.alone, args.alone + 1), 1)[0]))
+        print(json.dumps(play(predict, n_action_steps, range(args.alone, args.alone + 1), 1)[0]))
         return
 
-    model, processor = load_policy(args.checkpoint, dtype=torch.float32)
-    predict, start = make_predict(model, processor), time.monotonic()
-    scores, memory = [], []
+    start, scores, memory = time.monotonic(), [], []
     for first in range(0, args.episodes, args.round):
         seeds = range(args.seed + first, args.seed + min(first + args.round, args.episodes))
-        scores += play_round(predict, model.config.n_action_steps, seeds, args.num_envs)
+        scores += play(predict, n_action_steps, seeds, args.num_envs)
         gc.collect()
         memory.append({"episodes": len(scores), "rss_mb": round(memory_mb(), 1), "objects": len(gc.get_objects())})
         print(memory[-1], flush=True)
@@ -81,7 +74,7 @@ def main() -> None:
     alone = {i: play_alone(args.checkpoint, args.seed + i) for i in picked}
     differing = {args.seed + i: [scores[i], alone[i]] for i in picked if not np.allclose(alone[i], scores[i], 1e-9, 0)}
 
-    later = memory[len(memory) // 5 :]  # the first rounds fill caches and the allocator's pools
+    later = memory[len(memory) // 5 :]  # the first rounds fill caches
     slope = np.polyfit([m["episodes"] for m in later], [m["rss_mb"] for m in later], 1)[0] if len(later) > 1 else None
     write_json(
         args.output,
@@ -97,10 +90,7 @@ def main() -> None:
             "rss_mb_per_1000_episodes": None if slope is None else round(1000 * slope, 2),
             "seeds_played_again_alone": len(picked),
             "seeds_that_differ": differing,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__}
-            | {
-                name: version(name) for name in ("transformers", "gymnasium", "gym_pusht", "pymunk", "pygame", "numpy")
-            },
+            "versions": installed_versions(PUSHT) | {"pygame": version("pygame")},
             "memory": memory,
             "max_rewards": [reward for reward, _, _ in scores],
         },
@@ -108,7 +98,7 @@ def main() -> None:
     print(args.output.read_text().partition('"memory"')[0])
     if differing:
         raise SystemExit(
-            f"Seeds {list(differing)} score otherwise alone: something is carried from episode to episode."
+            f"Seeds {list(differing)} have other scores in a new process: an episode depends on those before it."
         )
 
 

@@ -3,8 +3,8 @@
     pip install -e ".[examples,app]"
     python examples/app/app.py --checkpoint checkpoints/pusht-tiny
 
-Each visitor has their own simulator; all share the policy, which answers one request at a time. On a Space, the
-variable `CHECKPOINT` names the policy's repository on the Hub.
+Each visitor has their own simulator; all share the policy. On a Space, the variable `CHECKPOINT` names the policy's
+repository on the Hub.
 """
 
 import argparse
@@ -13,39 +13,26 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # examples/
-import interrupt  # noqa: F401 - before all that takes long
+import interrupt  # noqa: F401 - before the slow imports
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 
 import gradio as gr
 from envs.pusht import CONTROL_HZ
 from evaluate import find_checkpoint
-from session import SEED, DeployedPagePolicy, Policy, Session, load_page_policy
+from session import SEED, Policy, Session, load_page_policy
 from views import DRAG_JS, SCENE_CSS
 
 SESSION_SECONDS = 3600  # a visitor who is idle for this long starts a new session
 
 
-def read_poses(event: gr.EventData) -> tuple[Any, Any]:
-    """The poses of the pusher and the T that the page's `trigger("release", ...)` sent, still unchecked.
-
-    Raises:
-        ValueError: one of them is missing.
-    """
-    try:
-        return event.agent, event.block
-    except (AttributeError, TypeError) as error:  # TypeError: an event without any data
-        raise ValueError("The page sent no agent or no block, expected the poses of both. Drag them again.") from error
-
-
-def make_page(policy: Policy | DeployedPagePolicy) -> gr.Blocks:
+def make_page(policy: Policy) -> gr.Blocks:
     """The page; every visitor's [`Session`] lives in its `gr.State`."""
 
     def begin(session: Session | None) -> Session:
-        """The visitor's session, in which any run stops."""
+        """The visitor's session; a run that is in progress stops."""
         session = session or Session(policy)
         session.turn += 1
         return session
@@ -60,7 +47,7 @@ def make_page(policy: Policy | DeployedPagePolicy) -> gr.Blocks:
     def place(session: Session | None, event: gr.EventData) -> list:
         session = begin(session)
         try:
-            session.place(*read_poses(event))
+            session.place(getattr(event, "agent", None), getattr(event, "block", None))
         except ValueError as error:
             raise gr.Error(str(error)) from error
         return [session, *session.views()]
@@ -88,8 +75,8 @@ def make_page(policy: Policy | DeployedPagePolicy) -> gr.Blocks:
         gr.Markdown(
             "# SmolAndFast plays PushT\n"
             "Drag the blue pusher or the T, turn the T by its handle, or choose a seed. Then let the policy push the "
-            "T onto the green target. The orange dots are the actions it has just predicted; it executes the bright "
-            "ones before it looks again."
+            "T onto the green target. The orange dots are the predicted actions; the policy executes the bright ones "
+            "before it predicts again."
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -103,7 +90,7 @@ def make_page(policy: Policy | DeployedPagePolicy) -> gr.Blocks:
                     limits = {"minimum": 0, "maximum": 2**32 - 1, "precision": 0}
                     seed = gr.Number(SEED, label="Seed", **limits, elem_id="seed", min_width=120)
                     reset_button = gr.Button("Restart", elem_id="reset", min_width=120)
-                coverage = gr.HTML(elem_id="coverage")
+                coverage = gr.HTML()
                 with gr.Row():
                     seen = gr.HTML(elem_id="seen", scale=1, min_width=100)
                     tokens = gr.HTML(elem_id="tokens", scale=2, min_width=180)

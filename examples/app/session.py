@@ -8,12 +8,13 @@ import gymnasium
 import numpy as np
 import torch
 from envs import check_policy
-from envs.pusht import ACTION_DIM, BENCHMARK, CONTROL_HZ, MAX_EPISODE_STEPS
+from envs.pusht import ACTION_DIM, BENCHMARK, MAX_EPISODE_STEPS
 from envs.pusht.simulator import ENV_ID, WORLD_SIZE
+from evaluate import load_policy
 from rollouts import check_chunks
-from views import draw_coverage, draw_image, draw_scene, draw_tokens
+from views import describe_tokens, draw_coverage, draw_image, draw_scene
 
-from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
+from smolandfast.checks_smolandfast import as_numbers
 from smolandfast.deployment.loop import Schedule
 from smolandfast.deployment.runtime import POLICY, DeployedPolicy
 
@@ -21,64 +22,60 @@ SEED = 1000
 AGENT_MARGIN, BLOCK_MARGIN = 25, 60  # least distance from the walls at which the pusher and the T may be placed
 
 
-def load_page_policy(checkpoint: str) -> "Policy | DeployedPagePolicy":
-    """The policy that all visitors share: a checkpoint, or what `export_policy.py` wrote.
+class Policy:
+    """A checkpoint that all visitors share; it answers one request at a time.
 
     Raises:
         OSError: Files are missing or damaged.
         ValueError: A checkpoint of another kind, or a policy of another robot.
     """
-    return (DeployedPagePolicy if Path(checkpoint, POLICY).is_file() else Policy)(checkpoint)
-
-
-class DeployedPagePolicy:
-    """A deployed policy, shared by all visitors."""
-
-    def __init__(self, folder: str):
-        self.policy = DeployedPolicy(folder)
-        robot = (getattr(self.policy, name) for name in ("action_dim", "state_dim", "image_keys", "fps"))
-        check_policy(BENCHMARK, *robot)
-        self.n_action_steps = self.policy.n_action_steps
-        self._one_at_a_time = threading.Lock()
-
-    def predict(self, image: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """See [`Policy.predict`]."""
-        with self._one_at_a_time:
-            report = self.policy.report(image, None, state)
-        chunk = check_chunks(report["actions"], 1, self.n_action_steps, ACTION_DIM)[0]
-        lengths = self.policy.token_lengths
-        return chunk, [(token, lengths[token] if lengths else 0) for token in report["tokens"][0].tolist()]
-
-
-class Policy:
-    """The model and its processor, shared by all visitors."""
 
     def __init__(self, checkpoint: str):
-        self.model = SmolAndFastForActionPrediction.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.processor = SmolAndFastProcessor.from_pretrained(checkpoint)
-        self.processor.check_model(self.model)
-        normalizer = self.processor.normalizer
-        check_policy(
-            BENCHMARK, normalizer.action_dim, normalizer.state_dim, self.processor.image_keys, self.processor.fps
-        )
-        self.n_action_steps = self.model.config.n_action_steps
-        self._one_at_a_time = threading.Lock()
+        self._load(checkpoint)
+        self._lock = threading.Lock()
+
+    def _load(self, checkpoint: str) -> None:
+        self.model, self.processor = load_policy(checkpoint, dtype=torch.float32)
+        normalizer, config = self.processor.normalizer, self.model.config
+        robot = normalizer.action_dim, normalizer.state_dim, self.processor.image_keys, self.processor.fps
+        check_policy(BENCHMARK, *robot)
+        self.n_action_steps, self.token_lengths = config.n_action_steps, config.fast_token_lengths
+
+    def _predict(self, image: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        inputs, config = self.processor(images=image, state=state.astype(np.float32)), self.model.config
+        ids = self.model.generate(**inputs, do_sample=False)
+        written = config.action_token_base_id - ids[0, inputs["input_ids"].shape[1] :]  # (length,), with padding
+        tokens = [token for token in written.tolist() if 0 <= token < config.num_action_tokens]
+        return self.processor.post_process_actions(ids), tokens
 
     def predict(self, image: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """The next chunk `(H, 2)`, and its tokens with the number of DCT coefficients of each (0: unknown)."""
-        inputs = self.processor(images=image, state=state.astype(np.float32))
-        with self._one_at_a_time:
-            ids = self.model.generate(**inputs, do_sample=False)
-        chunk = check_chunks(self.processor.post_process_actions(ids), 1, self.n_action_steps, ACTION_DIM)[0]
-        config = self.model.config
-        written = config.action_token_base_id - ids[0, inputs["input_ids"].shape[1] :]  # (length,), with padding
-        tokens = [token for token in written.tolist() if 0 <= token < config.num_action_tokens]
-        lengths = config.fast_token_lengths or [0] * config.num_action_tokens  # unknown with FAST+
-        return chunk, [(token, lengths[token]) for token in tokens]
+        with self._lock:
+            chunks, tokens = self._predict(image, state)
+        chunk = check_chunks(chunks, 1, self.n_action_steps, ACTION_DIM)[0]
+        return chunk, [(token, self.token_lengths[token] if self.token_lengths else 0) for token in tokens]
+
+
+class DeployedPagePolicy(Policy):
+    """The same for a deployed policy."""
+
+    def _load(self, checkpoint: str) -> None:
+        policy = self.policy = DeployedPolicy(checkpoint)
+        check_policy(BENCHMARK, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
+        self.n_action_steps, self.token_lengths = policy.n_action_steps, policy.token_lengths
+
+    def _predict(self, image: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        report = self.policy.report(image, None, state)
+        return report["actions"], report["tokens"][0].tolist()
+
+
+def load_page_policy(checkpoint: str) -> Policy:
+    """A checkpoint, or a deployed policy; see [`Policy`]."""
+    return (DeployedPagePolicy if Path(checkpoint, POLICY).is_file() else Policy)(checkpoint)
 
 
 class Session:
-    """One visitor's simulator and what has happened in it.
+    """One visitor's simulator and episode.
 
     Attributes:
         chunk: `(H, 2)`, the chunk that is being executed; empty before the first.
@@ -96,7 +93,7 @@ class Session:
         self.reset(SEED)
 
     def reset(self, seed: int) -> None:
-        """Start the episode that an evaluation with this seed plays."""
+        """Start the episode of this seed, the same as in an evaluation."""
         with self.lock:
             self.observation, _ = self.env.reset(seed=seed)
             self._start()
@@ -109,14 +106,9 @@ class Session:
             block: x, y and angle in radians of the T.
 
         Raises:
-            ValueError: not two and three finite numbers.
+            ValueError: Not two and three finite numbers.
         """
-        try:
-            agent, block = np.asarray(agent, np.float64), np.asarray(block, np.float64)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"agent is {agent!r}, block is {block!r}, expected numbers.") from error
-        if agent.shape != (2,) or block.shape != (3,) or not np.isfinite([*agent, *block]).all():
-            raise ValueError(f"agent is {agent}, block is {block}, expected 2 and 3 finite numbers. Drag them again.")
+        agent, block = as_numbers(agent, "agent", (2,)), as_numbers(block, "block", (3,))
         with self.lock:
             self.env.reset()
             self.env.agent.position = tuple(np.clip(agent, AGENT_MARGIN, WORLD_SIZE - AGENT_MARGIN))
@@ -137,7 +129,7 @@ class Session:
         return self.success or len(self.coverages) == MAX_EPISODE_STEPS
 
     def step(self) -> None:
-        """Execute one action, a tenth of a second; first ask the policy for a chunk if the last is used up."""
+        """Execute one action, a tenth of a second; predict a chunk first if the last is used up."""
         with self.lock:
             if self.done:
                 return
@@ -152,10 +144,12 @@ class Session:
             self.coverages.append(float(info["coverage"]))
 
     def views(self) -> list[str]:
-        """The scene, the coverage, the tokens and what the policy sees, as HTML."""
+        """The scene, the coverage, the tokens and the policy's image, as HTML."""
         with self.lock:
-            steps = self.policy.n_action_steps
-            scene = draw_scene(self.env, self.path, self.chunk, self.num_executed, steps, self.success)
-            threshold, seconds = self.env.success_threshold, MAX_EPISODE_STEPS / CONTROL_HZ
-            coverage = draw_coverage(self.coverages, threshold, self.success, CONTROL_HZ, seconds)
-            return [scene, coverage, draw_tokens(self.tokens, self.chunk.size), draw_image(self.observation["pixels"])]
+            executed = self.num_executed, self.policy.n_action_steps
+            return [
+                draw_scene(self.env, self.path, self.chunk, *executed, self.success),
+                draw_coverage(self.coverages, self.env.success_threshold, self.success),
+                describe_tokens(self.tokens, self.chunk.size),
+                draw_image(self.observation["pixels"]),
+            ]

@@ -1,75 +1,64 @@
-"""What `app.py` shows, drawn as SVG and HTML; the scene's pieces can be dragged.
+"""What `app.py` shows; the pieces of the scene can be dragged.
 
 Coordinates are the simulator's, [0, 512]^2 with y downwards, angles in radians. Only numbers are written into the
-page, so no text that a visitor sends ever gets there.
+HTML, never text from a visitor.
 """
 
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import gymnasium
 import numpy as np
+from envs.pusht import CONTROL_HZ, MAX_EPISODE_STEPS
 from envs.pusht.simulator import WORLD_SIZE
 from PIL import Image
 
-AGENT_RADIUS, HANDLE = 15, (0, 120)  # the T is turned by a handle at the end of its stem
-GOAL, BLOCK, AGENT, AHEAD, SOLVED = "#90ee90", "#778899", "#4169e1", "#ff7f0e", "#1f9d4d"
+AGENT, SOLVED = "#4169e1", "#1f9d4d"
 
 SCENE_CSS = """
-svg { width: 100%; max-width: 640px; max-height: 80vh; display: block; margin: 0 auto; }
+svg { width: 100%; max-width: 640px; max-height: 80vh; display: block; margin: 0 auto; background: white; }
 svg { touch-action: none; user-select: none; }
 [data-drag] { cursor: grab; }
 [data-drag]:hover { filter: brightness(1.1); }
+[data-past] { pointer-events: none; stroke-width: 2; }
+.wall { fill: none; stroke: #d3d3d3; stroke-width: 4; }
+.solved { stroke: #1f9d4d; stroke-width: 8; }
 """
 
-# Pieces carry their pose in data attributes. Grabbing one triggers "select", which stops the policy; letting go
+# Pieces carry their pose in data attributes. Grabbing one triggers "select", which stops the policy; releasing it
 # triggers "release" with both poses. The page may redraw the scene in between, so elements are looked up each time.
 DRAG_JS = """
 let held = null;
 const piece = (name) => element.querySelector(`[data-piece=${name}]`);
-const pose = (name) => ['x', 'y', 'angle'].map((key) => parseFloat(piece(name).dataset[key]));
+const pose = (name) => ['x', 'y', 'angle'].map((key) => Number(piece(name).dataset[key]));
 const pointer = (event) => {
-  const svg = element.querySelector('svg');
-  const point = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-  return [point.x, point.y];
+  const toScreen = element.querySelector('svg').getScreenCTM();
+  return new DOMPoint(event.clientX, event.clientY).matrixTransform(toScreen.inverse());
 };
-const move = (name, [x, y, angle]) => {
-  const moved = piece(name);
-  Object.assign(moved.dataset, {x, y, angle});
-  moved.setAttribute('transform', `translate(${x} ${y}) rotate(${angle * 180 / Math.PI})`);
-};
-const clamp = (value, margin) => Math.min(Math.max(value, margin), 512 - margin);
-const drag = (event) => {
-  const [x, y] = pointer(event);
-  if (held.kind === 'turn') {
-    const [blockX, blockY] = held.start;
-    move('block', [blockX, blockY, Math.atan2(y - blockY, x - blockX) - Math.PI / 2]);
-  } else {
-    const margin = held.kind === 'agent' ? 25 : 60;
-    const place = [clamp(held.start[0] + x - held.from[0], margin), clamp(held.start[1] + y - held.from[1], margin)];
-    move(held.kind, [...place, held.start[2]]);
-  }
-};
-const drop = (event) => {
-  window.removeEventListener('pointermove', drag);
-  window.removeEventListener('pointerup', drop);
-  window.removeEventListener('pointercancel', drop);
-  held = null;
-  trigger('release', {agent: pose('agent').slice(0, 2), block: pose('block')});
+const move = (name, x, y, angle) => {
+  Object.assign(piece(name).dataset, {x, y, angle});
+  piece(name).setAttribute('transform', `translate(${x} ${y}) rotate(${angle * 180 / Math.PI})`);
 };
 element.addEventListener('pointerdown', (event) => {
-  const grabbed = event.target.closest('[data-drag]');
-  if (!grabbed || held) return;
+  const kind = event.target.closest('[data-drag]')?.dataset.drag;
+  if (!kind || held) return;
   event.preventDefault();
-  const kind = grabbed.dataset.drag;
+  element.setPointerCapture(event.pointerId);
   held = {kind, from: pointer(event), start: pose(kind === 'agent' ? 'agent' : 'block')};
   element.querySelectorAll('[data-past]').forEach((past) => past.remove());
   trigger('select');
-  window.addEventListener('pointermove', drag);
-  window.addEventListener('pointerup', drop);
-  window.addEventListener('pointercancel', drop);
+});
+element.addEventListener('pointermove', (event) => {
+  if (!held) return;
+  const to = pointer(event), [x, y, angle] = held.start;
+  if (held.kind === 'turn') move('block', x, y, Math.atan2(to.y - y, to.x - x) - Math.PI / 2);
+  else move(held.kind, x + to.x - held.from.x, y + to.y - held.from.y, angle);
+});
+element.addEventListener('lostpointercapture', () => {
+  held = null;
+  trigger('release', {agent: pose('agent').slice(0, 2), block: pose('block')});
 });
 """
 
@@ -82,110 +71,78 @@ def draw_scene(
     n_action_steps: int,
     solved: bool,
 ) -> str:
-    """The simulator's scene as SVG, with the pusher's path behind it and the predicted chunk ahead of it.
+    """The simulator's scene as SVG, with the pusher's path and the predicted chunk ahead of it.
 
     Args:
         path: Positions of the pusher so far.
         chunk: `(H, 2)`; `num_executed` actions are done, those after `n_action_steps` are never executed.
     """
-    agent, block = env.agent.position, (*env.block.position, env.block.angle)
-    tee = "".join(f'<polygon points="{_points(shape.get_vertices())}"/>' for shape in env.block.shapes)
+    agent, block = env.agent.position, env.block
+    tee = "".join(f'<polygon points="{_points(shape.get_vertices())}"/>' for shape in block.shapes)
     ahead = chunk[num_executed:]
-    dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{5 if i < n_action_steps else 3}" fill="{AHEAD}" '
-        f'fill-opacity="{1 if i < n_action_steps else 0.45}"/>'
-        for i, (x, y) in enumerate(ahead, num_executed)
-    )
+    dots = ""
+    for i, (x, y) in enumerate(ahead, num_executed):
+        style = 'r="5"' if i < n_action_steps else 'r="3" fill-opacity="0.45"'
+        dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" stroke="none" {style}/>'
     line = _points([agent, *ahead]) if len(ahead) else ""
-    return (
-        f'<svg viewBox="0 0 {WORLD_SIZE} {WORLD_SIZE}" role="img" aria-label="The T, its target and the pusher">'
-        f'<rect width="{WORLD_SIZE}" height="{WORLD_SIZE}" fill="white"/>'
-        f'<rect x="5" y="5" width="501" height="501" fill="none" stroke="{SOLVED if solved else "#d3d3d3"}" '
-        f'stroke-width="{8 if solved else 4}"/>'
-        f'<g {_transform(*env.goal_pose)} fill="{GOAL}">{tee}</g>'
-        f'<g data-piece="block" data-drag="block" {_pose(*block)} fill="{BLOCK}" stroke="{BLOCK}">{tee}'
-        f'<circle data-drag="turn" cx="{HANDLE[0]}" cy="{HANDLE[1] - 14}" r="9" fill="white" stroke="#333" '
-        'stroke-width="2"><title>Turn the T</title></circle></g>'
-        f'<g data-past pointer-events="none"><polyline points="{_points(path)}" fill="none" stroke="{AGENT}" '
-        'stroke-opacity="0.35" stroke-width="2"/></g>'
-        f'<circle data-piece="agent" data-drag="agent" {_pose(*agent, 0)} r="{AGENT_RADIUS}" fill="{AGENT}"/>'
-        f'<g data-past pointer-events="none"><polyline points="{line}" fill="none" stroke="{AHEAD}" '
-        f'stroke-width="2"/>{dots}</g></svg>'
-    )
+    return f"""
+<svg viewBox="0 0 {WORLD_SIZE} {WORLD_SIZE}" role="img" aria-label="The T, its target and the pusher">
+  <rect class="wall {"solved" if solved else ""}" x="5" y="5" width="501" height="501"/>
+  <g {_pose(*env.goal_pose)} fill="#90ee90">{tee}</g>
+  <g data-piece="block" data-drag="block" {_pose(*block.position, block.angle)} fill="#778899" stroke="#778899">
+    {tee}
+    <circle data-drag="turn" cy="106" r="9" fill="white" stroke="#333"><title>Turn the T</title></circle>
+  </g>
+  <g data-past fill="none" stroke="{AGENT}" stroke-opacity="0.35"><polyline points="{_points(path)}"/></g>
+  <circle data-piece="agent" data-drag="agent" {_pose(*agent, 0)} r="15" fill="{AGENT}"/>
+  <g data-past fill="#ff7f0e" stroke="#ff7f0e"><polyline points="{line}" fill="none"/>{dots}</g>
+</svg>"""
 
 
-def draw_coverage(
-    coverages: Sequence[float], threshold: float, success: bool, steps_per_second: int, seconds: float
-) -> str:
-    """Covered share of the target over time as a line, and in words."""
-    left, top, width, height = 34, 16, 300, 110
-    elapsed = len(coverages) / steps_per_second
-
-    def place(second: float, share: float) -> tuple[float, float]:
-        return left + second / seconds * width, top + (1 - share) * height
-
-    curve = _points(place((i + 1) / steps_per_second, share) for i, share in enumerate(coverages))
-    bar = place(0, threshold)[1]
-    ticks = "".join(
-        f'<text x="{left - 4}" y="{place(0, share)[1] + 4:.1f}" text-anchor="end">{share:.0%}</text>'
-        for share in (0, 0.5, 1)
-    )
-    ticks += "".join(
-        f'<text x="{place(second, 0)[0]:.1f}" y="{top + height + 15}" text-anchor="middle">{second:.0f} s</text>'
-        for second in np.linspace(0, seconds, 4)
-    )
-    now = f"{math.floor(100 * coverages[-1])} %" if coverages else "–"
-    best = f"{math.floor(100 * max(coverages))} %" if coverages else "–"
+def draw_coverage(coverages: Sequence[float], threshold: float, success: bool) -> str:
+    """Covered share of the target over time, in words and as SVG: `gr.LinePlot` ignores the updates of a generator."""
+    seconds, limit = len(coverages) / CONTROL_HZ, MAX_EPISODE_STEPS / CONTROL_HZ
     if success:
-        verdict = f'<b style="color:{SOLVED}">Solved after {elapsed:.1f} s</b>'
-    elif elapsed >= seconds:
+        verdict = f"<b>Solved after {seconds:.1f} s</b>"
+    elif seconds >= limit:
         verdict = "<b>Time is up</b>, restart or drag a piece"
     else:
-        verdict = f"{elapsed:.1f} s of {seconds:.0f} s"
-    return (
-        f'<div id="verdict">{verdict}, covered {now}, best {best}</div>'
-        f'<svg viewBox="0 0 350 146" style="width:100%" role="img" aria-label="Covered share of the target over time" '
-        'font-size="11" fill="currentColor">'
-        f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="currentColor" '
-        f'stroke-opacity="0.3"/>{ticks}'
-        f'<line x1="{left}" x2="{left + width}" y1="{bar:.1f}" y2="{bar:.1f}" stroke="{SOLVED}" '
-        f'stroke-dasharray="5 4"/><text x="{left + width}" y="{top - 4}" text-anchor="end" fill="{SOLVED}">'
-        f"solved above {threshold:.0%}</text>"
-        f'<polyline points="{curve}" fill="none" stroke="{AGENT}" stroke-width="2"/></svg>'
-    )
+        verdict = f"{seconds:.1f} s of {limit:.0f} s"
+    now, best = (f"{math.floor(100 * x)} %" for x in (coverages[-1], max(coverages))) if coverages else ("–", "–")
+    curve = _points((i + 1, 100 * (1 - share)) for i, share in enumerate(coverages))
+    bar, width = 100 * (1 - threshold), MAX_EPISODE_STEPS
+    return f"""
+<div id="verdict">{verdict}, covered {now}, best {best}</div>
+<svg viewBox="-38 -16 {width + 46} 134" role="img" aria-label="Coverage over time" fill="currentColor" font-size="11">
+  <path d="M0 0 V100 H{width}" fill="none" stroke="currentColor" stroke-opacity="0.3"/>
+  <text x="-4" y="4" text-anchor="end">100 %</text><text x="-4" y="104" text-anchor="end">0 %</text>
+  <text y="115">0 s</text><text x="{width}" y="115" text-anchor="end">{limit:.0f} s</text>
+  <path d="M0 {bar} H{width}" stroke="{SOLVED}" stroke-dasharray="5 4"/>
+  <text x="{width}" y="-5" text-anchor="end" fill="{SOLVED}">solved above {threshold:.0%}</text>
+  <polyline points="{curve}" fill="none" stroke="{AGENT}" stroke-width="2"/>
+</svg>"""
 
 
-def draw_tokens(tokens: Sequence[tuple[int, int]], num_coefficients: int) -> str:
-    """The chunk's FAST tokens, each with the number of DCT coefficients it stands for (0: unknown)."""
+def describe_tokens(tokens: Sequence[tuple[int, int]], num_coefficients: int) -> str:
+    """The chunk's FAST tokens, each with its number of DCT coefficients (0: unknown), as HTML."""
     if not tokens:
-        return "<div>The tokens it writes appear here.</div>"
-    chips = "".join(
-        '<span style="display:inline-block;margin:2px;padding:1px 7px;border-radius:9px;border:1px solid '
-        f'{AHEAD};font-family:monospace">{token}{f"<sub>&nbsp;×{length}</sub>" if length else ""}</span>'
-        for token, length in tokens
-    )
-    return f"<div>It wrote {len(tokens)} tokens for {num_coefficients} numbers:</div><div>{chips}</div>"
+        return "The predicted tokens appear here."
+    chips = (f"<code>{token}</code>" + (f"<sub>×{length}</sub>" if length else "") for token, length in tokens)
+    return f"{len(tokens)} tokens for {num_coefficients} numbers:<br>{' '.join(chips)}"
 
 
 def draw_image(pixels: np.ndarray) -> str:
-    """What the policy sees, `(96, 96, 3)` uint8."""
+    """The policy's image, `(96, 96, 3)` uint8. Within the page, since `gr.Image` would write a file at each step."""
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG")
     data = base64.b64encode(png.getvalue()).decode()
-    return (
-        '<figure style="margin:0"><img alt="what the policy sees" width="96" height="96" '
-        f'style="image-rendering:pixelated;border:1px solid #ccc" src="data:image/png;base64,{data}">'
-        "<figcaption>What it sees</figcaption></figure>"
-    )
+    return f'What it sees:<br><img alt="The policy\'s image" src="data:image/png;base64,{data}">'
 
 
-def _points(points) -> str:
+def _points(points: Iterable) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _transform(x: float, y: float, angle: float) -> str:
-    return f'transform="translate({x:.2f} {y:.2f}) rotate({math.degrees(angle):.2f})"'
-
-
 def _pose(x: float, y: float, angle: float) -> str:
-    return f'{_transform(x, y, angle)} data-x="{x:.3f}" data-y="{y:.3f}" data-angle="{angle:.5f}"'
+    transform = f"translate({x:.2f} {y:.2f}) rotate({math.degrees(angle):.2f})"
+    return f'transform="{transform}" data-x="{x:.3f}" data-y="{y:.3f}" data-angle="{angle:.5f}"'

@@ -1,7 +1,7 @@
-"""The benchmarks that the scripts train on and play, a folder each.
+"""The benchmarks that the scripts train and evaluate on, one folder each.
 
-A folder has its simulator, its ways to vary demonstrations, what its vision tower is pretrained for, and a
-[`Benchmark`] that says it all to the scripts, which know none of them by name.
+A folder holds the simulator, the ways to vary demonstrations, the pretraining of the vision tower, and a [`Benchmark`]
+that describes them to the scripts.
 """
 
 import importlib
@@ -12,29 +12,29 @@ from typing import Any, Protocol
 import numpy as np
 
 BENCHMARKS = ("metaworld", "pusht")
-EXTRAS = {"metaworld": "metaworld"}  # of pyproject.toml, beside `examples`
+EXTRAS = {"metaworld": "metaworld", "pusht": "examples"}  # of pyproject.toml
 FRAME_SIZE = 384  # pixels along each side of a filmed scene
 
 Move = Callable[[np.ndarray], np.ndarray]
 
 
 class Scene(Protocol):
-    """One task's simulation. `reset` comes first, and after an episode's end."""
+    """The simulation of one task. Call `reset` first, and again after the end of an episode."""
 
     def reset(self, seed: int) -> Any:
-        """Place everything as `seed` says."""
+        """Place the robot and the objects at random."""
 
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
         """Execute an action `(action_dim,)`; returns reward, success, and whether the episode is over."""
 
     def image(self) -> np.ndarray:
-        """What the policy sees: uint8 `(image_size, image_size, 3)`."""
+        """The policy's image: uint8 `(image_size, image_size, 3)`."""
 
     def film(self) -> np.ndarray:
-        """The same for people: uint8 `(FRAME_SIZE, FRAME_SIZE, 3)`."""
+        """A larger image, for videos: uint8 `(FRAME_SIZE, FRAME_SIZE, 3)`."""
 
     def close(self) -> None:
-        """Free what the simulator holds."""
+        """Free the simulator's resources."""
 
     @property
     def state(self) -> np.ndarray:
@@ -42,7 +42,7 @@ class Scene(Protocol):
 
     @property
     def poses(self) -> np.ndarray:
-        """Where things are, in the simulator's own numbers."""
+        """Poses of the objects, in the simulator's units."""
 
 
 def no_moves(**options: float) -> list[Move]:
@@ -51,69 +51,71 @@ def no_moves(**options: float) -> list[Move]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What `train.py` and `evaluate.py` need to know of a simulator."""
+    """What the scripts need to know of a simulator."""
 
     name: str
     repo_id: str  # demonstrations on the Hub
-    tasks: dict[str, str]  # the sentence of each task
-    groups: dict[str, str]  # the group of each task, for the report; may be empty
+    tasks: dict[str, str]  # task -> instruction
+    groups: dict[str, str]  # task -> group, for the report; may be empty
     make_scene: Callable[[str], Scene]  # of a task
     fps: int
-    max_steps: int  # after which an episode ends unsolved
+    max_steps: int  # an episode ends unsolved after these
     state_dim: int
     action_dim: int
     image_size: int
-    preset: dict[str, Any]  # of `train.py`'s options, on top of its tiny preset
-    packages: tuple[str, ...]  # whose releases results depend on
-    card: dict[str, str]  # what a model card says of it: its title, env_id, success and citation
-    # (image, state, actions, random generator, options) -> the same of a world that was moved; the options are some of
-    # `train.py`'s `VARIATIONS`, by which it can be moved
+    preset: dict[str, Any]  # options of `train.py`, on top of its tiny preset
+    packages: tuple[str, ...]  # their releases are part of the results
+    card: dict[str, str]  # for the model card: title, env_id, success, citation
+    # (image, state, actions, random generator, **options) -> image, state and actions of a varied scene
     vary: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
-    variations: tuple[str, ...] = ()
-    # (options) -> how states and chunks are moved: those that count in the statistics, and those for FAST alone
+    variations: tuple[str, ...] = ()  # the options of `train.py` that `vary` takes
+    # (**options) -> moves of states and chunks: those that the statistics include, and those for fitting FAST alone
     symmetries: Callable[..., list[Move]] = no_moves
     rotations: Callable[..., list[Move]] = no_moves
-    wordings: dict[str, list[str]] = field(default_factory=dict)  # other wordings of a sentence, for training
-    max_reward: float | None = None  # if rewards are comparable between episodes, their best
-    film_every: int = 1  # steps from one filmed scene to the next
-    has_full_render: bool = False  # `make_scene` takes `full_render`, to draw as the original does
+    wordings: dict[str, list[str]] = field(default_factory=dict)  # instruction -> rephrasings for training
+    max_reward: float | None = None  # the best reward, if rewards are comparable between episodes
+    film_every: int = 1  # steps from one filmed frame to the next
+    has_full_render: bool = False  # whether `make_scene` takes `full_render`, to render as the original does
     # (state, last action or None) -> the action that stands still, while a prediction is late
     hold: Callable[[np.ndarray, np.ndarray | None], np.ndarray] | None = None
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name.
+    """Import a benchmark.
 
     Raises:
-        ValueError: there is none, or its simulator is not installed.
+        ValueError: The name is unknown, or the simulator is not installed.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"benchmark is {name!r}, expected one of {', '.join(BENCHMARKS)}.")
     try:
         return importlib.import_module(f"envs.{name}").BENCHMARK
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(name, "examples")
-        raise ValueError(f"{name} needs {error.name}: run `pip install -e '.[{extra}]'`.") from error
-    except ImportError as error:  # a library of the system's; the message says what to install
+        raise ValueError(f"{name} needs {error.name}: run `pip install -e '.[{EXTRAS[name]}]'`.") from error
+    except ImportError as error:  # a system library; the message says what to install
         raise ValueError(str(error)) from error
 
 
 def check_policy(
     benchmark: Benchmark, action_dim: int, state_dim: int, image_keys: Sequence[str], fps: float | None
 ) -> None:
-    """Refuse a policy of another robot, or of another control rate (`None`: not known).
-
-    Raises:
-        ValueError: The message names what differs.
-    """
-    for what, found, expected in (
+    """Raise `ValueError` for a policy of another robot or control rate. An fps of `None` is unknown, and passes."""
+    for what, value, expected in (
         ("action dimensions", action_dim, benchmark.action_dim),
         ("state dimensions", state_dim, benchmark.state_dim),
         (f"cameras ({', '.join(image_keys)})", len(image_keys), 1),
         ("control steps a second (fps)", fps, benchmark.fps),
     ):
-        if found is not None and found != expected:
+        if value is not None and value != expected:
             raise ValueError(
-                f"The policy has {found:g} {what}, {benchmark.name} {expected}. Use one that was trained for "
+                f"The policy has {value:g} {what}, {benchmark.name} {expected}. Use one that was trained for "
                 f"{benchmark.name}."
             )
+
+
+def shift_image(image: np.ndarray, right: int, down: int) -> np.ndarray:
+    """Move an image `(H, W, 3)` by whole pixels; the gap repeats the edge."""
+    height, width, _ = image.shape
+    rows = np.clip(np.arange(height) - down, 0, height - 1)
+    columns = np.clip(np.arange(width) - right, 0, width - 1)
+    return image[rows[:, None], columns]

@@ -1,4 +1,4 @@
-"""Meta-World (Yu et al. 2019): fifty tasks at one table, seen by LeRobot's camera."""
+"""Meta-World (Yu et al. 2019): fifty tabletop tasks, each given as a one-sentence instruction."""
 
 import numpy as np
 
@@ -27,7 +27,7 @@ CITATION = """@inproceedings{yu2019metaworld,
 
 
 def hold(state: np.ndarray, last_action: np.ndarray | None) -> np.ndarray:
-    """The action that stands still: actions are velocities, and the gripper's force."""
+    """The action that stands still. Actions are velocities and the gripper's force."""
     return np.array([0, 0, 0, 0 if last_action is None else last_action[3]], dtype=np.float32)
 
 

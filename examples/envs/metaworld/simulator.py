@@ -1,8 +1,8 @@
-"""Meta-World's fifty tasks (Yu et al. 2019, arXiv 1910.10897; v3): one table, one camera, one sentence a task.
+"""The simulator of Meta-World's fifty tasks (v3; Yu et al. 2019, arXiv 1910.10897), set up as in LeRobot.
 
-As in LeRobot's `MetaworldEnv`: the arm's hand is moved by up to a centimetre a step along each axis, the fourth action
-opens (-1) or closes (1) the gripper; the state is the hand's position in metres and the gripper's opening in [0, 1];
-object and goal are placed at random; an episode ends with its first success, or after 500 steps at 80 Hz.
+An action moves the hand by up to a centimetre along each axis; its fourth number opens (-1) or closes (1) the gripper.
+The state is the hand's position in metres and the gripper's opening in [0, 1]. Object and goal are placed at random.
+An episode ends with its first success, or after 500 steps at 80 Hz.
 
 Needs `metaworld` and, without a screen, Debian's `libosmesa6` with `MUJOCO_GL=osmesa`.
 """
@@ -17,13 +17,13 @@ from ctypes.util import find_library
 import numpy as np
 from PIL import Image
 
-from envs import FRAME_SIZE
+from envs import FRAME_SIZE, shift_image
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "osmesa")
 if os.environ.get("MUJOCO_GL") == "osmesa" and find_library("OSMesa") is None:
     raise ImportError(
-        "MuJoCo needs OSMesa to draw without a screen: run `apt install libosmesa6`, or set MUJOCO_GL=egl or glfw."
+        "MuJoCo needs OSMesa to render without a screen: run `apt install libosmesa6`, or set MUJOCO_GL=egl or glfw."
     )
 import metaworld  # noqa: E402
 import mujoco  # noqa: E402
@@ -33,15 +33,15 @@ MAX_EPISODE_STEPS = 500
 CONTROL_HZ = 80
 ACTION_DIM = STATE_DIM = 4
 IMAGE_SIZE = 128  # pixels along each side of the policy's images
-# LeRobot's camera: its place in metres, the world's directions in its image, and the focal length in our pixels.
+# LeRobot's camera: its position in metres, the directions of its image's axes, and its focal length in our pixels.
 CAMERA = np.array([0.75, 0.075, 0.7])
 RIGHT, DOWN = np.array([0.5499, 0.8332, -0.0584]), np.array([0.3762, -0.3095, -0.8733])
 FORWARD = np.cross(RIGHT, DOWN)
 FOCAL_LENGTH = IMAGE_SIZE / 2 / np.tan(np.deg2rad(60) / 2)
-# Sides in metres of the cells that the arm is simplified to; a pixel of the policy's images is some eight millimetres.
+# Sides in metres of the cells of `simplified`; a pixel of the policy's images is about eight millimetres.
 ARM_MESHES = dict.fromkeys(("pedestal", "base", "head", *(f"l{i}" for i in range(7))), 0.01) | {"eGripperBase": 0.005}
-# Sentences and difficulties are those of LeRobot's `metaworld_config.json` (release 0.6.1).
-SENTENCES = {
+# Instructions and difficulties of LeRobot's `metaworld_config.json` (release 0.6.1).
+INSTRUCTIONS = {
     "easy": {
         "button-press": "Press a button",
         "button-press-topdown": "Press a button from the top",
@@ -101,30 +101,14 @@ SENTENCES = {
         "stick-push": "Grasp a stick and push a box using the stick",
     },
 }
-TASKS = {task: sentence for group in SENTENCES.values() for task, sentence in group.items()}
-DIFFICULTIES = {task: difficulty for difficulty, group in SENTENCES.items() for task in group}
-MT10 = (
-    "reach",
-    "push",
-    "pick-place",
-    "door-open",
-    "drawer-open",
-    "drawer-close",
-    "button-press-topdown",
-    "peg-insert-side",
-    "window-open",
-    "window-close",
-)
-
-
-def shift_image(image: np.ndarray, right: int, down: int) -> np.ndarray:
-    """Move an image by whole pixels; what comes in at an edge repeats it."""
-    rows, columns = (np.clip(np.arange(n) - by, 0, n - 1) for n, by in zip(image.shape, (down, right), strict=False))
-    return image[rows[:, None], columns]
+TASKS = {task: instruction for group in INSTRUCTIONS.values() for task, instruction in group.items()}
+DIFFICULTIES = {task: difficulty for difficulty, group in INSTRUCTIONS.items() for task in group}
+MT10 = ("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close")
+MT10 += ("button-press-topdown", "peg-insert-side", "window-open", "window-close")
 
 
 def shift_points(points: np.ndarray, right: int, down: int) -> np.ndarray:
-    """Where points in metres `(..., 3)` are in a world whose image is moved like that: as far from the camera."""
+    """Move points `(..., 3)` in metres as [`shift_image`] moves their image, at the same depth."""
     depths = (points - CAMERA) @ FORWARD
     return (points + depths[..., None] * (right * RIGHT + down * DOWN) / FOCAL_LENGTH).astype(np.float32)
 
@@ -132,9 +116,9 @@ def shift_points(points: np.ndarray, right: int, down: int) -> np.ndarray:
 def vary_demonstration(
     image: np.ndarray, state: np.ndarray, actions: np.ndarray, rng: np.random.Generator, max_shift: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image and state in a world moved to the side by up to `max_shift` pixels, so that heights stay what they are.
+    """Move image and state sideways by up to `max_shift` pixels; heights stay the same.
 
-    A pixel is about a centimetre, and turns the directions of actions by half a degree, which is left out.
+    Actions stay as they are: a pixel is about a centimetre, and would turn them by half a degree.
     """
     right = int(rng.integers(-max_shift, max_shift + 1))
     return shift_image(image, right, 0), np.append(shift_points(state[:3], right, 0), state[3:]), actions
@@ -142,16 +126,16 @@ def vary_demonstration(
 
 @functools.cache
 def _make_benchmark(name: str) -> metaworld.MT1:
-    return metaworld.MT1(name, seed=42)  # a second, for fifty resets
+    return metaworld.MT1(name, seed=42)  # takes a second
 
 
 class MetaworldScene:
-    """One task's simulation, seen by LeRobot's camera.
+    """A [`envs.Scene`] of one task, seen by LeRobot's camera.
 
     Args:
         task: A key of `TASKS`.
-        full_render: Draw as LeRobot does, 480 pixels a side, smoothed, with sharp shadows and reflections. Otherwise
-            256 pixels with coarse shadows and an arm of fewer triangles, which takes a seventh of the time. Both are
+        full_render: Render as LeRobot does, 480 pixels a side, smoothed, with sharp shadows and reflections. The
+            default is 256 pixels with coarse shadows and an arm of fewer triangles, seven times as fast. Both are
             reduced to 128.
     """
 
@@ -165,12 +149,12 @@ class MetaworldScene:
         self.env.set_task(benchmark.train_tasks[0])
         self.env.model.camera("corner2").pos = CAMERA
         self.env.reset()
-        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # as LeRobot: Meta-World has no public way
+        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # as LeRobot does; there is no public API
         self.expert = ENV_POLICY_MAP[name]()
-        self._renderer, self._film = None, None
+        self._renderers: dict[int, mujoco.Renderer] = {}  # by size in pixels
 
     def reset(self, seed: int) -> np.ndarray:
-        """Place object and goal at random; returns the simulator's own observation, see [`step`]."""
+        """Place object and goal at random; returns the simulator's observation `(39,)`."""
         self.env.seed(seed)
         self.observation, _ = self.env.reset(seed=seed)
         return self.observation
@@ -182,9 +166,9 @@ class MetaworldScene:
         return float(reward), bool(info["success"]), bool(truncated)
 
     def expert_action(self) -> np.ndarray:
-        """What Meta-World's scripted policy, which knows all positions, would do now: float32 `(4,)` in [-1, 1]."""
+        """The action of Meta-World's scripted policy, which knows all positions: float32 `(4,)` in [-1, 1]."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of every action that will be clipped
+            warnings.simplefilter("ignore")  # it warns of each action that is clipped here
             return np.clip(self.expert.get_action(self.observation), -1, 1).astype(np.float32)
 
     @property
@@ -194,22 +178,21 @@ class MetaworldScene:
 
     @property
     def poses(self) -> np.ndarray:
-        """Float32 `(21,)`: hand, opening, two objects with position and quaternion (0 where there is none), goal."""
+        """Float32 `(21,)`: hand, opening, position and quaternion of two objects (0 if the task has one), goal."""
         return np.concatenate([self.observation[:18], self.observation[36:]]).astype(np.float32)
 
     def image(self) -> np.ndarray:
-        """Draw the scene: uint8 `(128, 128, 3)`."""
-        if self._renderer is None:
-            self._renderer = self._make_renderer(480 if self.full_render else 256)
-        self._renderer.update_scene(self.env.data, "corner2")
-        image = Image.fromarray(self._renderer.render()[::-1, ::-1])  # this camera stands on its head
+        image = Image.fromarray(self._render(480 if self.full_render else 256))
         return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
 
     def film(self) -> np.ndarray:
-        if self._film is None:
-            self._film = self._make_renderer(FRAME_SIZE)
-        self._film.update_scene(self.env.data, "corner2")
-        return self._film.render()[::-1, ::-1]
+        return self._render(FRAME_SIZE)
+
+    def _render(self, size: int) -> np.ndarray:
+        if size not in self._renderers:
+            self._renderers[size] = self._make_renderer(size)
+        self._renderers[size].update_scene(self.env.data, "corner2")
+        return self._renderers[size].render()[::-1, ::-1]  # this camera is upside down
 
     def _make_renderer(self, size: int) -> mujoco.Renderer:
         model = self.env.model
@@ -221,18 +204,16 @@ class MetaworldScene:
         return renderer
 
     def close(self) -> None:
-        for renderer in (self._renderer, self._film):
-            if renderer is not None:
-                renderer.render()  # closing deletes buffers of whichever image was drawn last: let it be its own
-                renderer.close()
+        for renderer in self._renderers.values():
+            renderer.render()  # `close` deletes the buffers of the renderer that was used last
+            renderer.close()
         self.env.close()
 
 
 def simplified(model: mujoco.MjModel) -> mujoco.MjModel:
-    """A copy, to draw, whose arm has a fifth of its triangles: the corners within each cell of a grid become one.
+    """A copy for rendering whose arm, which takes most of the time, has a fifth of its triangles.
 
-    Vertex clustering (Rossignac and Borrel 1993). The arm's meshes are most of what there is to draw, and are drawn
-    three times where there are shadows.
+    Vertex clustering (Rossignac and Borrel 1993): the corners in each cell of a grid become one.
     """
     model = copy.copy(model)
     for i in range(model.nmesh):

@@ -1,6 +1,6 @@
-"""Other wordings of Meta-World's tasks, for training: three for each, none of them in `metaworld/language.py`.
+"""Rephrasings of Meta-World's instructions, for training: three for each, none of them in `metaworld/language.py`.
 
-Meta-World tells push-back the sentence of push: both are read alike.
+`push-back` has the same instruction as `push`, so it is not listed.
 """
 
 OTHER_WORDINGS = {

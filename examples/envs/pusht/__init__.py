@@ -9,7 +9,7 @@ from envs import Benchmark
 from .scenes import rotations, symmetries, vary_demonstration
 from .simulator import ACTION_DIM, CONTROL_HZ, ENV_ID, IMAGE_SIZE, MAX_EPISODE_STEPS, TASK, PushTScene
 
-# Other wordings of the task, for training: a policy that has only ever read one sentence understands no other.
+# Rephrasings of the task, for training: a policy trained on one instruction does not understand any other.
 VERBS = ("Push", "Move", "Slide", "Please bring", "Use the pusher to shove", "carefully guide")
 BLOCKS = ("the T-shaped block", "the T", "the grey T", "the letter T", "the grey piece")
 GOALS = (
@@ -31,7 +31,7 @@ CITATION = """@inproceedings{chi2023diffusionpolicy,
 
 
 def hold(state: np.ndarray, last_action: np.ndarray | None) -> np.ndarray:
-    """The action that stands still: actions are positions."""
+    """The action that stands still. Actions are positions."""
     return state if last_action is None else last_action
 
 

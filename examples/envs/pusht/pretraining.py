@@ -1,4 +1,4 @@
-"""What PushT's vision tower is pretrained for: to find the pusher, the T and the target in scenes at random poses."""
+"""Pretraining of PushT's vision tower: locate the pusher, the T and the target in scenes with random poses."""
 
 import argparse
 import math
@@ -6,7 +6,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from training_runs import EpochDataset, process_pool
+from evaluate import map_in_processes
+from training_runs import EpochDataset
 
 from .scenes import NUM_POINTS, render_scenes, vary_scene
 from .simulator import WORLD_SIZE
@@ -15,11 +16,11 @@ HARMONICS = 4  # of the T's angle, in the labels
 
 
 def make_labels(points: np.ndarray) -> np.ndarray:
-    """What the model learns to predict from an image: `(5, 2)` points -> 18 numbers.
+    """The numbers to predict from an image: `(5, 2)` points -> `(18,)`.
 
-    The points, in [-1, 1]; then cosine and sine of one to four times the T's angle. From the points alone, the
-    direction is learnt late: to know the axis but not its sign, or the angle up to a third of a turn, does not lower
-    their error. It does lower that of the second or third harmonic.
+    The points, in [-1, 1]; then cosine and sine of one to four times the T's angle. From the points alone, the angle
+    is learnt late: knowing it up to half or a third of a turn does not lower their error, but it lowers that of the
+    second or third harmonic.
     """
     x, y = points[2] - points[1]
     angles = np.arctan2(y, x) * np.arange(1, HARMONICS + 1)
@@ -28,7 +29,7 @@ def make_labels(points: np.ndarray) -> np.ndarray:
 
 
 class Scenes(EpochDataset):
-    """Scenes and their labels, varied in another way in every epoch of the training."""
+    """Scenes and their labels, varied in another way in every epoch."""
 
     def __init__(self, images: np.ndarray, points: np.ndarray, seed: int):
         super().__init__()
@@ -48,6 +49,7 @@ class Pretraining:
     """See `pretrain_vision.py`."""
 
     num_labels = NUM_POINTS * 2 + HARMONICS * 2
+    kept = ""  # a sentence about what an interrupted run keeps besides checkpoints
     defaults = {"max_steps": 6_000}
     limits = {"num_scenes": (2, math.inf), "near_target": (0, 1), "seed": (0, 2**32 - 2)}
 
@@ -61,9 +63,8 @@ class Pretraining:
 
     def make_sets(self) -> tuple[Scenes, Scenes]:
         args = self.args
-        with process_pool(2) as pool:
-            render = partial(render_scenes, args.num_scenes // 2, near_target=args.near_target)
-            parts = list(pool.map(render, [args.seed, args.seed + 1]))
+        render = partial(render_scenes, args.num_scenes // 2, near_target=args.near_target)
+        parts = map_in_processes(2, render, [args.seed, args.seed + 1])
         images, points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         held_out = max(args.num_scenes // 60, 1)
         trained, tested = slice(held_out, None), slice(held_out)

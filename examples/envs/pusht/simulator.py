@@ -1,8 +1,8 @@
-"""The PushT simulator.
+"""The PushT simulator, `gym_pusht/PushT-v0` (Chi et al. 2023, "Diffusion Policy").
 
-`gym_pusht/PushT-v0` (Chi et al. 2023, "Diffusion Policy"): a round pusher moves a T-shaped block onto its outline. An
-action is the point in [0, 512]^2 that the pusher is drawn to for a tenth of a second. The reward is the covered share
-of the outline, divided by 0.95 and cut at 1; covering 95 % ends the episode as a success.
+A round pusher moves a T-shaped block onto its outline. An action is the point in [0, 512]^2 that the pusher moves
+towards for a tenth of a second. The reward is the covered share of the outline, divided by 0.95 and clipped at 1;
+covering 95 % ends the episode as a success.
 """
 
 import os
@@ -12,7 +12,7 @@ import numpy as np
 
 from envs import FRAME_SIZE
 
-os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # else importing pygame prints a greeting
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # keeps pygame from printing a greeting
 import gym_pusht  # noqa: E402, F401  (registers the environment)
 
 ENV_ID = "gym_pusht/PushT-v0"
@@ -21,11 +21,11 @@ MAX_EPISODE_STEPS = 300
 CONTROL_HZ = 10
 ACTION_DIM = 2
 IMAGE_SIZE = 96
-WORLD_SIZE = 512  # the simulator's pixels a side
+WORLD_SIZE = 512  # side of the simulator's coordinates
 
 
 class PushTScene:
-    """PushT as a [`envs.Scene`]; the state is the pusher's position, poses are the block's: x, y, angle."""
+    """A [`envs.Scene`] of PushT. The state is the pusher's position; `poses` is the block's x, y and angle."""
 
     def __init__(self, task: str = "pusht"):
         sizes = {"visualization_width": FRAME_SIZE, "visualization_height": FRAME_SIZE}

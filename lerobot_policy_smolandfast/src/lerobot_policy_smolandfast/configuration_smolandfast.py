@@ -11,6 +11,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from smolandfast import SmolAndFastConfig
 from smolandfast.checks_smolandfast import check_whole
 from smolandfast.normalization_smolandfast import BOUNDS
+from smolandfast.training.data import _axis_names, _is_depth
 
 TINY = "tiny"
 CHOICES = {"dtype": ("float32", "bfloat16"), "normalization": tuple(BOUNDS)}
@@ -21,10 +22,8 @@ CHOICES = {"dtype": ("float32", "bfloat16"), "normalization": tuple(BOUNDS)}
 class SMOLANDFASTConfig(PreTrainedConfig):
     """Options of the policy and of its training. `lerobot-train --policy.type=smolandfast --help` shows the comments.
 
-    Normalisation is left to SmolAndFast's processor, with the data set's statistics: it needs robot units to write the
-    state into the prompt, to make actions relative to it and to clip what it decodes. LeRobot's own steps do
-    nothing, so `normalization_mapping` is IDENTITY throughout. Choose with `normalization`. (`relative_actions` is not
-    named `use_relative_actions`, since LeRobot would then look for steps of its own.)
+    SmolAndFast's processor normalises, see `normalization`; LeRobot's `normalization_mapping` is IDENTITY throughout.
+    (With the name `use_relative_actions`, LeRobot would look for its own steps.)
     """
 
     # SmolVLM or SmolVLM2 checkpoint to start from (hub id or folder), or "tiny": random weights, few enough for CPUs
@@ -43,10 +42,10 @@ class SMOLANDFASTConfig(PreTrainedConfig):
     relative_actions: bool = False  # predict actions relative to the state
     # FAST tokenizer, as hub id ("physical-intelligence/fast") or folder; None: fit one to the data set's actions
     action_tokenizer: str | None = None
-    fast_scale: float = 10.0  # scale of a fitted FAST tokenizer: larger is finer and needs more tokens
+    fast_scale: float = 10.0  # scale of a fitted FAST tokenizer: larger is more precise and needs more tokens
     fast_vocab_size: int = 1024  # largest vocabulary of a fitted FAST tokenizer
-    relaxed_decoding: bool = False  # write freely, then pad or cut; by default the model can only write whole chunks
-    # stands in for an empty task; None: the data set's only task, or with several none, and an empty task is refused
+    relaxed_decoding: bool = False  # decode without constraints, then pad or cut to one chunk
+    # replaces an empty task; None: the data set's only task; with several, an empty task is refused
     default_task: str | None = None
     state_names: list[str] | None = None  # of the joints; None: those of the data set
     action_names: list[str] | None = None  # of the joints; None: those of the data set
@@ -60,7 +59,7 @@ class SMOLANDFASTConfig(PreTrainedConfig):
     optimizer_grad_clip_norm: float = 1.0
     scheduler_warmup_steps: int = 1_000
     scheduler_decay_steps: int = 30_000
-    scheduler_decay_lr: float = 1e-5  # what text_learning_rate falls to; the other rates fall in proportion
+    scheduler_decay_lr: float = 1e-5  # final value of text_learning_rate; the other rates fall in proportion
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
@@ -79,10 +78,10 @@ class SMOLANDFASTConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}.")
         if self.n_obs_steps != 1:
-            raise ValueError(f"n_obs_steps is {self.n_obs_steps}, expected 1: the policy sees one moment at a time.")
+            raise ValueError(f"n_obs_steps is {self.n_obs_steps}, expected 1: the policy uses one observation.")
         for name in ("fast_vocab_size", "n_state_bins", *(() if self.scale_factor is None else ("scale_factor",))):
             check_whole(getattr(self, name), name)
-        for name in ("fast_scale", "text_learning_rate"):  # the schedule is in proportion to the latter
+        for name in ("fast_scale", "text_learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0.")
         for name in ("vision_learning_rate", "connector_learning_rate", "scheduler_decay_lr"):
@@ -100,21 +99,20 @@ class SMOLANDFASTConfig(PreTrainedConfig):
 
     @property
     def image_features(self) -> dict[str, PolicyFeature]:
-        """The cameras that the policy sees, in their order. Depth maps, which have one channel, are not among them."""
+        """The cameras of the policy, in order, without depth maps, which have one channel."""
         return {key: feature for key, feature in super().image_features.items() if 1 not in feature.shape[::2]}
 
     def read_dataset_features(self, features: dict[str, dict[str, Any]]) -> None:
         """Take the order of the cameras and the names of the joints from a data set's `meta/info.json`."""
         inputs = self.input_features or {}
-        order = [key for key in features if key in inputs and not _is_depth_map(features[key])]
         unknown = [key for key in self.image_features if key not in features]
         if unknown:
             raise ValueError(
                 f"input_features has the cameras {unknown}, which the data set does not: it has {list(features)}. "
                 "Leave --policy.input_features out, or name the data set's own."
             )
-        self.input_features = {key: inputs[key] for key in order}
-        names = {key: _joint_names(features.get(key, {})) for key in (OBS_STATE, ACTION)}
+        self.input_features = {key: inputs[key] for key in features if key in inputs and not _is_depth(features[key])}
+        names = {key: _axis_names(features[key]) if key in features else None for key in (OBS_STATE, ACTION)}
         self.state_names = self.state_names or names[OBS_STATE]
         self.action_names = self.action_names or names[ACTION]
 
@@ -127,10 +125,6 @@ class SMOLANDFASTConfig(PreTrainedConfig):
                 f"The data has {shapes}, expected at least one camera, and {OBS_STATE} and {ACTION} of shape (dim,). "
                 "Rename features to match, or use another data set."
             )
-        for name, key in (("state_names", OBS_STATE), ("action_names", ACTION)):
-            names = getattr(self, name)
-            if names is not None and len(names) != shapes[key][0]:
-                raise ValueError(f"{name} is {names}, expected one for each dimension of {key}, {shapes[key][0]}.")
         if self.relative_actions and shapes[OBS_STATE] != shapes[ACTION]:
             raise ValueError(
                 f"relative_actions is set, but {OBS_STATE} has shape {shapes[OBS_STATE]} and {ACTION} has "
@@ -155,25 +149,6 @@ class SMOLANDFASTConfig(PreTrainedConfig):
         )
 
 
-def _is_depth_map(feature: dict[str, Any]) -> bool:
-    """What LeRobot's `LeRobotDatasetMetadata.depth_keys` says of one feature."""
-    information = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
-    return bool(information.get("is_depth_map") or information.get("video.is_depth_map"))
-
-
-def _joint_names(feature: dict[str, Any]) -> list[str] | None:
-    """The names of a vector's dimensions: `[...]`, `{"motors": [...]}` or `{name: index}` in LeRobot's data sets."""
-    names = feature.get("names")
-    if isinstance(names, dict):
-        is_index = all(type(value) is int for value in names.values())
-        if is_index and len(set(names.values())) < len(names):
-            return None
-        groups = [group if isinstance(group, list) else [group] for group in names.values()]
-        names = sorted(names, key=names.get) if is_index else sum(groups, [])
-    size = (len(names),) if names else None
-    return [str(name) for name in names] if size == tuple(feature.get("shape", ())) else None
-
-
 def model_options(config: SMOLANDFASTConfig | SmolAndFastConfig) -> dict[str, Any]:
-    """The options that are the model's own, and may change from run to run."""
+    """The options of the model that may change from run to run."""
     return {name: getattr(config, name) for name in ("n_action_steps", "freeze_vision_tower", "freeze_connector")}

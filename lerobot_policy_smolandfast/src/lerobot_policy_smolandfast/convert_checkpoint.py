@@ -5,9 +5,8 @@
     python -m lerobot_policy_smolandfast.convert_checkpoint --to lerobot \
         --checkpoint policy --output_dir policy_lerobot
 
-Cameras, control rate and tasks are kept; `--image_keys` renames the cameras, for a robot that names them differently.
-What only LeRobot knows, the sizes of the cameras' images, lies in `lerobot_features.json` of the Transformers folder.
-One folder cannot be both: LeRobot and Transformers each want a `config.json`.
+Cameras, control rate and tasks are kept; `--image_keys` renames the cameras, for a robot with other names. The sizes
+of the cameras' images, which only LeRobot needs, are stored in `lerobot_features.json` of the Transformers folder.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.files_smolandfast import atomic_write, read_json
+from smolandfast.files_smolandfast import atomic_write, check_new_folder, read_json
 from smolandfast.prompt_smolandfast import check_image_keys
 
 from .configuration_smolandfast import SMOLANDFASTConfig, model_options
@@ -30,12 +29,12 @@ FEATURES_FILE = "lerobot_features.json"
 
 
 def to_transformers(checkpoint: str | Path, output_dir: Path, image_keys: Sequence[str] | None = None) -> None:
-    """Write what `AutoModel` and `AutoProcessor` load, code included, from a LeRobot checkpoint's folder or hub id.
+    """Write a folder for `AutoModel` and `AutoProcessor`, code included, from a LeRobot checkpoint's folder or Hub id.
 
     Args:
         image_keys: Other names for the cameras, in the same order.
     """
-    _check_output_dir(output_dir)
+    check_new_folder(Path(output_dir))
     policy = SMOLANDFASTPolicy.from_pretrained(checkpoint)
     shapes = [feature.shape for feature in policy.config.image_features.values()]
     _rename_cameras(policy.model, policy.processor, image_keys)
@@ -47,35 +46,30 @@ def to_transformers(checkpoint: str | Path, output_dir: Path, image_keys: Sequen
 
 
 def to_lerobot(checkpoint: str | Path, output_dir: Path, image_keys: Sequence[str] | None = None) -> None:
-    """Write what `--policy.path` loads, from a folder that a SmolAndFast model and processor were saved in.
+    """Write a folder for `--policy.path` from one with a saved SmolAndFast model and processor.
 
     Args:
         image_keys: Other names for the cameras, in the same order.
     """
-    _check_output_dir(output_dir)
+    check_new_folder(Path(output_dir))
     checkpoint = Path(checkpoint)
     if not (checkpoint / "processor_config.json").is_file():
         raise ValueError(
             f"{checkpoint} has no processor_config.json, so it is not a Transformers folder of this policy. Name one "
-            "that model and processor were saved in."
+            "with a saved model and processor."
         )
     model = SmolAndFastForActionPrediction.from_pretrained(checkpoint)
     processor = SmolAndFastProcessor.from_pretrained(checkpoint)
     features = read_json(checkpoint / FEATURES_FILE) if (checkpoint / FEATURES_FILE).is_file() else {}
-    # Sizes that are not known are those that the processor resizes to.
-    side = processor.image_processor.max_image_size["longest_edge"]
+    side = processor.image_processor.max_image_size["longest_edge"]  # for unknown sizes
     shapes = [tuple(features.get("image_shapes", {}).get(key, (3, side, side))) for key in processor.image_keys]
     _rename_cameras(model, processor, image_keys)
-    normalizer = processor.normalizer
+    inputs = {OBS_STATE: PolicyFeature(FeatureType.STATE, (processor.normalizer.state_dim,))}
+    for key, shape in zip(processor.image_keys, shapes, strict=True):
+        inputs[key] = PolicyFeature(FeatureType.VISUAL, shape)
     config = SMOLANDFASTConfig(
-        input_features={
-            OBS_STATE: PolicyFeature(FeatureType.STATE, (normalizer.state_dim,)),
-            **{
-                key: PolicyFeature(FeatureType.VISUAL, shape)
-                for key, shape in zip(processor.image_keys, shapes, strict=True)
-            },
-        },
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (normalizer.action_dim,))},
+        input_features=inputs,
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (processor.normalizer.action_dim,))},
         vlm_model_name=str(checkpoint),
         gradient_checkpointing=False,
         default_task=processor.default_task,
@@ -92,16 +86,10 @@ def to_lerobot(checkpoint: str | Path, output_dir: Path, image_keys: Sequence[st
             pipeline.save_pretrained(folder)
 
 
-def _check_output_dir(output_dir: Path) -> None:
-    output_dir = Path(output_dir)
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        raise ValueError(f"output_dir {output_dir} exists and is not an empty folder. Name a new one.")
-
-
 def _rename_cameras(
     model: SmolAndFastForActionPrediction, processor: SmolAndFastProcessor, image_keys: Sequence[str] | None
 ) -> None:
-    """Give the cameras other names; model and processor still belong together."""
+    """Rename the cameras in the processor, and update the model's fingerprint of it."""
     if image_keys is None:
         return
     image_keys = check_image_keys(image_keys)
@@ -124,7 +112,7 @@ def main() -> None:
     convert = to_transformers if args.to == "transformers" else to_lerobot
     try:
         convert(args.checkpoint, args.output_dir, args.image_keys)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
 
 

@@ -1,4 +1,4 @@
-"""SmolAndFast behind LeRobot's policy interface: everything is left to the model and its processor."""
+"""SmolAndFast behind LeRobot's policy interface."""
 
 import json
 import logging
@@ -55,7 +55,11 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
             )
         else:
             self.processor = make_processor(config, dataset_stats, dataset_meta)
-            self.model = _make_model(config, self.processor)
+            if config.vlm_model_name == TINY:
+                self.model = make_tiny_model(self.processor, **model_options(config))
+            else:
+                options = {**self.processor.model_kwargs(), **model_options(config), "dtype": torch.float32}
+                self.model = SmolAndFastForActionPrediction.from_pretrained(config.vlm_model_name, **options)
         if config.default_task is None:
             config.default_task = self.processor.default_task
         self.processor.default_task = config.default_task
@@ -67,17 +71,17 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         self.reset()
 
     def _check_processor(self) -> None:
-        """Refuse options and features other than those that the weights were trained for."""
+        """Refuse options and features that differ from those of the training."""
         config, normalizer = self.config, self.processor.normalizer
         pairs = {name: (getattr(config, name), value) for name, value in processor_options(self.processor).items()}
         pairs[f"the dimension of {OBS_STATE}"] = config.robot_state_feature.shape[0], normalizer.state_dim
         pairs[f"the dimension of {ACTION}"] = config.action_feature.shape[0], normalizer.action_dim
         pairs["the list of cameras"] = list(config.image_features), self.processor.image_keys
-        for name, (asked, trained) in pairs.items():
-            if asked != trained:
+        for name, (requested, trained) in pairs.items():
+            if requested != trained:
                 raise ValueError(
-                    f"{name} is {asked!r}, but {trained!r} in the checkpoint, which its weights were trained with. "
-                    "Use the same, or train a new policy with --policy.type=smolandfast."
+                    f"{name} is {requested!r}, but {trained!r} in the checkpoint. Use the value of the training, or "
+                    "train a new policy with --policy.type=smolandfast."
                 )
 
     @classmethod
@@ -90,10 +94,10 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         dataset_meta: LeRobotDatasetMetadata | None = None,
         **hub_kwargs: Any,
     ) -> "SMOLANDFASTPolicy":
-        """Load a checkpoint that LeRobot saved: a folder (`.../pretrained_model`) or hub id.
+        """Load a checkpoint that LeRobot saved: a folder (`.../pretrained_model`) or Hub id.
 
-        `dataset_stats` is ignored: also when fine-tuned on another data set, the policy keeps the statistics and the
-        tokenizer that its weights were trained with. Of `dataset_meta`, it learns the tasks.
+        `dataset_stats` is ignored: a fine-tuned policy keeps its statistics and tokenizer. It adds the tasks of
+        `dataset_meta`.
 
         Args:
             config: Options to use instead of the checkpoint's.
@@ -113,7 +117,7 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         model = SmolAndFastForActionPrediction(model_config)
         model.generation_config = GenerationConfig.from_pretrained(folder / FOLDER)
         processor = SmolAndFastProcessor.from_pretrained(folder / FOLDER)
-        if processor.fps is not None:  # LeRobot does not pass --fps on to policies, so it cannot be checked here
+        if processor.fps is not None:  # policies do not get LeRobot's --fps, so it cannot be checked here
             logging.info("The policy was trained at %g actions a second: run it with --fps=%g", *[processor.fps] * 2)
         if dataset_meta is not None:
             learn_tasks(processor, config, list(dataset_meta.tasks.index))
@@ -124,7 +128,7 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         folder = save_directory / FOLDER
         for part in (self.model.config, self.model.generation_config, self.processor):
             part.save_pretrained(folder)
-        # JSON alone: `push_model_to_hub` uploads nothing else from here, and the code is in the installed package.
+        # `push_model_to_hub` uploads only JSON from this folder, and the code is in the installed package.
         template = json.dumps({"chat_template": self.processor.chat_template})
         (folder / "chat_template.json").write_text(template, encoding="utf-8")
         for path in (folder / "chat_template.jinja", *folder.rglob("*.py")):
@@ -136,19 +140,18 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         return parameter_groups(self.model, *rates, config.optimizer_weight_decay)
 
     def reset(self) -> None:
-        """Drop the actions left to execute, when an episode begins."""
+        """Drop the remaining actions, at the start of an episode."""
         self._action_queue: deque[Tensor] = deque()
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, None]:
-        """The loss of a batch: cross-entropy of the action tokens, a scalar, and nothing more to log.
+        """The loss of a batch, a scalar: the cross-entropy of the action tokens. LeRobot logs the second value.
 
         Args:
             batch: For each camera `(B, 3, H, W)` floats in [0, 1], `observation.state` `(B, state_dim)`, `action`
-                `(B, chunk_size, action_dim)` and `task`, B sentences; the default task, if there is one, stands in for
-                an empty or missing one.
+                `(B, chunk_size, action_dim)` and `task`, B instructions; the default task replaces an empty one.
 
         Raises:
-            ValueError: Features that are missing, or an empty task without a default task.
+            ValueError: Features are missing, or a task is empty and there is no default task.
         """
         if ACTION not in batch:
             raise ValueError(
@@ -160,10 +163,10 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
             return self.model(**inputs, use_cache=False).loss, None
 
     def supports_rtc(self) -> bool:
-        """Whether `lerobot-rollout --inference.type=rtc` may be used: yes.
+        """Whether LeRobot's real-time mode, `lerobot-rollout --inference.type=rtc`, is supported: yes.
 
-        LeRobot's real-time mode predicts while the arm goes on along the chunk before. A chunk is written without
-        knowing what is executed in the meantime; its past actions are dropped and the rest is switched to.
+        It predicts while the arm executes the previous chunk, drops the past actions of the new one and switches to
+        it. The prediction is not conditioned on the actions executed in the meantime.
         """
         return True
 
@@ -177,13 +180,12 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         """Predict chunks: observations as in `forward` -> `(B, chunk_size, action_dim)`.
 
         Args:
-            inference_delay, prev_chunk_left_over: What LeRobot's real-time mode passes; not used, see
-                [`supports_rtc`].
+            inference_delay, prev_chunk_left_over: Of LeRobot's real-time mode; not used, see [`supports_rtc`].
             kwargs: For `generate()`.
         """
         return self._generate_chunk(batch, torch.compiler.is_compiling(), kwargs)
 
-    @torch.compiler.disable  # neither the processor nor constrained decoding can be traced
+    @torch.compiler.disable  # the processor and constrained decoding cannot be traced
     def _generate_chunk(self, batch: dict[str, Any], is_compiled: bool, options: dict[str, Any]) -> Tensor:
         if is_compiled and not self._has_warned_of_compilation:
             self._has_warned_of_compilation = True
@@ -213,21 +215,20 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         images = zip(*(batch[key] for key in self.config.image_features), strict=True)  # one tuple a sample
         return {"images": list(images), "text": self._read_tasks(batch), "state": batch[OBS_STATE]}
 
-    def _read_tasks(self, batch: dict[str, Any]) -> list[str]:
-        """One task a sample, the default task in place of an empty one."""
-        tasks, default_task = batch.get("task"), self.config.default_task
-        tasks = [tasks] * len(batch[OBS_STATE]) if tasks is None or isinstance(tasks, str) else list(tasks)
-        empty = [i for i, task in enumerate(tasks) if is_blank(task)]
-        if empty and is_blank(default_task):
+    def _read_tasks(self, batch: dict[str, Any]) -> str | list[str] | None:
+        """The tasks, of which the processor replaces empty ones by the default task."""
+        tasks = batch.get("task")
+        is_empty = any(map(is_blank, [tasks] if tasks is None or isinstance(tasks, str) else tasks))
+        if is_empty and is_blank(self.config.default_task):
             trained = ", ".join(map(repr, self.processor.training_tasks or []))
             raise ValueError(
-                f"task[{empty[0]}] is empty, and the policy has no default_task. Pass one of the tasks that it was "
-                f"trained on (lerobot-rollout --task=...): {trained}. Or choose one with --policy.default_task=...."
+                "The task is empty, and the policy has no default_task. Pass one of the tasks of the training "
+                f"(lerobot-rollout --task=...): {trained}. Or choose one with --policy.default_task=...."
             )
-        return [default_task if is_blank(task) else task for task in tasks]
+        return tasks
 
     def _warn_of_unseen_states(self, states: Tensor) -> None:
-        """Warn once of each joint that lies outside the data, as it does where a robot reports other units."""
+        """Warn once for each joint outside the range of the data, a sign of a robot that reports other units."""
         statistics = self.processor.statistics[OBS_STATE]
         low, high = (np.asarray(statistics[name], np.float32) for name in ("min", "max"))
         states = states.detach().float().cpu().numpy()
@@ -243,20 +244,12 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
                 warned.append(f"{name} is {value:.6g}, the data has {low[joint]:.6g} to {high[joint]:.6g}")
         if warned:
             logging.warning(
-                "The robot's state lies outside the data that the policy was trained on, and is clamped: %s. If much "
-                "of it does, check the robot's units (degrees or percent) and its calibration.",
+                "The robot's state is outside the range of the training data, and is clamped: %s. If this concerns "
+                "many joints, check the robot's units (degrees or percent) and its calibration.",
                 "; ".join(warned),
             )
 
     def _autocast(self) -> AbstractContextManager:
         if self.config.dtype == "bfloat16":
             return torch.autocast(self.model.device.type, torch.bfloat16)
-        return nullcontext()  # leaves in force what `accelerate launch --mixed_precision` set up
-
-
-def _make_model(config: SMOLANDFASTConfig, processor: SmolAndFastProcessor) -> SmolAndFastForActionPrediction:
-    if config.vlm_model_name == TINY:
-        return make_tiny_model(processor, **model_options(config))
-    return SmolAndFastForActionPrediction.from_pretrained(
-        config.vlm_model_name, **processor.model_kwargs(), **model_options(config), dtype=torch.float32
-    )
+        return nullcontext()  # keeps the setting of `accelerate launch --mixed_precision`

@@ -14,13 +14,12 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from smolandfast import FastActionTokenizer, Normalizer, SmolAndFastProcessor
 from smolandfast.checks_smolandfast import as_numbers
 from smolandfast.normalization_smolandfast import RELATIVE_ACTION
+from smolandfast.tokenization_fast_action import MAX_FITTED_CHUNKS
 from smolandfast.training import make_tiny_processor
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig
 
 STATISTICS = ("min", "max", "q01", "q99")
-# Enough to fit a tokenizer; of a larger data set, evenly spaced frames.
-MAX_FITTED_CHUNKS = 100_000
 MAX_FITTED_VALUES = 20_000_000  # chunk_size * action_dim a chunk; fitting takes about 150 bytes a value
 
 # LeRobot looks for this name. Its pipelines do not normalise: `normalization_mapping` is IDENTITY throughout.
@@ -53,9 +52,8 @@ def make_processor(
         logging.info("Fitted a FAST tokenizer: %s", action_tokenizer.fit_report)
     else:
         action_tokenizer = FastActionTokenizer.from_pretrained(config.action_tokenizer)
-    options |= {name: getattr(config, name) for name in ("chunk_size", "scale_factor")}
+    options |= {name: getattr(config, name) for name in ("chunk_size", "scale_factor", "state_names", "action_names")}
     options |= {"image_keys": list(config.image_features), "fps": dataset_meta.fps}
-    options |= {name: getattr(config, name) for name in ("state_names", "action_names")}
     if config.vlm_model_name == TINY:
         return make_tiny_processor(action_tokenizer, statistics, default_task, tasks, **options)
     options |= {"default_task": default_task, "training_tasks": tasks, "do_image_splitting": config.do_image_splitting}
@@ -63,13 +61,13 @@ def make_processor(
 
 
 def choose_tasks(tasks: list[str], default_task: str | None) -> tuple[list[str], str]:
-    """The tasks of a data set that a policy learns, and the one that stands in for an empty task, "" for none."""
+    """The tasks of a data set that a policy learns, and the one that replaces an empty task ("" for none)."""
     named = [task for task in tasks if not is_blank(task)]
     if default_task is None:
         default_task = named[0] if len(tasks) == len(named) == 1 else ""
     if len(named) < len(tasks) and not default_task:
         raise ValueError(
-            f"The data set has an empty task next to {named}, and there is no default_task to stand in for it. Name "
+            f"The data set has an empty task next to {named}, and there is no default_task to replace it. Name "
             "the task with --policy.default_task=..., or write it into the data set."
         )
     logging.info("An empty task is %s", f"read as {default_task!r}" if default_task else "refused")
@@ -77,9 +75,9 @@ def choose_tasks(tasks: list[str], default_task: str | None) -> tuple[list[str],
 
 
 def learn_tasks(processor: SmolAndFastProcessor, config: SMOLANDFASTConfig, tasks: list[str]) -> None:
-    """Add the tasks of a data set that a loaded policy is trained on, and choose its default task among them.
+    """Add the tasks of a data set to a loaded policy, and choose its default task among them.
 
-    A default task that was asked for, or that the data set has, stays.
+    A default task that was set on the command line, or that the data set has, stays.
     """
     default_task = config.default_task
     if default_task in (None, processor.default_task):
@@ -98,8 +96,8 @@ def read_frames(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All frames of a LeRobot v3.0 data set, from its parquet files, in the order of their index.
 
     Returns:
-        States `(N, state_dim)` and actions `(N, action_dim)` in robot units, float64, and for each frame the row of
-        the last frame of its episode, `(N,)`.
+        States `(N, state_dim)`, actions `(N, action_dim)`, both float64 in robot units, and the row of the last frame
+        of each frame's episode, `(N,)`.
     """
     folder = root / "data"
     if not any(folder.rglob("*.parquet")):
@@ -117,13 +115,13 @@ def read_frames(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def read_demonstrations(root: Path, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """States and the action chunks that start at them, to fit a FAST tokenizer to.
+    """States and the action chunks that start at them, to fit a FAST tokenizer.
 
     Past the end of an episode its last action is repeated, as LeRobot's loader does.
 
     Returns:
-        `(N, state_dim)` and `(N, chunk_size, action_dim)`, robot units: all frames, or as many, evenly spaced, as
-        `MAX_FITTED_CHUNKS` and `MAX_FITTED_VALUES` allow.
+        `(N, state_dim)` and `(N, chunk_size, action_dim)`, robot units: all frames, or evenly spaced ones within
+        `MAX_FITTED_CHUNKS` and `MAX_FITTED_VALUES`.
     """
     states, actions, last = read_frames(root)
     size = min(len(states), MAX_FITTED_CHUNKS, max(1, MAX_FITTED_VALUES // (chunk_size * actions.shape[1])))
@@ -134,21 +132,18 @@ def read_demonstrations(root: Path, chunk_size: int) -> tuple[np.ndarray, np.nda
 def relative_statistics(
     states: np.ndarray, actions: np.ndarray, last: np.ndarray, chunk_size: int
 ) -> dict[str, list[float]]:
-    """What [`compute_statistics`] says of `relative_action`, of the chunks of all frames, one dimension at a time."""
-    rows, statistics = np.arange(len(states)), {name: [] for name in STATISTICS}
-    differences = np.empty((len(states), chunk_size))
+    """The statistics of `relative_action`, see [`compute_statistics`], over all frames, one dimension at a time."""
+    rows = np.minimum(np.arange(len(states))[:, None] + np.arange(chunk_size), last[:, None])  # (N, chunk_size)
+    columns = []
     for state, action in zip(states.T, actions.T, strict=True):
-        for step in range(chunk_size):
-            differences[:, step] = action[np.minimum(rows + step, last)] - state
+        differences = action[rows] - state[:, None]
         low, high = differences.min(), differences.max()
-        quantiles = np.quantile(differences, [0.01, 0.99], overwrite_input=True)
-        for name, value in zip(STATISTICS, (low, high, *quantiles), strict=True):
-            statistics[name].append(float(value))
-    return statistics
+        columns.append([low, high, *np.quantile(differences, [0.01, 0.99], overwrite_input=True)])
+    return dict(zip(STATISTICS, np.array(columns).T.tolist(), strict=True))
 
 
 def processor_options(processor: SmolAndFastProcessor) -> dict[str, Any]:
-    """The options of [`SMOLANDFASTConfig`] that a processor decides."""
+    """The options of [`SMOLANDFASTConfig`] that the processor fixes."""
     return {
         "scale_factor": processor.scale_factor,
         "do_image_splitting": bool(processor.image_processor.do_image_splitting),
