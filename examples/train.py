@@ -225,7 +225,7 @@ class PolicyTrainer(AtomicCheckpointTrainer):
 
 
 class EvaluateLastStep(TrainerCallback):
-    """Evaluates after the last step too, so that it can be the best where it is no multiple of `eval_steps`."""
+    """Evaluates after the last step too, so that it can be the best where it is not a multiple of `eval_steps`."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.eval_strategy != "no":

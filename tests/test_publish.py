@@ -414,7 +414,7 @@ def test_trainer_pushes_a_whole_repository_also_in_the_midst_of_training(hub, tm
         check_hub_checksums(version, tmp_path / "downloaded")
     assert "POST /api/validate-yaml" in hub.requests  # of the card, before the commit
     card = ModelCard(files["README.md"].decode())
-    assert card.data.pipeline_tag == "robotics" and "Not evaluated on seeds of its own" in card.text
+    assert card.data.pipeline_tag == "robotics" and "Not yet evaluated on separate seeds" in card.text
     assert "2 steps" in card.text and str(tmp_path) not in card.content
     code = re.search(r"```python\n(.*?)```", card.text, re.S)[1] + "\nprint(actions.shape)"
     assert load_elsewhere(hub, code, tmp_path).strip() == "(1, 16, 2)"  # a preset's
