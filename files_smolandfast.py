@@ -121,12 +121,22 @@ def _is_unchanged(path: Path, expected: str | None) -> bool:
 def find_file(name_or_path: str | os.PathLike, filename: str, **hub_kwargs) -> Path | None:
     """The path of a file in a folder, in the cache or, after a download, from the Hub; `None` if there is none.
 
-    `hub_kwargs` are those of [`HUB_KWARGS`]. Raises `OSError` if there is no such repository, or no right to read it.
+    `hub_kwargs` are those of [`HUB_KWARGS`]. Raises `OSError` if there is no such repository, no right to read it, or
+    the download fails.
     """
-    # Imported here, since deployed policies use this module without Transformers.
+    # Imported here, since deployed policies use this module without these libraries.
+    from huggingface_hub.utils import httpx  # httpx2 since release 2.0
     from transformers.utils import cached_file
 
-    path = cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    try:
+        path = cached_file(name_or_path, filename, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    except httpx.HTTPError as error:
+        raise OSError(f"{filename} of {name_or_path} cannot be downloaded from the Hub: {error}") from error
+    except OSError as error:
+        if isinstance(error.__cause__, ValueError):  # not a name that the Hub allows
+            fix = "Name the folder that save_pretrained wrote."
+            raise OSError(f"{name_or_path} is neither a folder nor a Hub id. {fix}") from error
+        raise
     return None if path is None else Path(path)
 
 
@@ -147,11 +157,15 @@ def find_weights(name_or_path: str | os.PathLike, variant: str | None = None, **
                 "since loading other formats (pytorch_model.bin) can run code. Convert them with save_pretrained of "
                 "the model's own class, or name another checkpoint."
             )
-        shards = read_json(index).get("weight_map")
+        content = read_json(index)
+        shards = content.get("weight_map")
         names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
         # Transformers would unpickle a shard with another suffix.
-        if not names or not all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names):
-            raise ValueError(f"{index} is damaged: expected a weight_map from tensors to safetensors files. {AGAIN}")
+        are_safe = all(re.fullmatch(r"\w[\w.-]*\.safetensors", name) for name in names)
+        if not names or not are_safe or not isinstance(content.get("metadata"), dict):
+            raise ValueError(
+                f"{index} is damaged: expected metadata, and a weight_map from tensors to safetensors files. {AGAIN}"
+            )
     sums_file = find_file(name_or_path, SUMS, **hub_kwargs)
     sums = None if sums_file is None else read_checksums(sums_file)
     files = []

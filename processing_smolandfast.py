@@ -121,8 +121,10 @@ class SmolAndFastProcessor(ProcessorMixin):
             self.state_names = check_names(state_names, "state_names", self.normalizer.state_dim)
         if action_names is not None:
             self.action_names = check_names(action_names, "action_names", self.normalizer.action_dim)
-        # FAST+ has no horizon, so chunk_size is required.
-        self.chunk_size = check_whole(action_tokenizer.horizon if chunk_size is None else chunk_size, "chunk_size")
+        chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
+        if chunk_size is None:
+            raise ValueError("chunk_size is missing, and FAST+ has no horizon. Pass chunk_size=....")
+        self.chunk_size = check_whole(chunk_size, "chunk_size")
         shape = self.chunk_size, self.normalizer.action_dim
         fitted = action_tokenizer.horizon, action_tokenizer.action_dim
         if fitted not in (shape, (None, None)):
@@ -341,8 +343,9 @@ class SmolAndFastProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported.")
+        observations = read_observations(images, text, state, self.default_task, self.image_keys)
         is_one = np.ndim(state) == 1
-        images, tasks, state = read_observations(images, text, state, self.default_task, self.image_keys)
+        images, tasks, state = observations
         bins = self.normalizer.state_bins(state)
         pixels = self.image_processor(
             images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"

@@ -86,11 +86,6 @@ def _describe(value) -> str:
     return f"a {kind} of shape {tuple(value.shape)}" if hasattr(value, "shape") else f"{value!r:.200} ({kind})"
 
 
-def check_image_keys(image_keys: Sequence[str]) -> list[str]:
-    """The names of a policy's cameras as a list. Raises `ValueError` unless they are different strings."""
-    return check_names(image_keys, "image_keys")
-
-
 def check_names(names: Sequence[str], name: str, size: int | None = None) -> list[str]:
     """Return different names as a list; raise `ValueError` for anything else, or another number of them."""
     is_list = isinstance(names, (list, tuple)) and all(isinstance(item, str) and item for item in names)

@@ -126,6 +126,11 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
             find_file(pretrained_model_name_or_path, name, **hub_kwargs)
             for name in ("processor_config.json", "tokenizer.json")
         )
+        if vocabulary_file is None:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no tokenizer.json (offline: none in the cache). Name the folder "
+                "of a FastActionTokenizer, or connect."
+            )
         with as_value_error(f"The action tokenizer in {pretrained_model_name_or_path}", passing=(ValueError,)):
             official = {} if official_file is None else json.loads(official_file.read_bytes())
             if "min_token" in official:
@@ -133,9 +138,8 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
                 kwargs.setdefault("min_coefficient", official["min_token"])
                 kwargs.setdefault("horizon", official.get("time_horizon"))
                 kwargs.setdefault("action_dim", official.get("action_dim"))
-            if vocabulary_file is not None:
-                # Transformers would rebuild the vocabulary for a class with an `__init__`.
-                kwargs["tokenizer_object"] = Tokenizer.from_str(vocabulary_file.read_text(encoding="utf-8"))
+            # Transformers would rebuild the vocabulary for a class with an `__init__`.
+            kwargs["tokenizer_object"] = Tokenizer.from_str(vocabulary_file.read_text(encoding="utf-8"))
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod

@@ -42,7 +42,7 @@ from smolandfast.training import AtomicCheckpointTrainer, bf16_is_faster, make_m
 # The files that pretraining writes; those with a dot are unfinished. A policy's checkpoints have others.
 CHECKPOINT_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt")
 CHECKPOINT_FILES += ("trainer_state.json", "training_args.bin", "SHA256SUMS", ".SHA256SUMS.*")
-OUTPUTS = [f"*{OPTIONS}", "vision.safetensors", ".vision.safetensors.*"]
+OUTPUTS = [OPTIONS, f".{OPTIONS}.*", "vision.safetensors", ".vision.safetensors.*"]
 OUTPUTS += [f"checkpoint-*/{name}" for name in CHECKPOINT_FILES]
 
 

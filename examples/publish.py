@@ -66,7 +66,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
         ).commit_url
     except (httpx.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of one file; its cause says why
         raise OSError(
-            f"The upload to {repo_id} broke off: {first_line(error)} {error.__cause__ or ''} If you may not write "
+            f"The upload to {repo_id} failed: {first_line(error)} {error.__cause__ or ''} If you may not write "
             "there, log in with `hf auth login` or choose another --repo_id. Run the same command again: files that "
             "have arrived are not sent again."
         ) from error

@@ -219,7 +219,7 @@ class PolicyTrainer(AtomicCheckpointTrainer):
         except (httpx.HTTPError, RuntimeError) as error:
             folder, repo_id, reason = self.args.output_dir, self.hub_model_id, error.__cause__ or error
             raise OSError(
-                f"The policy is saved in {folder}, but the upload to {repo_id} broke off: {reason} "
+                f"The policy is saved in {folder}, but the upload to {repo_id} failed: {reason} "
                 f"Complete it with `hf upload {repo_id} {folder} --exclude 'checkpoint-*'`."
             ) from error
 
@@ -387,10 +387,10 @@ def load_weights(
     for name, tensor in weights.items():
         if name not in expected or tensor.shape != expected[name].shape:
             weight = f"{name} of shape {tuple(tensor.shape)}"
-            raise ValueError(f"{source} has a weight {weight}, which the tiny policy has not. {fix}")
+            raise ValueError(f"{source} has a weight {weight}, which the tiny policy does not have. {fix}")
     missing = [name for name in expected if name.startswith(needed) and name not in (*weights, *EMBEDDINGS)]
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} weights of the tiny policy, {missing[0]} first. {fix}")
+        raise ValueError(f"{source} lacks {len(missing)} weights of the tiny policy, such as {missing[0]}. {fix}")
     model.load_state_dict(weights, strict=False)
 
 
@@ -557,7 +557,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.overwrite_output_dir and trainer.is_world_process_zero():
             for checkpoint in find_checkpoints(folder):
                 print(f"--overwrite_output_dir: deleting {checkpoint}")
-                shutil.rmtree(checkpoint)
+                checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
         trainer.accelerator.wait_for_everyone()
         try:
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

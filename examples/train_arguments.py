@@ -236,7 +236,7 @@ def check_together(args: PolicyArguments, training: TrainingArguments, given: di
         "action_tokenizer": keeps_tokens and "--init_from keeps that of the earlier policy; see --refit",
         "fast_scale": not is_fitted and "no FAST tokenizer is fitted",
         "fast_vocab_size": not is_fitted and "no FAST tokenizer is fitted",
-        "train_sampling_strategy": by_length and "--batch_by_length groups the samples by length",
+        "train_sampling_strategy": by_length and "--batch_by_length is the option that groups samples by length",
         "vlm": args.preset == "tiny" and "the tiny preset does not start from a SmolVLM",
         "init_from": args.preset != "tiny" and "it is for the tiny preset",
         "vision_weights": args.preset != "tiny" and "they are for the tiny preset",

@@ -99,7 +99,9 @@ def test_every_shard_is_checked(shards, policy):
 
 
 @pytest.mark.parametrize(
-    "index", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": "b.bin"}}']
+    "index",
+    ["", "[]", "{}", '{"weight_map": {}, "metadata": {}}', '{"weight_map": {"a": "a.safetensors"}}']
+    + [f'{{"weight_map": {{"a": "{name}"}}, "metadata": {{}}}}' for name in ("../b.safetensors", "b.bin")],
 )
 def test_a_damaged_index_is_an_error(shards, index):
     (shards / "model.safetensors.index.json").write_text(index)

@@ -67,9 +67,12 @@ class CopyFilesToPush(TrainerCallback):
 
     def on_push_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            for path in Path(args.output_dir, f"checkpoint-{state.global_step}").glob("*"):
-                if path.name == SUMS or path.suffix == ".py":
-                    shutil.copyfile(path, Path(args.output_dir, path.name))
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            for path in checkpoint.glob("*.py"):
+                shutil.copyfile(path, Path(args.output_dir, path.name))
+            sums = checkpoint / SUMS
+            if sums.exists() and STATE not in read_checksums(sums):  # else it lists what is not pushed
+                shutil.copyfile(sums, Path(args.output_dir, SUMS))
 
 
 class AtomicCheckpointTrainer(Trainer):

@@ -19,7 +19,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.files_smolandfast import atomic_write, check_new_folder, read_json
-from smolandfast.prompt_smolandfast import check_image_keys
+from smolandfast.prompt_smolandfast import check_names
 
 from .configuration_smolandfast import SMOLANDFASTConfig, model_options
 from .modeling_smolandfast import SMOLANDFASTPolicy
@@ -92,7 +92,7 @@ def _rename_cameras(
     """Rename the cameras in the processor, and update the model's fingerprint of it."""
     if image_keys is None:
         return
-    image_keys = check_image_keys(image_keys)
+    image_keys = check_names(image_keys, "image_keys")
     if len(image_keys) != len(processor.image_keys):
         raise ValueError(
             f"image_keys is {image_keys}, expected {len(processor.image_keys)} names, in the order of the policy's "
