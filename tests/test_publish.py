@@ -376,7 +376,7 @@ def test_trainers_push_may_break_and_completes_later(hub, processor, model, tmp_
     assert set(files) >= PYTHON_FILES | MODEL
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "org/vlm" and card.data.datasets == ["user/demonstrations"]
-    assert "Not evaluated" in card.text and "log is not part" in card.text
+    assert "Not yet evaluated" in card.text and "log is not part" in card.text
 
 
 def test_saving_straight_to_the_hub_takes_the_checksums_along(hub, model, tmp_path):
