@@ -1,4 +1,4 @@
-"""A policy on the robot's own computer. `loop` needs NumPy alone, `runtime` neither PyTorch nor Transformers."""
+"""A policy on the robot's own computer; `loop` and `runtime` need neither PyTorch nor Transformers."""
 
 from .loop import ControlLoop, Schedule
 from .runtime import DeployedPolicy

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 from torch import nn
 from torch.export import Dim
 from transformers import DynamicCache
@@ -25,7 +24,6 @@ from ..modeling_smolandfast import SmolAndFastForActionPrediction
 from ..processing_smolandfast import SmolAndFastProcessor
 from .runtime import DECODER, EMBEDDINGS, FILES, FORMAT, POLICY, TOKENIZER, VISION, DeployedPolicy
 
-logging.getLogger().setLevel(logging.WARNING)  # importing the quantizer sets the root logger to INFO
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of operators that are not used
 ROOT = Path(__file__).resolve().parents[1]
 # The part of this package that a deployed policy needs.
@@ -197,6 +195,10 @@ def quantize(folder: Path) -> None:
 
     The vision tower stays in float32: it is less bound by memory, and rounding it changes more chunks.
     """
+    level = logging.getLogger().level
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    logging.getLogger().setLevel(level)  # the import has set it to INFO
     options = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4, bits=8)
     quantizer = MatMulNBitsQuantizer(onnx.load(folder / DECODER), algo_config=options)
     quantizer.process()

@@ -1,6 +1,6 @@
 """One action at every control step while predictions take time: for a robot, and for a simulator that does not wait.
 
-Needs only NumPy and Pillow. Chunks are timestamped by their observation: one that arrives k steps late has its first k
+Chunks are timestamped by their observation: one that arrives k steps late has its first k
 actions dropped.
 """
 
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from numbers import Real
+from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -147,7 +148,7 @@ class ControlLoop:
         self.hold = None if hold is None else as_numbers(hold, "hold", ("action_dim",))
         self.max_failures, self.failures, self.num_late, self.num_skipped = max_failures, [], 0, 0
         self._now, self._wait, self._stopped = now, wait, Event()
-        self._executor = executor or _DaemonExecutor()
+        self._executor = executor
         self._robot = Lock()  # held while `observe` or `act` uses the robot
         self._waiting_for = "observe"
 
@@ -173,9 +174,9 @@ class ControlLoop:
             check_whole(max_steps, "max_steps", 0, 2**53)
         # The rest of a chunk from an earlier run is out of date.
         self.schedule = Schedule(self.schedule.n_action_steps, self.schedule.strategy)
-        is_over = Event()
+        executor, is_over = self._executor or _DaemonExecutor(), Event()
         try:
-            self._drive(max_steps, is_over)
+            self._drive(executor, max_steps, is_over)
         except BaseException as error:
             try:
                 self._leave_robot(is_over)
@@ -185,10 +186,14 @@ class ControlLoop:
                     raise TimeoutError(f"{error} {at_end}") from error
                 raise error from at_end
             raise
-        self._leave_robot(is_over)
+        else:
+            self._leave_robot(is_over)
+        finally:
+            if self._executor is None:
+                executor.close()
         return self.schedule.step
 
-    def _drive(self, max_steps: int | None, is_over: Event) -> None:
+    def _drive(self, executor: Executor, max_steps: int | None, is_over: Event) -> None:
         begin, last = self._now(), None
         request, requested_at, num_timeouts, num_failed = None, 0.0, 0, 0
         while not self._stopped.is_set() and (max_steps is None or self.schedule.step < max_steps):
@@ -226,7 +231,7 @@ class ControlLoop:
                 break
             if is_due:
                 requested_at, num_timeouts = self._now(), 0
-                request = self._executor.submit(self._observe_and_predict, begin, is_over)
+                request = executor.submit(self._observe_and_predict, begin, is_over)
             # Skip the steps that have passed while `act` was running.
             num_past = int(max(0.0, self._now() - due) * self.fps)
             if max_steps is not None:
@@ -282,16 +287,25 @@ class ControlLoop:
 
 
 class _DaemonExecutor:
-    """Runs each call in a daemon thread: unlike `ThreadPoolExecutor`'s, it does not keep the interpreter alive."""
+    """Runs calls in one daemon thread, which does not keep the interpreter alive as `ThreadPoolExecutor`'s does."""
+
+    def __init__(self):
+        self._calls: SimpleQueue = SimpleQueue()
+        Thread(target=self._work, name="smolandfast policy", daemon=True).start()
 
     def submit(self, function: Callable, *args: Any) -> Future:
         future: Future = Future()
+        self._calls.put((future, function, args))
+        return future
 
-        def work() -> None:
+    def close(self) -> None:
+        """End the thread after the submitted calls."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function, args = call
             try:
                 future.set_result(function(*args))
             except BaseException as error:
                 future.set_exception(error)
-
-        Thread(target=work, name="smolandfast policy", daemon=True).start()
-        return future

@@ -77,6 +77,8 @@ def _read_array(value: dict) -> Any:
     if not isinstance(dtype, str) or not DTYPE.fullmatch(dtype):
         raise ValueError(f"an array has dtype {dtype!r:.100}, expected booleans, integers or floats")
     if b"__npgeneric__" in value:
+        if not isinstance(value[b"data"], (bool, int, float)):
+            raise ValueError(f"a number is a {type(value[b'data']).__name__}")
         return np.dtype(dtype).type(value[b"data"])
     return np.frombuffer(value[b"data"], dtype).reshape(value[b"shape"])
 
@@ -91,7 +93,8 @@ def camera_keys(image_keys: Sequence[str]) -> dict[str, str]:
     full = {f"observation/{name}": key for name, key in zip(names, image_keys, strict=True)}
     if len(full) < len(image_keys) or STATE in full:
         raise ValueError(
-            f"The policy's image_keys {list(image_keys)} have no different keys in a message. Rename one."
+            f"Two of the policy's image_keys {list(image_keys)}, or one and the state, have one key in a message. "
+            "Rename one."
         )
     short = [f"observation/{name.removeprefix('images/')}" for name in names]
     ambiguous = {STATE, *(key for key, number in Counter(short).items() if number > 1)}

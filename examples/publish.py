@@ -15,8 +15,8 @@ from pathlib import Path
 import interrupt  # noqa: F401 - before the slow imports
 from envs import BENCHMARKS, Benchmark
 from evaluate import check_checkpoint, first_line, load_benchmark, load_policy
-from huggingface_hub import HfApi
-from huggingface_hub.utils import httpx, validate_repo_id  # httpx: httpx2 since release 2.0
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils import filter_repo_objects, httpx, validate_repo_id  # httpx: httpx2 since release 2.0
 from model_card import CardFacts, read_metrics, read_trainer_state, write_card
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -54,6 +54,8 @@ def collect_repository(checkpoint: Path, folder: Path) -> tuple[SmolAndFastForAc
 def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     """Upload the folder to a repository on the Hub, which is created if needed. Returns the URL of the commit.
 
+    One commit, so that nobody loads half an upload; `HfApi.upload_folder` may split it into several.
+
     Raises:
         OSError: No right to write there, or the connection broke; the message says what to do next.
         ValueError: The Hub refuses the card.
@@ -61,9 +63,12 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     api = HfApi()
     try:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Upload policy", delete_patterns=REPLACED_FILES
-        ).commit_url
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        others = [name for name in api.list_repo_files(repo_id) if "/" not in name and name not in names]
+        replaced = filter_repo_objects(others, allow_patterns=REPLACED_FILES)
+        operations = [CommitOperationAdd(name, folder / name) for name in names]
+        operations += [CommitOperationDelete(name) for name in replaced]
+        return api.create_commit(repo_id, operations, commit_message="Upload policy").commit_url
     except (httpx.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: of one file; its cause says why
         raise OSError(
             f"The upload to {repo_id} failed: {first_line(error)} {error.__cause__ or ''} If you may not write "

@@ -247,6 +247,20 @@ def test_whatever_the_delays_an_action_belongs_to_its_step(delays, strategy, n_a
         assert held == loop.num_late
 
 
+def test_one_thread_observes_in_a_whole_run():
+    """A camera or a renderer may belong to the thread that opened it."""
+    threads = []
+
+    def observe():
+        threads.append(threading.current_thread())
+        return 0
+
+    predict = lambda observation: np.zeros((4, 1))  # noqa: E731
+    loop = ControlLoop(observe, predict, lambda action: None, 100, 2, policy_fps=100)
+    loop.run(8)
+    assert len(threads) > 1 and len(set(threads)) == 1
+
+
 def test_a_thread_predicts_while_the_loop_goes_on():
     """The real clock and a real thread, for a fifth of a second."""
     sent = []

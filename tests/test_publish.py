@@ -214,6 +214,7 @@ def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, argument
         "model-00001-of-00002.safetensors": b"older weights",
         "notes.png": b"somebody's own",
         "last-checkpoint/model.safetensors": b"somebody's own",
+        "model_int8/decoder.safetensors": b"somebody's own",
     }
     hub.breaks = breaks
     with pytest.raises(SystemExit):
@@ -230,6 +231,7 @@ def test_a_broken_connection_changes_nothing_and_a_retry_completes(hub, argument
     assert set(files) >= PYTHON_FILES | MODEL and len(hub.commits) == 1
     assert "model-00001-of-00002.safetensors" not in files  # else it might be read in place of the new weights
     assert "notes.png" in files and "last-checkpoint/model.safetensors" in files
+    assert "model_int8/decoder.safetensors" in files
 
 
 def test_pushing_what_is_there_already_changes_nothing(hub, arguments, capsys):

@@ -189,6 +189,7 @@ def array(**changes):
         *[array(shape=shape) for shape in ([2**40], [2], [3.0], "3", [0, 2**63], [1] * 100 + [3])],
         array(data=bytes(23)),
         array(data="x" * 24),
+        serve.msgpack.packb({"a": {b"__npgeneric__": True, b"data": [0] * 9, b"dtype": "<f8"}}),
         serve.msgpack.packb({"a": {b"__npgeneric__": True, b"data": 300, b"dtype": "|i1"}}),
         serve.msgpack.packb({"a": [[]] * 2000}),
         serve.msgpack.packb({"a": [[[0] * 100] * 100] * 10}),

@@ -223,7 +223,7 @@ def test_an_earlier_policy_is_learnt_on_from_with_its_statistics_and_tokens(tmp_
     assert half.action_tokenizer.scale == pytest.approx(earlier.action_tokenizer.scale * 2**0.5)
     assert half.action_tokenizer.fit_report["num_chunks"] == len(strided)
     args.chunk_size, args.scale_factor = 16, 2
-    with pytest.raises(ValueError, match="has a weight .* of shape .* which the tiny policy has not"):
+    with pytest.raises(ValueError, match="has a weight .* of shape .* which the tiny policy does not have"):
         make_policy(dataset, args, PUSHT)
 
 

@@ -56,7 +56,8 @@ element.addEventListener('pointermove', (event) => {
   if (held.kind === 'turn') move('block', x, y, Math.atan2(to.y - y, to.x - x) - Math.PI / 2);
   else move(held.kind, x + to.x - held.from.x, y + to.y - held.from.y, angle);
 });
-element.addEventListener('lostpointercapture', () => {
+element.addEventListener('lostpointercapture', (event) => {
+  if (!held || event.target !== element) return;  // touch captures the pointer for every element
   held = null;
   trigger('release', {agent: pose('agent').slice(0, 2), block: pose('block')});
 });

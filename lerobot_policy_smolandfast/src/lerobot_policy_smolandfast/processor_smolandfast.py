@@ -133,10 +133,11 @@ def relative_statistics(
     states: np.ndarray, actions: np.ndarray, last: np.ndarray, chunk_size: int
 ) -> dict[str, list[float]]:
     """The statistics of `relative_action`, see [`compute_statistics`], over all frames, one dimension at a time."""
-    rows = np.minimum(np.arange(len(states))[:, None] + np.arange(chunk_size), last[:, None])  # (N, chunk_size)
-    columns = []
+    rows, columns = np.arange(len(states)), []
+    differences = np.empty((len(states), chunk_size))  # the only large array
     for state, action in zip(states.T, actions.T, strict=True):
-        differences = action[rows] - state[:, None]
+        for step in range(chunk_size):
+            differences[:, step] = action[np.minimum(rows + step, last)] - state
         low, high = differences.min(), differences.max()
         columns.append([low, high, *np.quantile(differences, [0.01, 0.99], overwrite_input=True)])
     return dict(zip(STATISTICS, np.array(columns).T.tolist(), strict=True))
