@@ -25,7 +25,7 @@ SHORT = {
     "evaluate.py": "--episodes 2 --record 1",
     "record_rollouts.py": "--episodes 1 --max_steps 20",
     "publish.py": "--output_dir repository",  # without it, the test of that script has a hub to push to
-    "app/app.py": "--help",
+    "app.py": "--help",
     "serve.py": "--help",
     "export_policy.py": "",
 }
