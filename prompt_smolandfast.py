@@ -122,13 +122,18 @@ def write_prompt(before: str, task: str, bins: Sequence[int], after: str, specia
     return before + PROMPT.format(task=task, bins=" ".join(map(str, bins))) + after
 
 
+def name_tasks(training_tasks: list[str]) -> str:
+    """The first three instructions, for a message."""
+    more = f" and {len(training_tasks) - 3} more (training_tasks)" if len(training_tasks) > 3 else ""
+    return ", ".join(map(repr, training_tasks[:3])) + more
+
+
 def warning_of_new_tasks(tasks: list[str], training_tasks: list[str] | None) -> str | None:
     """The warning for instructions that are not in `training_tasks`; `None` if there are none."""
     new = [task for task in tasks if task not in training_tasks] if training_tasks else []
     if not new:
         return None
-    more = f" and {len(training_tasks) - 3} more (training_tasks)" if len(training_tasks) > 3 else ""
     return (
         f"The instruction {new[0]!r} is not one that the policy was trained on: "
-        f"{', '.join(map(repr, training_tasks[:3]))}{more}. Use one of them, or measure its success on this one first."
+        f"{name_tasks(training_tasks)}. Use one of them, or measure its success on this one first."
     )

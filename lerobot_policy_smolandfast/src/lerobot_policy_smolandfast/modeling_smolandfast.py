@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, SmolAndFastProcessor
+from smolandfast.prompt_smolandfast import name_tasks
 from smolandfast.training import make_tiny_model, parameter_groups
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig, model_options
@@ -220,10 +221,9 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         tasks = batch.get("task")
         is_empty = any(map(is_blank, [tasks] if tasks is None or isinstance(tasks, str) else tasks))
         if is_empty and is_blank(self.config.default_task):
-            trained = ", ".join(map(repr, self.processor.training_tasks or []))
             raise ValueError(
                 "The task is empty, and the policy has no default_task. Pass one of the tasks of the training "
-                f"(lerobot-rollout --task=...): {trained}. Or choose one with --policy.default_task=...."
+                f"(lerobot-rollout --task=...): {name_tasks(self.processor.training_tasks or [])}. Or choose one with --policy.default_task=...."
             )
         return tasks
 
