@@ -25,7 +25,7 @@ SHORT = {
     "evaluate.py": "--episodes 2 --record 1",
     "record_rollouts.py": "--episodes 1 --max_steps 20",
     "publish.py": "--output_dir repository",  # without it, the test of that script has a hub to push to
-    "app.py": "--help",
+    "app/app.py": "--help",
     "serve.py": "--help",
     "export_policy.py": "",
 }
@@ -143,7 +143,7 @@ def test_the_commands_work_one_after_the_other(page, vlm, tmp_path):
         words = shlex.split(command)
         if command.startswith(ELSEWHERE) or words[:1] != ["python"]:
             continue
-        short = SHORT[Path(words[1]).name].replace("repository", f"repository{number}").split()
+        short = SHORT[words[1].removeprefix("examples/")].replace("repository", f"repository{number}").split()
         if "256M" in words:
             short += ["--vlm", str(vlm)]
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

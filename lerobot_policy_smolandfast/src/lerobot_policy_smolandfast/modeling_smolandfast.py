@@ -223,7 +223,8 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         if is_empty and is_blank(self.config.default_task):
             raise ValueError(
                 "The task is empty, and the policy has no default_task. Pass one of the tasks of the training "
-                f"(lerobot-rollout --task=...): {name_tasks(self.processor.training_tasks or [])}. Or choose one with --policy.default_task=...."
+                f"(lerobot-rollout --task=...): {name_tasks(self.processor.training_tasks or [])}. Or choose one with "
+                "--policy.default_task=...."
             )
         return tasks
 
