@@ -264,14 +264,14 @@ def export_policy(checkpoint: str | Path, output_dir: Path, weights: str = "floa
         (package / "__init__.py").write_text(INIT, encoding="utf-8")
         (folder / "pyproject.toml").write_text(PYPROJECT.format(format=FORMAT), encoding="utf-8")
         num_equal, difference = compare(DeployedPolicy(folder), model, processor)
-        comparison = f"{num_equal} of {NUM_OBSERVATIONS} made-up chunks are those of the checkpoint in float32"
+        comparison = f"the chunks equal the checkpoint's for {num_equal} of {NUM_OBSERVATIONS} random observations"
         if weights == "float32" and (num_equal < NUM_OBSERVATIONS - 1 or difference > TOLERANCE):
             raise ValueError(
                 f"The exported policy is not the same: {comparison}, and mean log-probabilities differ by up to "
                 f"{difference:.2g}. This is torch {torch.__version__}; try the locked releases."
             )
         readme = write_readme(output_dir.resolve().name, model, processor)
-        readme += f"Weights: {weights}. {comparison}.\n"
+        readme += f"Weights: {weights}; {comparison}.\n"
         (folder / "README.md").write_text(readme, encoding="utf-8")
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         write_checksums(folder, names - {SUMS})

@@ -101,7 +101,7 @@ def camera_keys(image_keys: Sequence[str]) -> dict[str, str]:
     aliases = {alias: key for alias, key in zip(short, image_keys, strict=True) if alias not in ambiguous}
     if len(image_keys) == 1:
         aliases[IMAGE] = image_keys[0]
-    return full | aliases | full
+    return full | {alias: key for alias, key in aliases.items() if alias not in full}
 
 
 def read_observation(observation: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:

@@ -65,9 +65,11 @@ class _ChunkedFrames(torch.utils.data.Dataset):
 
     def action_chunks(self, indices: Sequence[int] | None = None) -> np.ndarray:
         """The chunks of these samples, of all by default: `(n, chunk_size, action_dim)` float32."""
-        chosen = _as_indices("indices", indices, len(self))[:, None]
-        rows = chosen + np.arange(self.chunk_size) * self.frame_stride  # (n, chunk_size)
-        return self.actions[np.minimum(rows, self.episode_end[chosen])]
+        return self._chunks(_as_indices("indices", indices, len(self)))
+
+    def _chunks(self, indices: np.ndarray) -> np.ndarray:
+        rows = indices[:, None] + np.arange(self.chunk_size) * self.frame_stride  # (n, chunk_size)
+        return self.actions[np.minimum(rows, self.episode_end[indices, None])]
 
 
 class LeRobotChunkDataset(_ChunkedFrames):
@@ -122,7 +124,7 @@ class LeRobotChunkDataset(_ChunkedFrames):
         features = self.info["features"]
         self.image_keys = _choose_image_keys(image_keys, features)
         self.state_dim, self.action_dim = (_vector_dim(features, key) for key in (STATE, ACTION))
-        self.state_names, self.action_names = (_axis_names(features[key]) for key in (STATE, ACTION))
+        self.state_names, self.action_names = (axis_names(features[key]) for key in (STATE, ACTION))
         table = self._read_episodes()
         chosen = _as_indices("episodes", episodes, len(table["length"]))
         is_unique = len(set(chosen.tolist())) == len(chosen) > 0
@@ -139,7 +141,7 @@ class LeRobotChunkDataset(_ChunkedFrames):
             "images": [self.image(i, key) for key in self.image_keys],
             "text": self.text(i),
             "state": self.states[i].copy(),
-            "actions": self.action_chunks([i])[0],
+            "actions": self._chunks(np.array([i]))[0],
         }
 
     def image(self, i: int, key: str | None = None) -> np.ndarray:
@@ -341,7 +343,7 @@ def _existing_files(paths: list[Path]) -> list[Path]:
     return paths
 
 
-def _axis_names(feature: dict) -> list[str] | None:
+def axis_names(feature: dict) -> list[str] | None:
     """The names of a vector's dimensions. LeRobot writes a list, or a dictionary of lists or of indices."""
     names = feature.get("names")
     if isinstance(names, dict):
@@ -356,7 +358,7 @@ def _axis_names(feature: dict) -> list[str] | None:
 
 def _choose_image_keys(image_keys: Sequence[str] | None, features: dict) -> list[str]:
     cameras = [key for key, feature in features.items() if feature.get("dtype") in ("video", "image")]
-    depth = [key for key in cameras if _is_depth(features[key])]
+    depth = [key for key in cameras if is_depth(features[key])]
     known = [key for key in cameras if key not in depth]
     chosen = known if image_keys is None else list(image_keys)
     reason = f", but {depth} are depth maps (is_depth_map in {INFO}) and cannot be read" if depth else ""
@@ -368,7 +370,7 @@ def _choose_image_keys(image_keys: Sequence[str] | None, features: dict) -> list
     return chosen
 
 
-def _is_depth(feature: dict) -> bool:
+def is_depth(feature: dict) -> bool:
     """Whether a current or an earlier release of LeRobot marked a feature as depth maps."""
     for entry in (feature, feature.get("info"), feature.get("video_info")):
         if isinstance(entry, dict) and (entry.get("is_depth_map") or entry.get("video.is_depth_map")):

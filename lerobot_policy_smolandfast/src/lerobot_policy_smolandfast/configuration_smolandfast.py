@@ -11,7 +11,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from smolandfast import SmolAndFastConfig
 from smolandfast.checks_smolandfast import check_whole
 from smolandfast.normalization_smolandfast import BOUNDS
-from smolandfast.training.data import _axis_names, _is_depth
+from smolandfast.training.data import axis_names, is_depth
 
 TINY = "tiny"
 CHOICES = {"dtype": ("float32", "bfloat16"), "normalization": tuple(BOUNDS)}
@@ -111,8 +111,8 @@ class SMOLANDFASTConfig(PreTrainedConfig):
                 f"input_features has the cameras {unknown}, which the data set does not: it has {list(features)}. "
                 "Leave --policy.input_features out, or name the data set's own."
             )
-        self.input_features = {key: inputs[key] for key in features if key in inputs and not _is_depth(features[key])}
-        names = {key: _axis_names(features[key]) if key in features else None for key in (OBS_STATE, ACTION)}
+        self.input_features = {key: inputs[key] for key in features if key in inputs and not is_depth(features[key])}
+        names = {key: axis_names(features[key]) if key in features else None for key in (OBS_STATE, ACTION)}
         self.state_names = self.state_names or names[OBS_STATE]
         self.action_names = self.action_names or names[ACTION]
 
