@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
 from .configuration_smolandfast import SmolAndFastConfig
 from .modeling_smolandfast import SmolAndFastForActionPrediction
-from .normalization_smolandfast import Normalizer, compute_statistics
+from .normalization_smolandfast import Normalizer, compute_statistics, match_joints
 from .processing_smolandfast import SmolAndFastProcessor
 from .tokenization_fast_action import FastActionTokenizer
 
@@ -15,6 +15,7 @@ __all__ = [
     "SmolAndFastForActionPrediction",
     "SmolAndFastProcessor",
     "compute_statistics",
+    "match_joints",
 ]
 
 # Where this package is installed, the Auto classes use it and run no code of a checkpoint.

@@ -4,7 +4,7 @@ Needs only NumPy. Statistics have LeRobot's names: `observation.state` and `acti
 quantile normalisation, `q01`, `q99`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,16 +15,63 @@ STATE, ACTION, RELATIVE_ACTION = "observation.state", "action", "relative_action
 BOUNDS = {"min_max": ("min", "max"), "quantiles": ("q01", "q99")}
 
 
-def compute_statistics(states: np.ndarray, actions: np.ndarray) -> dict[str, dict[str, list[float]]]:
+def match_joints(
+    state_names: Sequence[str] | None, action_names: Sequence[str] | None, exclude: Sequence[str] = ()
+) -> list[int | None] | None:
+    """The dimension of the state that each dimension of the action is relative to.
+
+    Dimensions match by name, or by position if the names differ and their number does not.
+
+    Args:
+        exclude: Joints that stay absolute: those whose name contains one of these, in upper or lower case, as for
+            LeRobot's `relative_exclude_joints`.
+
+    Returns:
+        `reference_dims` of [`Normalizer`]; `None` if each dimension is relative to the one at its position.
+
+    Raises:
+        ValueError: An excluded joint that no action has, or an action without a state.
+    """
+    for name, names in (("action_names", action_names), ("state_names", state_names)):
+        if exclude and names is None:
+            raise ValueError(f"relative_exclude_joints is {list(exclude)}, but there are no {name}. Name the joints.")
+    for joint in exclude:
+        if not isinstance(joint, str) or not any(joint.lower() in name.lower() for name in action_names):
+            raise ValueError(
+                f"relative_exclude_joints has {joint!r}, which is in none of action_names, {action_names}. Drop it, "
+                "or name one of these."
+            )
+    if action_names is None or state_names is None:
+        return None
+    by_position = list(range(len(action_names)))
+    is_relative = [not any(joint.lower() in name.lower() for joint in exclude) for name in action_names]
+    missing = [name for name, used in zip(action_names, is_relative, strict=True) if used and name not in state_names]
+    if not missing:
+        dims = [state_names.index(name) if name in state_names else None for name in action_names]
+    elif len(state_names) == len(action_names):
+        dims = by_position
+    else:
+        raise ValueError(
+            f"action_names has {missing[0]!r}, which state_names has not, {state_names}: relative to what? Keep it "
+            f"absolute with relative_exclude_joints={[*exclude, missing[0]]}, or rename the dimensions."
+        )
+    dims = [dim if used else None for dim, used in zip(dims, is_relative, strict=True)]
+    return None if dims == by_position and len(state_names) == len(action_names) else dims
+
+
+def compute_statistics(
+    states: np.ndarray, actions: np.ndarray, reference_dims: Sequence[int | None] | None = None
+) -> dict[str, dict[str, list[float]]]:
     """Measure a data set for [`Normalizer`].
 
     Args:
         states: `(N, state_dim)`, robot units.
         actions: `(N, chunk_size, action_dim)`, robot units: the chunk that starts at each state.
+        reference_dims: See [`Normalizer`].
 
     Returns:
-        `min`, `max`, `q01`, `q99` of each dimension of `observation.state`, `action` and, if the dimensions match,
-        `relative_action` (action minus state).
+        `min`, `max`, `q01`, `q99` of each dimension of `observation.state`, `action` and, if the dimensions match or
+        `reference_dims` is given, `relative_action` (action minus state; absolute dimensions as they are).
     """
     states = as_numbers(states, "states", ("N", "state_dim"), keep_floats=True)
     actions = as_numbers(actions, "actions", (len(states), "chunk_size", "action_dim"), keep_floats=True)
@@ -32,8 +79,11 @@ def compute_statistics(states: np.ndarray, actions: np.ndarray) -> dict[str, dic
         if values.size == 0:
             raise ValueError(f"{name} is empty, of shape {values.shape}: pass the demonstrations.")
     columns = {STATE: _columns(states), ACTION: _columns(actions)}
-    if states.shape[-1] == actions.shape[-1]:
-        references = (state[:, None] for state in _columns(states))
+    if reference_dims is None and states.shape[-1] == actions.shape[-1]:
+        reference_dims = range(states.shape[-1])
+    if reference_dims is not None:
+        dims = _check_reference_dims(reference_dims, states.shape[-1], actions.shape[-1])
+        references = (0.0 if i is None else states[:, i, None].astype(np.float64) for i in dims)
         columns[RELATIVE_ACTION] = (x - state for x, state in zip(_columns(actions), references, strict=True))
     statistics = {}
     for name, values in columns.items():
@@ -59,10 +109,12 @@ class Normalizer:
             to [-2, 2], against outliers.
         n_state_bins: Bins of each state dimension.
         use_relative_actions: Whether actions are taken relative to the state.
+        reference_dims: The dimension of the state that each dimension of the action is then relative to, None for an
+            absolute one, such as a gripper. By default the one at its position. [`match_joints`] finds them by name.
 
     Raises:
         ValueError: Statistics that are missing, not finite or of unequal length; relative actions of another dimension
-            than the state.
+            than the state, without `reference_dims`.
     """
 
     def __init__(
@@ -71,6 +123,7 @@ class Normalizer:
         normalization: str = "min_max",
         n_state_bins: int = 256,
         use_relative_actions: bool = False,
+        reference_dims: Sequence[int | None] | None = None,
     ):
         if normalization not in list(BOUNDS):
             raise ValueError(f"normalization is {normalization!r}, expected one of {', '.join(BOUNDS)}.")
@@ -88,11 +141,14 @@ class Normalizer:
         self.state_bounds = _read_widest(statistics, STATE, low, high)
         self.action_limits = _read_bounds(statistics, ACTION, "min", "max")
         self.state_dim, self.action_dim = len(self.state_bounds[0]), len(self.action_limits[0])
-        if use_relative_actions and self.state_dim != self.action_dim:
+        self.reference_dims = reference_dims if use_relative_actions else None
+        if self.reference_dims is not None:
+            self.reference_dims = _check_reference_dims(reference_dims, self.state_dim, self.action_dim)
+        elif use_relative_actions and self.state_dim != self.action_dim:
             raise ValueError(
                 f"use_relative_actions needs a state and an action of equal dimensions, but {STATE!r} has "
-                f"{self.state_dim} and {ACTION!r} has {self.action_dim}. Use absolute actions, or make the state the "
-                "position that the action commands."
+                f"{self.state_dim} and {ACTION!r} has {self.action_dim}. Give state_names and action_names, use "
+                "absolute actions, or make the state the position that the action commands."
             )
         name = RELATIVE_ACTION if use_relative_actions else ACTION
         self.action_bounds = _read_widest(statistics, name, low, high)
@@ -101,6 +157,10 @@ class Normalizer:
                 f"statistics[{name!r}] has {len(self.action_bounds[0])} dimensions, but min and max of "
                 f"statistics[{ACTION!r}] have {self.action_dim}. Compute the statistics again."
             )
+        if self.reference_dims is not None:
+            pairs = zip(_read_widest(statistics, ACTION, low, high), self.action_bounds, strict=True)
+            is_absolute = [i is None for i in self.reference_dims]
+            self.action_bounds = tuple(np.where(is_absolute, *pair) for pair in pairs)
         self.normalized_limit = MAX_NORMALIZED if normalization == "quantiles" else np.inf
 
     @property
@@ -165,7 +225,22 @@ class Normalizer:
             return 0.0
         low, high = self.state_bounds
         centres = (bins + 0.5) / self.n_state_bins * (high - low) + low
+        if self.reference_dims is not None:
+            columns = [0.0 if i is None else centres[:, i] for i in self.reference_dims]
+            centres = np.stack(np.broadcast_arrays(*columns, centres[:, 0])[:-1], axis=1)
         return centres[:, None]  # (B, D) -> (B, 1, D)
+
+
+def _check_reference_dims(dims: Sequence[int | None], state_dim: int, action_dim: int) -> list[int | None]:
+    is_known = isinstance(dims, (list, tuple, range)) and all(
+        i is None or (type(i) is int and 0 <= i < state_dim) for i in dims
+    )
+    if not is_known or len(dims) != action_dim or all(i is None for i in dims):
+        raise ValueError(
+            f"reference_dims is {dims!r}, expected {action_dim} dimensions of the state, 0 to {state_dim - 1}, or "
+            "None for absolute actions, at least one of them relative. Leave use_relative_actions off if none is."
+        )
+    return list(dims)
 
 
 def _to_unit(values: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -24,8 +24,15 @@ from .checks_smolandfast import as_numbers, as_value_error, check_fps, check_len
 from .configuration_smolandfast import SmolAndFastConfig, action_token_map
 from .files_smolandfast import HUB_KWARGS, find_file
 from .grammar_smolandfast import MAX_SYMBOL_BYTES
-from .normalization_smolandfast import Normalizer
-from .prompt_smolandfast import BINS_IN_PROMPT, check_names, read_observations, warning_of_new_tasks, write_prompt
+from .normalization_smolandfast import Normalizer, match_joints
+from .prompt_smolandfast import (
+    BINS_IN_PROMPT,
+    ImageResizer,
+    check_names,
+    read_observations,
+    warning_of_new_tasks,
+    write_prompt,
+)
 from .tokenization_fast_action import FastActionTokenizer
 
 logger = logging.get_logger(__name__)
@@ -49,16 +56,22 @@ class SmolAndFastProcessor(ProcessorMixin):
         statistics (`dict`): See [`compute_statistics`].
         normalization (`str`, defaults to `"min_max"`): Or `"quantiles"`.
         use_relative_actions (`bool`, defaults to `False`): Whether actions are predicted relative to the state.
+        relative_exclude_joints (`list[str]`, *optional*):
+            With `use_relative_actions`, joints that stay absolute: all whose name contains one of these. `"gripper"`
+            is a good choice for an arm. Needs `action_names`.
         chunk_size (`int`, *optional*): Actions in a chunk, by default the FAST tokenizer's horizon. FAST+ has none.
         n_state_bins (`int`, defaults to 256): Bins of each state dimension in the prompt.
         fast_skip_tokens (`int`, defaults to 280): Ids at the end of the vocabulary that remain text.
         scale_factor (`int`, defaults to 1): Side of the model's pixel shuffle.
         patch_size (`int`, defaults to 16): Side of the vision tower's patches, in pixels.
+        resize_with_pad (`bool`, defaults to `False`):
+            Whether images keep their aspect ratio between black bars. Otherwise they are stretched to a square.
         image_keys (`list[str]`, defaults to `["observation.image"]`):
             The policy's cameras, in order, under the names of the data set.
         fps (`float`, *optional*): Control steps per second of the demonstrations. `None`: unknown.
         state_names, action_names (`list[str]`, *optional*):
-            Names of the dimensions of state and action, such as the robot's joints, for information.
+            Names of the dimensions of state and action, such as the robot's joints. Relative actions match them, so
+            that state and action may differ in length or order.
         max_position_embeddings (`int`, *optional*):
             Positions of the language model. If given, prompts that leave no room for a chunk are refused here.
         default_task (`str`, defaults to `""`): Replaces an empty task, which is refused if this is empty too.
@@ -79,11 +92,13 @@ class SmolAndFastProcessor(ProcessorMixin):
         statistics: dict | None = None,
         normalization: str = "min_max",
         use_relative_actions: bool = False,
+        relative_exclude_joints: Sequence[str] = (),
         chunk_size: int | None = None,
         n_state_bins: int = 256,
         fast_skip_tokens: int = 280,
         scale_factor: int = 1,
         patch_size: int = 16,
+        resize_with_pad: bool = False,
         image_keys: Sequence[str] = (DEFAULT_IMAGE_KEY,),
         fps: float | None = None,
         state_names: list[str] | None = None,
@@ -115,12 +130,16 @@ class SmolAndFastProcessor(ProcessorMixin):
         if not isinstance(training_tasks, list | None) or not all(isinstance(x, str) for x in training_tasks or ()):
             raise ValueError(f"training_tasks is {training_tasks!r}, expected a list of instructions, or None.")
         self.training_tasks = training_tasks
-        self.normalizer = Normalizer(statistics, normalization, n_state_bins, use_relative_actions)
-        self.state_names, self.action_names = state_names, action_names
-        if state_names is not None:
-            self.state_names = check_names(state_names, "state_names", self.normalizer.state_dim)
-        if action_names is not None:
-            self.action_names = check_names(action_names, "action_names", self.normalizer.action_dim)
+        self.state_names = None if state_names is None else check_names(state_names, "state_names")
+        self.action_names = None if action_names is None else check_names(action_names, "action_names")
+        self.relative_exclude_joints = list(relative_exclude_joints)
+        dims = None
+        if use_relative_actions:
+            dims = match_joints(self.state_names, self.action_names, self.relative_exclude_joints)
+        self.normalizer = Normalizer(statistics, normalization, n_state_bins, use_relative_actions, dims)
+        for name, size in (("state_names", self.normalizer.state_dim), ("action_names", self.normalizer.action_dim)):
+            if getattr(self, name) is not None:
+                check_names(getattr(self, name), name, size)
         chunk_size = action_tokenizer.horizon if chunk_size is None else chunk_size
         if chunk_size is None:
             raise ValueError("chunk_size is missing, and FAST+ has no horizon. Pass chunk_size=....")
@@ -133,6 +152,11 @@ class SmolAndFastProcessor(ProcessorMixin):
                 f"tokenizer was fitted for {fitted[0]} and {fitted[1]}. Fit one on such chunks of this robot."
             )
         super().__init__(image_processor, tokenizer, action_tokenizer, chat_template=chat_template)
+        if not isinstance(resize_with_pad, bool):
+            raise ValueError(f"resize_with_pad is {resize_with_pad!r}, expected True or False.")
+        self.resize_with_pad = resize_with_pad
+        if resize_with_pad and self.image_resizer is None:
+            raise ValueError("resize_with_pad is set, but do_image_splitting resizes images itself. Set one of them.")
         side = check_whole(image_processor.max_image_size["longest_edge"], "longest_edge of max_image_size")
         if side % (patch_size * scale_factor):
             raise ValueError(
@@ -148,7 +172,8 @@ class SmolAndFastProcessor(ProcessorMixin):
             )
         tasks = dict.fromkeys([default_task, *(training_tasks or ())])
         bins, template = [n_state_bins - 1] * self.normalizer.state_dim, self._prompt_around_images()
-        self._tokenize([self._write_prompt(template, task, bins) for task in tasks])
+        rows = self._tokenize([self._write_prompt(template, task, bins) for task in tasks])
+        self.longest_prompt = max(map(len, rows))  # tokens, of these tasks
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "SmolAndFastProcessor":
@@ -285,6 +310,10 @@ class SmolAndFastProcessor(ProcessorMixin):
         }
         if self.normalization == "quantiles":
             meaning["normalized_limit"] = normalizer.normalized_limit
+        if normalizer.reference_dims is not None:
+            meaning["reference_dims"] = normalizer.reference_dims
+        if self.resize_with_pad:
+            meaning["resize_with_pad"] = True
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()[:16]
 
     def check_model(self, model) -> None:
@@ -302,6 +331,17 @@ class SmolAndFastProcessor(ProcessorMixin):
                 "from one folder. To keep this processor, load the model with from_pretrained(folder, "
                 "**processor.model_kwargs())."
             )
+
+    @property
+    def image_resizer(self) -> ImageResizer | None:
+        """Resizes an image as this processor does; `None` for images that are split.
+
+        Images that a data loader's workers have resized give the same pixels, and no work here.
+        """
+        images = self.image_processor
+        if images.do_image_splitting or images.do_resize:
+            return None
+        return ImageResizer(images.max_image_size["longest_edge"], int(images.resample), self.resize_with_pad)
 
     @property
     def image_seq_len(self) -> int:
@@ -347,6 +387,8 @@ class SmolAndFastProcessor(ProcessorMixin):
         is_one = np.ndim(state) == 1
         images, tasks, state = observations
         bins = self.normalizer.state_bins(state)
+        if (resizer := self.image_resizer) is not None:
+            images = [[resizer(image) for image in sample] for sample in images]
         pixels = self.image_processor(
             images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
         )

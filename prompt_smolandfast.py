@@ -1,4 +1,4 @@
-"""Input validation of a policy (images, task, state), and the prompt.
+"""Input validation of a policy (images, task, state), the size of its images, and the prompt.
 
 Needs only NumPy and Pillow, so that a deployed policy (`deployment/runtime.py`) shares it with the processor.
 """
@@ -6,14 +6,46 @@ Needs only NumPy and Pillow, so that a deployed policy (`deployment/runtime.py`)
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from .checks_smolandfast import as_numbers, as_rgb_images
 
 PROMPT = "Task: {task}, State: {bins}, Action: "
 CALL = "Pass images=..., text=task, state=..., in this order or by name."
 BINS_IN_PROMPT = re.compile(r"State: ([\d ]+), Action: ")
+
+
+@dataclass(frozen=True)
+class ImageResizer:
+    """Resizes RGB images to the square that the policy sees, as its processor does.
+
+    Args:
+        side: Pixels along each side.
+        resample: One of Pillow's filters, see `PIL.Image.Resampling`.
+        with_pad: Keep the aspect ratio, and centre the image between black bars. Otherwise it is stretched.
+    """
+
+    side: int
+    resample: int
+    with_pad: bool = False
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """uint8 `(H, W, 3) -> (side, side, 3)`."""
+        side, (height, width) = self.side, image.shape[:2]
+        if height == width == side:
+            return image
+        if not self.with_pad:
+            return np.asarray(Image.fromarray(image).resize((side, side), self.resample))
+        scale = side / max(height, width)
+        height, width = (max(1, round(length * scale)) for length in (height, width))
+        top, left = (side - height) // 2, (side - width) // 2
+        square = np.zeros((side, side, 3), dtype=np.uint8)
+        resized = Image.fromarray(image).resize((width, height), self.resample)
+        square[top : top + height, left : left + width] = np.asarray(resized)
+        return square
 
 
 def read_observations(

@@ -9,6 +9,7 @@ import logging
 import shlex
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def export_graphs(model: Any, processor: Any, folder: Path) -> None:
 def describe(model: Any, processor: Any) -> dict[str, Any]:
     """The content of `policy.json`."""
     config, images, actions = model.config, processor.image_processor, processor.action_tokenizer
-    if images.do_image_splitting or not (images.do_rescale and images.do_normalize):
+    if processor.image_resizer is None or not (images.do_rescale and images.do_normalize):
         raise ValueError(
             "The processor splits images, or does not normalise them, which a deployed policy does not support. Train "
             "with do_image_splitting=False."
@@ -170,13 +171,15 @@ def describe(model: Any, processor: Any) -> dict[str, Any]:
             "image_token_id": config.image_token_id,
         },
         "pixels": {
-            "side": images.max_image_size["longest_edge"],
-            "resample": int(images.resample),
+            **asdict(processor.image_resizer),
             "rescale_factor": images.rescale_factor,
             "mean": list(images.image_mean),
             "std": list(images.image_std),
         },
-        "normalizer": fields(processor, "statistics", "normalization", "n_state_bins", "use_relative_actions"),
+        "normalizer": {
+            **fields(processor, "statistics", "normalization", "n_state_bins", "use_relative_actions"),
+            "reference_dims": processor.normalizer.reference_dims,
+        },
         "max_position_embeddings": config.text_config.max_position_embeddings,
         "cache": list(fields(config.text_config, "num_hidden_layers", "num_key_value_heads", "head_dim").values()),
         "actions": {
@@ -222,7 +225,7 @@ def compare(policy: DeployedPolicy, model: Any, processor: Any) -> tuple[int, fl
     task = task_of(processor)
     num_equal, difference = 0, 0.0
     for _ in range(NUM_OBSERVATIONS):
-        images = list(rng.integers(0, 256, (len(processor.image_keys), side, side, 3), dtype=np.uint8))
+        images = list(rng.integers(0, 256, (len(processor.image_keys), side * 3 // 4, side, 3), dtype=np.uint8))
         state = rng.uniform(low, high)
         inputs = processor(images=images, text=task, state=state)
         output = model.generate(**inputs, return_dict_in_generate=True, output_scores=True)

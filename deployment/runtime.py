@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tokenizers import Tokenizer
 
 from ..checks_smolandfast import as_value_error, check_length, check_whole
 from ..files_smolandfast import check_checksums, read_json
 from ..grammar_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
 from ..normalization_smolandfast import Normalizer
-from ..prompt_smolandfast import read_observations, warning_of_new_tasks, write_prompt
+from ..prompt_smolandfast import ImageResizer, read_observations, warning_of_new_tasks, write_prompt
 
 logger = logging.getLogger("smolandfast")
 
-FORMAT = 2  # of the folder
+FORMAT = 3  # of the folder
 POLICY, VISION, DECODER, EMBEDDINGS, TOKENIZER = FILES = (
     "policy.json",
     "vision.onnx",
@@ -90,7 +89,7 @@ class DeployedPolicy:
             )
             # A first chunk shows whether the parts fit together, and lets the backend compile.
             task = (self.training_tasks or ["Do nothing."])[0]
-            image = np.zeros((*self._image_size, 3), dtype=np.uint8)
+            image = np.zeros((self._resize.side, self._resize.side, 3), dtype=np.uint8)
             self.predict([image] * len(self.image_keys), task, np.zeros(self.state_dim))
 
     def _read(self, metadata: dict[str, Any]) -> None:
@@ -101,7 +100,7 @@ class DeployedPolicy:
         self._prompt, self._cache_shape = metadata["prompt"], metadata["cache"]
         self._max_positions = metadata["max_position_embeddings"]
         pixels = metadata["pixels"]
-        self._image_size, self._resample = (pixels["side"],) * 2, Image.Resampling(pixels["resample"])
+        self._resize = ImageResizer(pixels["side"], pixels["resample"], pixels["with_pad"])
         values = (np.arange(256) * pixels["rescale_factor"]).astype(np.float32)
         mean, std = (np.float32(pixels[name])[:, None] for name in ("mean", "std"))
         self._pixel_table = (values - mean) / std  # (3, 256): each value of a channel, normalised
@@ -224,8 +223,8 @@ class DeployedPolicy:
         return coefficients.reshape(self.chunk_size, self.action_dim), total / len(tokens), is_whole, tokens
 
     def _pixels(self, image: np.ndarray) -> np.ndarray:
-        image = np.asarray(Image.fromarray(image).resize(self._image_size, self._resample))
-        return self._pixel_table[np.arange(3)[:, None, None], image.transpose(2, 0, 1)][None]
+        pixels = self._resize(image).transpose(2, 0, 1)
+        return self._pixel_table[np.arange(3)[:, None, None], pixels][None]
 
     def _decoder_inputs(self, embeds: np.ndarray, length: int, cache: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs for new tokens, `(new, hidden_size)`, after the `length` tokens of the cache."""

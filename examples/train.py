@@ -363,8 +363,7 @@ def make_policy(
         **options,
     )
     # On a CPU, eager attention trains short sequences faster than the fused kernel.
-    model_options |= {"image_size": benchmark.image_size, "attn_implementation": "eager"}
-    model = make_tiny_model(processor, **model_options)
+    model = make_tiny_model(processor, **model_options, attn_implementation="eager")
     if args.init_from is not None:
         with naming_option("--init_from"):
             weights = read_weights(Path(args.init_from, "model.safetensors"))

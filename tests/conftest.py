@@ -13,7 +13,13 @@ import pytest
 import torch
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
-from smolandfast import FastActionTokenizer, Normalizer, SmolAndFastForActionPrediction, compute_statistics
+from smolandfast import (
+    FastActionTokenizer,
+    Normalizer,
+    SmolAndFastForActionPrediction,
+    compute_statistics,
+    match_joints,
+)
 from smolandfast.training import make_tiny_model, make_tiny_processor
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -114,10 +120,11 @@ def demonstrations() -> tuple[np.ndarray, np.ndarray]:
 
 def make_processor(demonstrations, **kwargs):
     states, chunks = demonstrations
-    statistics = compute_statistics(states, chunks)
-    normalizer = Normalizer(
-        statistics, kwargs.get("normalization", "min_max"), 256, kwargs.get("use_relative_actions", False)
-    )
+    names = (kwargs.get(name) for name in ("state_names", "action_names"))
+    exclude, is_relative = kwargs.get("relative_exclude_joints", ()), kwargs.get("use_relative_actions", False)
+    dims = match_joints(*names, exclude) if exclude and kwargs.get("action_names") else None
+    statistics = compute_statistics(states, chunks, dims)
+    normalizer = Normalizer(statistics, kwargs.get("normalization", "min_max"), 256, is_relative, dims)
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
     tokenizer = FastActionTokenizer.fit(normalized, 10.0, 128, normalizer.action_scale)
     return make_tiny_processor(tokenizer, statistics, TASK, **kwargs)

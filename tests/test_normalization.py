@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from smolandfast import FastActionTokenizer, Normalizer, checks_smolandfast, compute_statistics
+from smolandfast import FastActionTokenizer, Normalizer, checks_smolandfast, compute_statistics, match_joints
 from smolandfast.training import make_tiny_processor
 
 PUSHT_STATS = Path(__file__).parents[2] / "shared" / "data" / "pusht" / "meta" / "stats.json"
@@ -254,6 +254,85 @@ def test_relative_actions_of_other_dimensions_are_refused_with_both(statistics):
     statistics["relative_action"] = {name: [0.0] * 3 for name in ("min", "max", "q01", "q99")}
     with pytest.raises(ValueError, match=r"statistics\['relative_action'\] has 3 dimensions.* have 2"):
         Normalizer(statistics, use_relative_actions=True)
+
+
+@NORMALIZATIONS
+def test_joints_are_relative_while_a_gripper_stays_absolute(normalization):
+    states, actions = demonstrations(dim=3)
+    actions[..., 2] /= 5
+    dims = [1, 0, None]
+    statistics = compute_statistics(states, actions, dims)
+    assert statistics["relative_action"]["max"][0] == (actions[..., 0] - states[:, None, 1]).max()
+    assert statistics["relative_action"]["q01"][2] == statistics["action"]["q01"][2]
+    normalizer = Normalizer(statistics, normalization, use_relative_actions=True, reference_dims=dims)
+    absolute = Normalizer(statistics, normalization)
+    bins = normalizer.state_bins(states)
+    normalized = normalizer.normalize_actions(actions, bins)
+    np.testing.assert_array_equal(normalized[..., 2], absolute.normalize_actions(actions, bins)[..., 2])
+    other_state = normalizer.normalize_actions(actions, bins + [1, 0, 1])
+    np.testing.assert_array_equal((other_state != normalized).any(axis=(0, 1)), [False, True, False])
+    is_kept = np.abs(normalized) < normalizer.normalized_limit
+    difference = np.abs(normalizer.unnormalize_actions(normalized, bins) - actions)
+    assert difference[is_kept].max() < 1e-3 and is_kept.mean() > 0.95
+    assert not normalizer.count_clipped_actions(normalized[is_kept.all(axis=(1, 2))][:3], bins[:3]).any()
+
+
+def test_a_state_longer_than_the_action_gives_the_references_by_dimension():
+    states, actions = demonstrations(dim=4)
+    actions = actions[..., [2, 0]]
+    statistics = compute_statistics(states, actions, [2, 0])
+    normalizer = Normalizer(statistics, use_relative_actions=True, reference_dims=[2, 0])
+    bins = normalizer.state_bins(states)
+    normalized = normalizer.normalize_actions(actions, bins)
+    assert normalized.shape == actions.shape
+    np.testing.assert_allclose(normalizer.unnormalize_actions(normalized, bins), actions, atol=1e-3)
+    width = normalizer.action_scale[0]
+    states[:, 2] += 0.4  # within a bin of two units or at its edge: the reference moves by the whole bin or not at all
+    assert np.abs(normalizer.normalize_actions(actions, normalizer.state_bins(states)) - normalized).max() < 4 / width
+
+
+JOINTS = ["pan.pos", "lift.pos", "Gripper.pos"]
+
+
+@pytest.mark.parametrize(
+    "state_names, action_names, exclude, expected",
+    [
+        (None, None, [], None),
+        (JOINTS, JOINTS, [], None),
+        (JOINTS, JOINTS, ["gripper"], [0, 1, None]),
+        (JOINTS, JOINTS, ["gripper.pos", "LIFT"], [0, None, None]),
+        (JOINTS[::-1], JOINTS, [], [2, 1, 0]),
+        (["temperature", *JOINTS], JOINTS, ["gripper"], [1, 2, None]),
+        (["a", "b", "c"], JOINTS, ["gripper"], [0, 1, None]),
+        (["a", "b", "c"], JOINTS, [], None),
+        (JOINTS[:2], JOINTS, ["gripper"], [0, 1, None]),
+    ],
+)
+def test_actions_are_relative_to_the_state_of_the_same_name(state_names, action_names, exclude, expected):
+    assert match_joints(state_names, action_names, exclude) == expected
+
+
+@pytest.mark.parametrize(
+    "state_names, action_names, exclude, message",
+    [
+        (None, None, ["gripper"], "relative_exclude_joints is .'gripper'., .*no action_names"),
+        (None, JOINTS, ["gripper"], "relative_exclude_joints is .'gripper'., .*no state_names"),
+        (JOINTS, JOINTS, ["griper"], "relative_exclude_joints has 'griper'.*Gripper.pos"),
+        (JOINTS, JOINTS, [2], "relative_exclude_joints has 2"),
+        (JOINTS[:2], JOINTS, [], "'Gripper.pos'.*relative_exclude_joints=.'Gripper.pos'."),
+    ],
+)
+def test_joints_that_cannot_be_matched_are_refused(state_names, action_names, exclude, message):
+    with pytest.raises(ValueError, match=message):
+        match_joints(state_names, action_names, exclude)
+
+
+@pytest.mark.parametrize("dims", [[0], [0, 2], [0, -1], [None, None], [0, "y"], [0, True], 1, [0, 1.0]])
+def test_references_outside_the_state_are_refused(statistics, dims):
+    with pytest.raises(ValueError, match="reference_dims is"):
+        Normalizer(statistics, use_relative_actions=True, reference_dims=dims)
+    with pytest.raises(ValueError, match="reference_dims is"):
+        compute_statistics(*demonstrations(), dims)
 
 
 @pytest.mark.skipif(not PUSHT_STATS.exists(), reason=f"the PushT data set is not at {PUSHT_STATS}")

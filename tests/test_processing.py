@@ -14,11 +14,12 @@ from transformers import Idefics3Processor, PreTrainedTokenizerFast
 from smolandfast import (
     FastActionTokenizer,
     SmolAndFastConfig,
+    SmolAndFastForActionPrediction,
     SmolAndFastProcessor,
     compute_statistics,
     processing_smolandfast,
 )
-from smolandfast.training import make_tiny_model
+from smolandfast.training import make_tiny_model, make_tiny_processor
 
 
 def without_actions(batch):
@@ -206,7 +207,7 @@ def test_cameras_and_control_rate_are_saved_and_part_of_the_meaning(demonstratio
     loaded = SmolAndFastProcessor.from_pretrained(tmp_path / "named")
     assert (loaded.state_names, loaded.action_names) == (["x", "y"], ["x.pos", "y.pos"])
     for names in (["x"], ["x", "x"], "xy", [1, 2]):
-        with pytest.raises(ValueError, match="action_names is .*expected 2 different names"):
+        with pytest.raises(ValueError, match="action_names is .*expected .* different names"):
             make_processor(demonstrations, action_names=names)
     for fps in (0, -1, float("nan"), "10", True):
         with pytest.raises(ValueError, match="fps is"):
@@ -286,12 +287,85 @@ def test_an_empty_task_needs_a_default(demonstrations, batch, text):
     assert len(processor(**observation)["input_ids"]) == count
 
 
+JOINTS = ["x.pos", "gripper.pos"]
+
+
+def test_a_gripper_can_stay_absolute_while_joints_are_relative(demonstrations, batch, tmp_path):
+    names = {"state_names": JOINTS, "action_names": JOINTS}
+    relative = make_processor(demonstrations, use_relative_actions=True, **names)
+    processor = make_processor(demonstrations, use_relative_actions=True, relative_exclude_joints=["gripper"], **names)
+    assert processor.normalizer.reference_dims == [0, None] and relative.normalizer.reference_dims is None
+    assert processor.fingerprint != relative.fingerprint
+    processor.save_pretrained(tmp_path)
+    loaded = SmolAndFastProcessor.from_pretrained(tmp_path)
+    assert (loaded.relative_exclude_joints, loaded.fingerprint) == (["gripper"], processor.fingerprint)
+    inputs = loaded(**batch)
+    ids = torch.where(inputs["labels"] == -100, inputs["input_ids"], inputs["labels"])
+    unit = loaded.normalizer.action_scale / loaded.action_tokenizer.scale
+    difference = np.abs(loaded.post_process_actions(ids) - batch["actions"])
+    assert (difference <= 0.5 * np.sqrt(8) * unit + 1e-3).all()
+    with pytest.raises(ValueError, match="relative_exclude_joints is .*no action_names"):
+        make_processor(demonstrations, use_relative_actions=True, relative_exclude_joints=["gripper"])
+
+
+@pytest.mark.parametrize("size", [(48, 96), (96, 40), (480, 640), (97, 95), (1, 300)])
+def test_padded_images_keep_their_aspect_ratio_between_black_bars(demonstrations, size):
+    processor = make_processor(demonstrations, resize_with_pad=True)
+    height, width = size
+    pixels = processor(images=np.full((*size, 3), 255, dtype=np.uint8), state=[200.0, 200.0])["pixel_values"][0, 0, 0]
+    rows, columns = (torch.nonzero((pixels == 1).any(dim=dim)).squeeze(1) for dim in (1, 0))
+    expected = [max(1, round(length * 96 / max(size))) for length in size]
+    assert [len(rows), len(columns)] == expected
+    assert set(pixels.unique().tolist()) <= {-1.0, 1.0}  # black and white after normalisation
+    assert abs((rows[0] + rows[-1]) / 2 - 47.5) <= 0.5 and abs((columns[0] + columns[-1]) / 2 - 47.5) <= 0.5
+
+
+@pytest.mark.parametrize("resize_with_pad", [False, True])
+def test_images_resized_beforehand_give_the_same_pixels(demonstrations, resize_with_pad, tmp_path):
+    processor = make_processor(demonstrations, resize_with_pad=resize_with_pad)
+    image = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    small = processor.image_resizer(image)
+    assert small.shape == (96, 96, 3)
+    pixels = [processor(images=x, state=[200.0, 200.0])["pixel_values"] for x in (image, small)]
+    assert torch.equal(*pixels)
+    plain = make_processor(demonstrations)
+    assert (plain.fingerprint == processor.fingerprint) != resize_with_pad
+    processor.save_pretrained(tmp_path)
+    loaded = SmolAndFastProcessor.from_pretrained(tmp_path)
+    assert (loaded.image_resizer, loaded.fingerprint) == (processor.image_resizer, processor.fingerprint)
+
+
+def test_padding_and_splitting_exclude_each_other(real_processor, smolvlm_assets):
+    options = real_processor.action_tokenizer, real_processor.statistics
+    padded = SmolAndFastProcessor.from_vlm(smolvlm_assets, *options, resize_with_pad=True)
+    assert padded.image_resizer.side == 512 and padded.image_resizer.with_pad
+    with pytest.raises(ValueError, match="resize_with_pad is set, but do_image_splitting"):
+        SmolAndFastProcessor.from_vlm(smolvlm_assets, *options, do_image_splitting=True, resize_with_pad=True)
+    with pytest.raises(ValueError, match="resize_with_pad is 'yes'"):
+        SmolAndFastProcessor.from_vlm(smolvlm_assets, *options, resize_with_pad="yes")
+
+
+def test_the_tiny_presets_positions_hold_long_chunks(demonstrations):
+    """ALOHA: 14 joints, 50 actions a chunk."""
+    rng = np.random.default_rng(0)
+    states, chunks = rng.normal(0, 1, (40, 14)), rng.normal(0, 1, (40, 50, 14))
+    tokenizer = FastActionTokenizer.fit(chunks / 4, 10.0, 256)
+    processor = make_tiny_processor(
+        tokenizer, compute_statistics(states, chunks), TASK, image_size=128, scale_factor=4
+    )
+    assert processor.max_position_embeddings >= 700 + processor.longest_prompt
+    model = make_tiny_model(processor, n_action_steps=10)
+    processor.check_model(model)
+    assert model.config.vision_config.image_size == 128
+
+
 def test_a_processor_whose_prompts_leave_no_room_for_a_chunk_is_refused(demonstrations):
-    make_processor(demonstrations, image_keys=[f"camera{i}" for i in range(9)])
+    options = {"max_position_embeddings": 512}
+    make_processor(demonstrations, image_keys=[f"camera{i}" for i in range(9)], **options)
     with pytest.raises(ValueError, match=r"The prompt has \d+ tokens and a chunk up to 16, .* 512 positions"):
-        make_processor(demonstrations, image_keys=[f"camera{i}" for i in range(99)])
+        make_processor(demonstrations, image_keys=[f"camera{i}" for i in range(99)], **options)
     with pytest.raises(ValueError, match="more than .* 512 positions"):
-        make_processor(demonstrations, training_tasks=["short", "long " * 300])
+        make_processor(demonstrations, training_tasks=["short", "long " * 300], **options)
 
 
 BAD_INPUTS = {
@@ -407,9 +481,11 @@ def test_a_smaller_square_is_seen_with_the_position_embeddings_of_its_places(pro
         use_relative_actions=processor.use_relative_actions,
         fast_skip_tokens=0,
         scale_factor=3,
+        max_position_embeddings=processor.max_position_embeddings,
         chat_template=processor.chat_template,
     )
-    model = make_tiny_model(small, n_action_steps=4).eval()
+    config = make_tiny_model(processor, n_action_steps=4).config.to_dict() | small.model_kwargs()
+    model = SmolAndFastForActionPrediction(SmolAndFastConfig.from_dict(config)).eval()
     embeddings = model.model.vision_model.embeddings
     positions = []
     inputs = small(images=batch["images"], text=batch["text"], state=batch["state"])

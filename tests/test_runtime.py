@@ -135,6 +135,17 @@ def check_equal(policy, model, processor):
             np.testing.assert_array_equal(found[name], expected[name])
 
 
+def test_chunks_of_padded_images_and_an_absolute_gripper_are_too(demonstrations, tmp_path):
+    joints = {"state_names": ["x", "gripper"], "action_names": ["x", "gripper"]}
+    options = {"relative_exclude_joints": ["gripper"], "resize_with_pad": True, **joints}
+    processor = make_processor(demonstrations, use_relative_actions=True, **options)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", processor)
+    export.export_policy(checkpoint, tmp_path / "policy")
+    policy = DeployedPolicy(tmp_path / "policy")
+    assert policy.normalizer.reference_dims == [0, None]
+    check_equal(policy, *evaluate.load_policy(checkpoint, dtype=torch.float32))
+
+
 def test_chunks_of_two_cameras_are_too(demonstrations, tmp_path):
     keys = ["observation.images.front", "observation.images.wrist"]
     checkpoint = make_checkpoint(tmp_path / "checkpoint", make_processor(demonstrations, image_keys=keys))
@@ -321,12 +332,21 @@ def test_a_folder_without_checksums_or_of_another_kind_is_refused(deployed, chec
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 1}, "has format 1, this code reads 2"),
+        ({"format": 1}, "has format 1, this code reads 3"),
         ({"cache": [1, 4, 32]}, "cannot be used"),
         ({"actions": {}}, "cannot be used: KeyError"),
         ({"normalizer": {"statistics": {}}}, "cannot be used: ValueError: statistics.*is None"),
         (
-            {"pixels": {"side": 64, "resample": 1, "rescale_factor": 1 / 255, "mean": [0.5] * 3, "std": [0.5] * 3}},
+            {
+                "pixels": {
+                    "side": 64,
+                    "resample": 1,
+                    "with_pad": False,
+                    "rescale_factor": 1 / 255,
+                    "mean": [0.5] * 3,
+                    "std": [0.5] * 3,
+                }
+            },
             "used",
         ),
     ],

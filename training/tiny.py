@@ -4,6 +4,7 @@ It has the classes of the 256M model, and trains on a laptop's CPU.
 """
 
 import json
+import math
 from collections.abc import Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,7 +18,8 @@ from ..prompt_smolandfast import PROMPT
 from ..tokenization_fast_action import FastActionTokenizer
 
 IMAGE_SIZE, PATCH_SIZE, SCALE_FACTOR = 96, 16, 3  # IMAGE_SIZE and SCALE_FACTOR are defaults
-MAX_POSITIONS = 512
+MIN_POSITIONS = 512
+SPARE_POSITIONS = 128  # for instructions longer than those of the training
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
 TEXT = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
 SPECIAL_TOKENS = {
@@ -85,6 +87,8 @@ def make_tiny_processor(
 ) -> SmolAndFastProcessor:
     """A processor for small square images, its vocabulary fitted to the tasks; kwargs go to `SmolAndFastProcessor`.
 
+    By default, `max_position_embeddings` is 512, or more where a prompt and a chunk need it.
+
     Args:
         task: The default task; "" for none.
         other_tasks: Further instructions that the vocabulary is fitted to. All others are encoded as bytes.
@@ -98,7 +102,7 @@ def make_tiny_processor(
     image_processor = SmolVLMImageProcessorPil(
         do_image_splitting=False, do_resize=False, max_image_size={"longest_edge": image_size}
     )
-    return SmolAndFastProcessor(
+    processor = SmolAndFastProcessor(
         image_processor,
         make_text_tokenizer(tasks, n_state_bins, len(action_tokenizer), split_words),
         action_tokenizer,
@@ -106,11 +110,14 @@ def make_tiny_processor(
         fast_skip_tokens=0,
         scale_factor=scale_factor,
         patch_size=PATCH_SIZE,
-        max_position_embeddings=MAX_POSITIONS,
         default_task=task,
         chat_template=CHAT_TEMPLATE,
         **kwargs,
     )
+    if processor.max_position_embeddings is None:
+        longest = processor.longest_prompt + processor.max_new_tokens + SPARE_POSITIONS
+        processor.max_position_embeddings = max(MIN_POSITIONS, 64 * math.ceil(longest / 64))
+    return processor
 
 
 def make_tiny_vision(
@@ -127,11 +134,9 @@ def make_tiny_vision(
     return model.vision_model, model.connector, config.image_seq_len * TEXT["hidden_size"]
 
 
-def make_tiny_model(
-    processor: SmolAndFastProcessor, n_action_steps: int, image_size: int = IMAGE_SIZE, **kwargs
-) -> SmolAndFastForActionPrediction:
-    """A model with random weights for the processor's images, of `image_size` at most; kwargs go to its config."""
-    tokenizer = processor.tokenizer
+def make_tiny_model(processor: SmolAndFastProcessor, n_action_steps: int, **kwargs) -> SmolAndFastForActionPrediction:
+    """A model with random weights for the processor; kwargs go to its config."""
+    tokenizer, image_size = processor.tokenizer, processor.image_processor.max_image_size["longest_edge"]
     special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = SmolAndFastConfig(
         vision_config={**VISION, "image_size": image_size, "patch_size": PATCH_SIZE},
@@ -140,7 +145,7 @@ def make_tiny_model(
             "model_type": "llama",
             "num_key_value_heads": TEXT["num_attention_heads"],
             "vocab_size": tokenizer.vocab_size,
-            "max_position_embeddings": MAX_POSITIONS,
+            "max_position_embeddings": processor.max_position_embeddings,
             **special_ids,
         },
         image_token_id=tokenizer.convert_tokens_to_ids(tokenizer.image_token),
