@@ -2,11 +2,17 @@
 
 import io
 import json
+import multiprocessing
 import os
+import pickle
+import resource
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import av
 import huggingface_hub
@@ -14,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import warnings_of
 from huggingface_hub.utils import httpx
 from lerobot_writer import write_dataset
 from PIL import Image
 
-from smolandfast.training import JoinedChunkDatasets, LeRobotChunkDataset, data, download_dataset
+from smolandfast.training import JoinedChunkDatasets, LeRobotChunkDataset, data, download_dataset, frames
 
 ROLLOUTS = Path(__file__).parent / "data/pusht_rollouts"
 FPS, LENGTHS = 10, [5, 7, 4]
@@ -356,10 +363,10 @@ def test_images_of_other_eight_bit_modes_are_read_as_rgb(mode, tiny, cache):
 
 
 def test_only_the_files_of_chosen_episodes_are_needed(tiny, cache):
-    whole = LeRobotChunkDataset(tiny, 3, [0], cache_dir=cache), LeRobotChunkDataset(tiny, 3, [2], cache_dir=cache)
+    whole = [list(LeRobotChunkDataset(tiny, 3, [e], cache_dir=False)) for e in (0, 2)]
     (tiny / "data/chunk-000/file-001.parquet").rename(tiny / "file-001.parquet")
     (tiny / SECOND).rename(tiny / "file-001.mp4")
-    first = LeRobotChunkDataset(tiny, 3, [0], cache_dir=cache)
+    first = list(LeRobotChunkDataset(tiny, 3, [0], cache_dir=cache))
     with pytest.raises(FileNotFoundError, match=r"file-001.parquet is missing.*`episodes`"):
         LeRobotChunkDataset(tiny, 3, [0, 2], cache_dir=cache)
     (tiny / "file-001.parquet").rename(tiny / "data/chunk-000/file-001.parquet")
@@ -421,7 +428,7 @@ def test_links_are_followed_as_in_the_hubs_cache(tiny, tmp_path, cache):
         dataset = LeRobotChunkDataset(root, 1, cache_dir=cache)
         np.testing.assert_array_equal(dataset.actions, ACTIONS)
         np.testing.assert_allclose(shades_of(dataset, 1), SHADES["observation.image.wrist"], atol=4)
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.iterdir())) == 3  # two videos of the front camera, one of the wrist's
     (tmp_path / "blobs/0").rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="missing|cannot be read"):
         LeRobotChunkDataset(tiny, 1, cache_dir=cache)
@@ -432,36 +439,339 @@ def test_sentences_without_a_column_name_are_found(tiny, cache):
     assert LeRobotChunkDataset(tiny, 1, cache_dir=cache)[6]["text"] == "pull"
 
 
-def test_frames_are_decoded_once_and_never_into_the_data_set(tiny, cache, monkeypatch):
-    before = sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*"))
-    first = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
-    assert len(list(cache.iterdir())) == 3  # two videos of the front camera, one of the wrist's
-    monkeypatch.setattr(data, "_decode_frames", lambda path, *args: pytest.fail(f"{path} is decoded again"))
+@pytest.fixture
+def no_decoding(monkeypatch):
+    def forbid():
+        monkeypatch.setattr(frames.ImageFile, "decode", lambda file, *_: pytest.fail(f"{file.path} is decoded again"))
+
+    return forbid
+
+
+def test_frames_are_decoded_once_and_never_into_the_data_set(tiny, cache, no_decoding):
+    cache.mkdir()
+    (cache / "observation.image.front-0123456789abcdef.npy").write_text("of an earlier release")
+    before = sorted((path, path.stat().st_mtime_ns) for path in [*tiny.rglob("*"), *cache.iterdir()])
+    first = [sample["images"] for sample in LeRobotChunkDataset(tiny, 1, cache_dir=cache)]
+    no_decoding()
     again = LeRobotChunkDataset(tiny, 2, episodes=[1], cache_dir=cache)
-    np.testing.assert_array_equal(again[0]["images"][1], first[5]["images"][1])
-    assert sorted((path, path.stat().st_mtime_ns) for path in tiny.rglob("*")) == before
+    np.testing.assert_array_equal([sample["images"] for sample in again], first[5:12])
+    paths = [*tiny.rglob("*"), *cache.glob("*.npy")]
+    assert sorted((path, path.stat().st_mtime_ns) for path in paths) == before
 
 
 def test_the_cache_is_under_xdg_cache_home_by_default(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    LeRobotChunkDataset(tiny, 1)
-    assert len(list((tmp_path / "xdg/smolandfast").glob("*.npy"))) == 3
+    dataset = LeRobotChunkDataset(tiny, 1)
+    dataset[0], dataset[15]
+    assert len(list((tmp_path / "xdg/smolandfast").iterdir())) == 3
+    shutil.rmtree(tmp_path / "xdg")
+    LeRobotChunkDataset(tiny, 1, cache_dir=False)[0]
+    assert not (tmp_path / "xdg").exists()
 
 
 def test_a_changed_video_is_decoded_again(tiny, cache):
-    LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    shades_of(LeRobotChunkDataset(tiny, 1, cache_dir=cache), 1)
     write_video(tiny / WRIST, SHADES["observation.image.front"])
     os.utime(tiny / WRIST, (1, 1))
     dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
     np.testing.assert_allclose(shades_of(dataset, 1), SHADES["observation.image.front"], atol=4)
 
 
-def test_a_cut_off_cache_file_is_written_again(tiny, cache):
-    LeRobotChunkDataset(tiny, 1, cache_dir=cache)
-    for path in cache.iterdir():
-        truncate(path)
+def flip_bytes(path: Path) -> None:
+    """In each slot of an image of 32 by 32 pixels."""
+    content = bytearray(path.read_bytes())
+    for position in range(100, len(content), 32 * 32 * 3 + 4):
+        content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip_bytes, truncate, Path.unlink, lambda path: shutil.rmtree(path.parent, True)])
+def test_a_cache_that_is_damaged_during_use_is_written_again(damage, tiny, cache, no_decoding):
     dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    expected = [sample["images"] for sample in dataset]
+    for path in cache.iterdir():
+        damage(path)
+    for _ in range(2):
+        np.testing.assert_array_equal([sample["images"] for sample in dataset], expected)
+        no_decoding()
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tiny, cache, monkeypatch):
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    needed = 2 * 16 * (32 * 32 * 3 + 4)
+    log = Mock()
+    monkeypatch.setattr(frames.logger, "log", log)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Mock(free=needed - 1))
+    with pytest.raises(OSError, match=rf"need up to 9\.8\de-05 GB in {cache}.* GB free.*cache_dir=False"):
+        dataset[0]
+    assert not list(cache.iterdir()) and not log.called
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Mock(free=needed))
+    shades_of(dataset, 0)
+    assert log.call_count == 1 and str(cache) in log.call_args.args[1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Mock(free=0))  # nothing more is needed
+    shades_of(LeRobotChunkDataset(tiny, 1, cache_dir=cache), 0)
+
+
+def test_a_disk_that_is_full_later_is_a_clear_error(tiny, cache):
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    dataset[0]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32 * 32 * 3 + 100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"cache_dir is {cache}.* cannot be written.*cache_dir=False"):
+            dataset[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     np.testing.assert_allclose(shades_of(dataset, 0), SHADES["observation.image.front"], atol=4)
+
+
+@dataclass(frozen=True)
+class Crop:
+    side: int
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        return image[: self.side, : self.side]
+
+
+@dataclass(frozen=True)
+class Grey:
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        return image[..., 0]
+
+
+def sample_images(dataset: LeRobotChunkDataset) -> list[list[np.ndarray]]:
+    return [dataset[i]["images"] for i in range(len(dataset))]
+
+
+def test_images_are_returned_and_kept_at_the_size_of_the_resizer(tiny, cache, no_decoding):
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    joined = JoinedChunkDatasets([dataset, LeRobotChunkDataset(tiny, 1, [1], cache_dir=cache)])
+    whole = sample_images(joined)
+    for side in (8, 16):
+        joined.resize_images(Crop(side))
+        for _ in range(2):
+            np.testing.assert_array_equal(sample_images(joined), np.array(whole)[:, :, :side, :side])
+        assert joined.image_sizes == dataset.image_sizes == dict.fromkeys(SHADES, (32, 32))
+        assert joined[0]["images"][0].flags.writeable
+    no_decoding()
+    for resizer, side in ((None, 32), (Crop(8), 8)):
+        joined.resize_images(resizer)
+        np.testing.assert_array_equal(sample_images(joined), np.array(whole)[:, :, :side, :side])
+    with pytest.raises(ValueError, match=r"resizer Grey\(\) made uint8 \(32, 32\)"):
+        dataset.resize_images(Grey())
+
+
+def test_large_images_are_kept_only_once_they_are_resized(tiny, cache):
+    rewrite_videos(tiny, size=160)  # 2 x 76,800 bytes
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    whole = sample_images(dataset)
+    assert not list(cache.iterdir())
+    dataset.resize_images(Crop(64))
+    np.testing.assert_array_equal(sample_images(dataset), np.array(whole)[:, :, :64, :64])
+    assert sorted(path.stat().st_size // (64 * 64 * 3) for path in cache.iterdir()) == [4, 12, 16]
+    single = LeRobotChunkDataset(tiny, 1, image_keys=[*SHADES][:1], cache_dir=cache)
+    single[0]
+    assert len(list(cache.iterdir())) == 4
+
+
+VIDEOS = {  # frames a second, codec, its options
+    "h264_b_frames": (30, "libx264", {}),
+    "h264_gop_2": (10, "libx264", {"g": "2"}),
+    "h264_gop_20_29.97": (29.97, "libx264", {"g": "20"}),
+    "h264_open_gop": (30, "libx264", {"x264-params": "keyint=12:min-keyint=12:open-gop=1:bframes=3:scenecut=0"}),
+    "h264_intra_refresh": (25, "libx264", {"x264-params": "keyint=30:intra-refresh=1"}),
+    "hevc_open_gop": (30, "libx265", {"x265-params": "log-level=none:keyint=12:min-keyint=12:open-gop=1"}),
+    "av1_gop_2": (25, "libsvtav1", {"g": "2", "preset": "12"}),
+    "av1_gop_50": (30, "libsvtav1", {"g": "50", "preset": "12"}),
+    "vp9": (10, "libvpx-vp9", {"g": "16", "cpu-used": "8", "lag-in-frames": "8"}),
+    "mpeg4_b_frames": (30, "mpeg4", {"bf": "2"}),
+}
+EPISODE_LENGTHS = [9, 44, 1, 16]
+SIZES = {"observation.image.front": (48, 64), "observation.image.wrist": (32, 32)}
+
+
+def write_movie(path: Path, fps: float, codec: str, options: dict, size: tuple[int, int]) -> None:
+    """70 frames that all differ: noise and a mark that move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(size[0]).integers(0, 256, (size[0] // 4, size[1] // 4, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        try:
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000), options=options)
+        except av.error.EncoderNotFoundError:
+            pytest.skip(f"PyAV has no encoder {codec}")
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for i in range(sum(EPISODE_LENGTHS)):
+            image = np.roll(noise.repeat(4, 0).repeat(4, 1), 3 * i, axis=1)
+            image[5 * i % size[0] :][:8, :10] = 2 * i
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_movies(root: Path, tiny: Path, video: str) -> Path:
+    """A data set of two cameras, each with one video of four episodes."""
+    fps, codec, options = VIDEOS[video]
+    shutil.copytree(tiny, root, ignore=shutil.ignore_patterns("videos", "file-001.parquet"))
+    n = len(EPISODE_LENGTHS)
+    episodes = {"episode_index": np.arange(n), "length": EPISODE_LENGTHS}
+    episodes |= {f"data/{name}_index": [0] * n for name in ("chunk", "file")}
+    for key, size in SIZES.items():
+        write_movie(root / f"videos/{key}/chunk-000/file-000.mp4", fps, codec, options, size)
+        episodes |= {f"videos/{key}/{name}_index": [0] * n for name in ("chunk", "file")}
+        episodes[f"videos/{key}/from_timestamp"] = np.cumsum([0, *EPISODE_LENGTHS[:-1]]) / fps
+    write_table(root / EPISODES, episodes)
+    index = np.repeat(np.arange(n), EPISODE_LENGTHS)
+    frame = np.concatenate([np.arange(length) for length in EPISODE_LENGTHS])
+    rows = {"observation.state": list(np.zeros((70, 2))), "action": list(np.zeros((70, 3)))}
+    write_table(root / DATA, rows | {"episode_index": index, "frame_index": frame, "task_index": 0 * index})
+    edit_info(root, fps=fps, total_episodes=n, total_frames=70)
+    return root
+
+
+def decoded(path: Path) -> list[np.ndarray]:
+    """All frames of a video, in sequence."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def assert_images_are(dataset: LeRobotChunkDataset, expected: list[list[np.ndarray]], indices) -> None:
+    for i in indices:
+        for image, other in zip(dataset[int(i)]["images"], expected[i], strict=True):
+            np.testing.assert_array_equal(image, other)
+
+
+@pytest.fixture
+def movies(tiny, tmp_path):
+    """A data set of a kind of video, and its frames by a sequential decode."""
+
+    def build(video: str) -> tuple[Path, list[list[np.ndarray]]]:
+        root = write_movies(tmp_path / video, tiny, video)
+        videos = [decoded(root / path) for path in (FRONT, WRIST)]
+        assert [image.shape[:2] for image, *_ in videos] == list(SIZES.values())
+        assert [len(video) for video in videos] == [70, 70]
+        return root, list(zip(*videos, strict=True))
+
+    return build
+
+
+@pytest.mark.parametrize("video", VIDEOS)
+def test_any_order_reads_the_frames_of_a_sequential_decode(video, movies, cache, monkeypatch):
+    root, expected = movies(video)
+    random = np.random.default_rng(0).permutation(70)
+    for order in (random, np.arange(70)[::-1], np.arange(70), np.arange(0, 70, 3), np.array([-1, 0, 69, 69])):
+        assert_images_are(LeRobotChunkDataset(root, 1, cache_dir=False), expected, order)
+    dataset = LeRobotChunkDataset(root, 1, cache_dir=cache)
+    for _ in range(2):
+        assert_images_are(dataset, expected, random)
+    chosen = np.r_[54:70, 0:9]
+    dataset = LeRobotChunkDataset(root, 1, [3, 0], cache_dir=False)
+    assert_images_are(dataset, [expected[i] for i in chosen], np.random.default_rng(0).permutation(25))
+    check = Mock(wraps=frames._check_frame)
+    monkeypatch.setattr(frames, "_check_frame", check)
+    assert_images_are(LeRobotChunkDataset(root, 1, cache_dir=False), expected, range(70))
+    assert check.call_count <= 140 + 8  # each frame once; each camera's decoder may start at the keyframe before
+
+
+@pytest.mark.parametrize("keeps_frames", [True, False])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_read_the_same_frames(start, keeps_frames, movies, cache):
+    root, expected = movies("h264_b_frames")
+    dataset = LeRobotChunkDataset(root, 1, cache_dir=cache if keeps_frames else False)
+    assert_images_are(dataset, expected, [30])  # leaves a decoder open in this process
+    loader = torch.utils.data.DataLoader(
+        dataset, 8, sampler=[*range(69, -1, -1)], num_workers=2, collate_fn=list, multiprocessing_context=start
+    )
+    samples = [sample for batch in loader for sample in batch]
+    for sample, images in zip(samples, expected[::-1], strict=True):
+        for image, other in zip(sample["images"], images, strict=True):
+            np.testing.assert_array_equal(image, other)
+    assert_images_are(dataset, expected, [31, 2])
+
+
+def read_with_new_decoders(dataset: LeRobotChunkDataset, expected: list) -> None:
+    with patch.object(frames.av, "open", wraps=av.open) as opened:
+        assert_images_are(dataset, expected, [31, 32])
+    assert opened.call_count == 2
+
+
+def test_a_forked_process_does_not_use_its_parents_decoders(movies):
+    root, expected = movies("h264_gop_2")
+    dataset = LeRobotChunkDataset(root, 1, cache_dir=False)
+    read_with_new_decoders(dataset, expected)
+    child = multiprocessing.get_context("fork").Process(target=read_with_new_decoders, args=(dataset, expected))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
+def test_two_processes_fill_one_cache(movies, cache, no_decoding):
+    root, expected = movies("h264_gop_20_29.97")
+    dataset = LeRobotChunkDataset(root, 1, cache_dir=cache)
+    orders = [np.random.default_rng(seed).permutation(70) for seed in (0, 1)]
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=assert_images_are, args=(dataset, expected, order)) for order in orders]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    no_decoding()
+    assert_images_are(dataset, expected, range(70))
+
+
+def test_threads_and_pickled_copies_read_the_same_frames(movies):
+    root, expected = movies("h264_gop_20_29.97")
+    dataset = LeRobotChunkDataset(root, 1, cache_dir=False)
+    assert_images_are(dataset, expected, [30])
+    copy = pickle.loads(pickle.dumps(dataset))
+    orders = [np.random.default_rng(seed).permutation(70) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda order: assert_images_are(copy, expected, order), orders))
+
+
+def test_a_damaged_frame_is_named_when_it_is_asked_for(movies, cache):
+    root, expected = movies("h264_gop_2")
+    with av.open(str(root / FRONT)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][41]
+        start, end = packet.pos + 4, packet.pos + packet.size
+    content = bytearray((root / FRONT).read_bytes())
+    content[start:end] = bytes(end - start)
+    (root / FRONT).write_bytes(content)
+    dataset = LeRobotChunkDataset(root, 1, cache_dir=cache)
+    whole = [i for i in range(70) if i not in (40, 41)]  # the decoder may fail before it returns the frame before
+    for order in (range(70), np.random.default_rng(0).permutation(70).tolist()):
+        for i in order:
+            if i == 41:
+                with pytest.raises(ValueError, match=f"Frame 41 of {root / FRONT}"):
+                    dataset[i]
+            elif i in whole:
+                assert_images_are(dataset, expected, [i])
+
+
+@pytest.mark.parametrize("keeps_frames", [True, False])
+def test_images_in_parquet_are_read_in_any_order_from_row_groups(keeps_frames, tiny, cache, monkeypatch):
+    key = "observation.image.front"
+    images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    write_images(tiny, key, lambda i: encoded(Image.fromarray(images[i])))
+    for file in (0, 1):
+        path = tiny / f"data/chunk-000/file-{file:03d}.parquet"
+        pq.write_table(pq.read_table(path), path, row_group_size=3)
+    read = Mock(wraps=frames.Image.open)
+    monkeypatch.setattr(frames.Image, "open", read)
+    dataset = LeRobotChunkDataset(tiny, 1, image_keys=[key], cache_dir=cache if keeps_frames else False)
+    monkeypatch.setattr(frames._row_groups, "limit", 1)  # a byte: only the last group stays
+    for order in (np.random.default_rng(0).permutation(16), range(15, -1, -1), range(16)):
+        for i in order:
+            np.testing.assert_array_equal(dataset[i]["images"][0], images[i])
+    assert read.call_count == 2 + (16 if keeps_frames else 48)  # the first of each file is checked
+
+
+def test_an_image_of_another_size_in_parquet_is_named(tiny, cache):
+    key = "observation.image.front"
+    write_images(tiny, key, lambda i: encoded(Image.new("RGB", (32, 32 if i != 3 else 48))))
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
+    dataset[2]
+    with pytest.raises(ValueError, match=rf"Frame 3 of .*{DATA}.*\(48, 32\).*\(32, 32\)"):
+        dataset[3]
 
 
 def test_a_sample_is_the_callers_own(tiny, cache):
@@ -590,7 +900,7 @@ def test_a_broken_data_set_is_a_clear_error(name, tiny, cache):
     with pytest.raises((ValueError, OSError)) as error:
         LeRobotChunkDataset(tiny, 4, cache_dir=cache)
     assert [word for word in words if word not in str(error.value)] == []
-    assert not [path for path in cache.glob("*") if path.suffix != ".npy"]
+    assert not list(cache.glob("*"))
 
 
 def test_a_data_set_with_depth_cameras_alone_says_so(tiny, cache):
@@ -679,12 +989,19 @@ def test_a_frame_that_is_not_finite_can_be_left_out(tiny, cache):
     assert len(LeRobotChunkDataset(tiny, 4, episodes=[1, 2], cache_dir=cache)) == 11
 
 
-def test_a_cache_that_cannot_be_written_is_a_clear_error(tiny, tmp_path):
+def test_a_cache_that_cannot_be_written_is_a_clear_error(tiny, tmp_path, cache):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cache_dir is .*file.* cannot be created"):
         LeRobotChunkDataset(tiny, 4, cache_dir=tmp_path / "file")
     with pytest.raises(ValueError, match="inside the data set"):
         LeRobotChunkDataset(tiny, 4, cache_dir=tiny / "cache")
+    with pytest.raises(ValueError, match="cache_dir is True"):
+        LeRobotChunkDataset(tiny, 4, cache_dir=True)
+    dataset = LeRobotChunkDataset(tiny, 4, cache_dir=cache)
+    cache.rmdir()
+    cache.write_text("")
+    with pytest.raises(OSError, match=f"cache_dir is {cache}.* cannot be written.*cache_dir=False"):
+        dataset[0]
 
 
 def test_a_data_set_that_cannot_be_downloaded_is_a_clear_error(monkeypatch):

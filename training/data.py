@@ -1,20 +1,16 @@
 """Read a LeRobot v3.0 data set as (images, task, state, action chunk) samples.
 
 `meta/` holds JSON and the table of episodes, `data/` the low-dimensional frames as parquet, and `videos/` one stream
-per camera, with many consecutive episodes in each mp4. Seeking in a stream for every sample is slow, so each file is
-decoded once, into a uint8 `.npy` file in a cache.
+per camera, with many consecutive episodes in each mp4. Images are decoded when a sample is asked for; `frames.py` says
+how, and which ones are kept.
 """
 
-import contextlib
-import hashlib
-import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,17 +18,15 @@ import pyarrow.parquet as pq
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
-from PIL import Image
 from transformers.utils import logging
 
-from ..checks_smolandfast import as_rgb_images, as_value_error, check_fps, check_whole
-from ..files_smolandfast import atomic_write, read_json
+from ..checks_smolandfast import as_value_error, check_fps, check_whole
+from ..files_smolandfast import read_json
 from ..normalization_smolandfast import ACTION, STATE
+from .frames import AGAIN, INFO, FrameReader, ImageFile, Resizer
 
 logger = logging.get_logger(__name__)
 
-AGAIN = "Download or convert the data set again."
-INFO = "meta/info.json"
 # LeRobot's defaults of the two templates in meta/info.json.
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
@@ -81,6 +75,10 @@ class LeRobotChunkDataset(_ChunkedFrames):
     Past its episode's end, a chunk repeats the episode's last action. For position targets this means "hold"; for
     velocities it means "keep moving": there, choose a `chunk_size` that is short compared to the episodes.
 
+    Images are decoded when they are asked for. Those of at most 100 kB a frame of all cameras, such as two of 128x128
+    pixels, are kept in a cache once they are decoded; larger ones are decoded each time, so let `resize_images` make
+    them smaller. Use it in any number of worker processes; each decodes on one thread.
+
     Args:
         root: Folder of the data set. It is only read, and needs only the files of the chosen episodes.
         chunk_size: Actions in a chunk, at least 1.
@@ -88,7 +86,8 @@ class LeRobotChunkDataset(_ChunkedFrames):
         image_keys: Features to read as images, in this order; all of dtype `video` or `image` by default, except
             depth maps, which cannot be read.
         cache_dir: Folder of the decoded frames; `smolandfast` in `$XDG_CACHE_HOME` or `~/.cache` by default. It may be
-            deleted at any time. A file whose path, size or modification time changed is decoded again.
+            deleted at any time. A file whose path, size or modification time changed is decoded again. False keeps no
+            frames.
         frame_stride: Frames from one action of a chunk to the next. With 2, a policy that executes an action every
             1 / fps seconds moves at twice the demonstrated speed.
 
@@ -96,15 +95,17 @@ class LeRobotChunkDataset(_ChunkedFrames):
         info: `meta/info.json`.
         image_keys, state_dim, action_dim, fps: Those of the samples.
         state_names, action_names: Names of the dimensions; None where the data set has none.
-        image_sizes: Height and width of each camera's images, by image key.
+        image_sizes: Height and width of each camera's images as recorded, by image key.
         states, actions: `(N, state_dim)` and `(N, action_dim)` float32 of the chosen frames.
         tasks: The instructions of the chosen frames, each once.
         episode_index, frame_index: `(N,)`, the episode of each frame and its index there.
         episode_end: `(N,)`, the index of the last frame of each frame's episode.
 
     Raises:
-        ValueError: An argument or the content of a file is wrong.
-        OSError: A file is missing or unreadable, or the cache cannot be written.
+        ValueError: An argument or the content of a file is wrong. What only decoding shows, such as a damaged frame,
+            is raised when that frame is asked for.
+        OSError: A file is missing or unreadable. Reading a sample: also, the cache cannot be written, or the disk has
+            less room than it needs, which is found before anything is written.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class LeRobotChunkDataset(_ChunkedFrames):
         chunk_size: int,
         episodes: Sequence[int] | None = None,
         image_keys: Sequence[str] | None = None,
-        cache_dir: str | Path | None = None,
+        cache_dir: str | Path | Literal[False] | None = None,
         frame_stride: int = 1,
     ):
         self.chunk_size = check_whole(chunk_size, "chunk_size")
@@ -130,7 +131,9 @@ class LeRobotChunkDataset(_ChunkedFrames):
         is_unique = len(set(chosen.tolist())) == len(chosen) > 0
         _expect(is_unique, f"episodes is {episodes!r}, expected one or more indices, each once.", "None reads all.")
         self._read_frames(table, chosen)
-        self._open_images(table, chosen, _cache_folder(cache_dir, self.root))
+        self._cache = None if cache_dir is False else _cache_folder(cache_dir, self.root)
+        self._open_images(table, chosen)
+        self.resize_images(None)
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -144,9 +147,22 @@ class LeRobotChunkDataset(_ChunkedFrames):
             "actions": self._chunks(np.array([i]))[0],
         }
 
+    def resize_images(self, resizer: Resizer | None) -> None:
+        """From now on return images at another size, the policy's, which is also the one that the cache keeps.
+
+        Args:
+            resizer: Makes uint8 `(side, side, 3)` of uint8 `(H, W, 3)`. Its `repr` has to say all that its results
+                depend on, since cached images are found by it. None returns images as recorded.
+
+        Raises:
+            ValueError: It makes anything but 8-bit RGB images.
+        """
+        self._reader = FrameReader(list(self._clips.values()), self._cache, resizer)
+
     def image(self, i: int, key: str | None = None) -> np.ndarray:
         """The frame of one camera, the first by default: uint8 `(H, W, 3)`."""
-        return np.array(self._clips[key or self.image_keys[0], self.episode_index[i]][self.frame_index[i]])
+        file, start, _ = self._clips[key or self.image_keys[0], self.episode_index[i]]
+        return self._reader.read(file, start + int(self.frame_index[i]))
 
     def vectors(self, name: str) -> np.ndarray:
         """Another feature of the frames, such as `observation.environment_state`: `(N, dim)` float32."""
@@ -221,21 +237,21 @@ class LeRobotChunkDataset(_ChunkedFrames):
         position = f"in episode {episode}, frame {frame} of {self._paths[episode]}"
         _expect(is_valid[i], f"{name} is {value} {position}, expected {expected}")
 
-    def _open_images(self, table: dict[str, np.ndarray], chosen: np.ndarray, cache: Path) -> None:
-        """Open the chosen episodes' images, decoded."""
-        self._clips = {}  # (length, H, W, 3) frames by image key and episode
+    def _open_images(self, table: dict[str, np.ndarray], chosen: np.ndarray) -> None:
+        """Open the files of the chosen episodes' images."""
+        self._clips = {}  # (file, index of the first frame, length) by image key and episode
         self.image_sizes = {}
         for key in self.image_keys:
             paths, starts, n_frames = self._locate(table, key)
             fps = self.fps if self._is_video(key) else None
             needed = _existing_files([paths[e] for e in chosen])
-            frames = {path: _open_frames(path, key, n_frames[path], fps, cache) for path in needed}
-            size = self.image_sizes[key] = frames[needed[0]].shape[1:3]
+            files = {path: ImageFile(path, key, n_frames[path], fps) for path in needed}
+            size = self.image_sizes[key] = files[needed[0]].size
             for path in needed:
-                other = frames[path].shape[1:3]  # (height, width)
+                other = files[path].size
                 _expect(other == size, f"Images of {key!r} are {other} in {path} and {size} in {needed[0]}.")
             for e in chosen.tolist():
-                self._clips[key, e] = frames[paths[e]][starts[e] : starts[e] + table["length"][e]]
+                self._clips[key, e] = files[paths[e]], int(starts[e]), int(table["length"][e])
 
     def _locate(
         self, table: dict[str, np.ndarray], key: str | None = None
@@ -306,6 +322,11 @@ class JoinedChunkDatasets(_ChunkedFrames, torch.utils.data.ConcatDataset):
         self.episode_end, self.episode_index = np.concatenate(episode_end), np.concatenate(episode_index)
         self._texts = [text for dataset in datasets for text in dataset._texts]
         self.tasks = list(dict.fromkeys(self._texts))
+
+    def resize_images(self, resizer: Resizer | None) -> None:
+        """See [`LeRobotChunkDataset.resize_images`]."""
+        for dataset in self.datasets:
+            dataset.resize_images(resizer)
 
 
 def _shared_value(name: str, datasets: list[LeRobotChunkDataset]) -> Any:
@@ -440,6 +461,7 @@ def _read_texts(path: Path, task_index: list[int]) -> list[str]:
 
 
 def _cache_folder(cache_dir: str | Path | None, root: Path) -> Path:
+    _expect(cache_dir is not True, "cache_dir is True, expected a folder.", "None is the default one, False is none.")
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "smolandfast"
     folder = Path(cache_dir or default).expanduser()
     is_inside = folder.resolve().is_relative_to(root.resolve())
@@ -449,53 +471,3 @@ def _cache_folder(cache_dir: str | Path | None, root: Path) -> Path:
     except OSError as error:
         raise OSError(f"cache_dir is {folder}, which cannot be created: {error.strerror}. Choose another.") from error
     return folder
-
-
-def _open_frames(path: Path, key: str, n_frames: int, fps: float | None, folder: Path) -> np.memmap:
-    """The frames of a video, or of parquet where `fps` is None: `(n_frames, H, W, 3)` uint8, decoded into `folder`."""
-    stat = path.stat()
-    fingerprint = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{key}|{fps}"
-    target = folder / f"{key.replace('/', '_')}-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        frames = np.load(target, mmap_mode="r")  # refuses a file that was cut off
-        if len(frames) == n_frames:
-            return frames
-    no_room = as_value_error(folder, "Choose a cache_dir that can be written and has room.", passing=(ValueError,))
-    with no_room, atomic_write(target) as unfinished, open(unfinished, "wb") as file:
-        count, shape = 0, None
-        for frame in _decode_frames(path, key, fps):
-            if shape is None:
-                shape = frame.shape
-                header = {"descr": "|u1", "fortran_order": False, "shape": (n_frames, *shape)}
-                np.lib.format.write_array_header_1_0(file, header)
-            _expect(frame.shape == shape, f"Frame {count} of {path} is {frame.shape}, expected {shape}.")
-            file.write(frame.tobytes())
-            count += 1
-        _expect(count == n_frames, f"{path} has {count} frames, expected {n_frames} as in meta/episodes.")
-    return np.load(target, mmap_mode="r")
-
-
-def _decode_frames(path: Path, key: str, fps: float | None) -> Iterator[np.ndarray]:
-    """The frames of a video, or of the image column `key` of a parquet file, as uint8 `(H, W, 3)`."""
-    with as_value_error(path, AGAIN):
-        if fps is not None:
-            with av.open(str(path)) as video:
-                for i, frame in enumerate(video.decode(video=0)):
-                    _check_frame(frame, i, fps)
-                    yield frame.to_ndarray(format="rgb24")
-        else:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(64, columns=[key]):
-                    for image in batch.column(key).to_pylist():
-                        yield as_rgb_images(Image.open(io.BytesIO(image["bytes"])), key)[0]
-
-
-def _check_frame(frame: av.VideoFrame, i: int, fps: float) -> None:
-    """Refuse a frame that is not the camera's `i`-th RGB image."""
-    if frame.is_corrupt:
-        raise ValueError(f"the frame at {frame.time} s is damaged")
-    if frame.time is None or not abs(frame.time * fps - i) < 0.5:
-        raise ValueError(f"frame {i} is at {frame.time} s, expected {i / fps} s at the fps {fps} in {INFO}")
-    channels = frame.format.components
-    if len(channels) == 1 and channels[0].bits > 8:
-        raise ValueError(f"its pixels are {frame.format.name}, a depth map's, expected RGB images of 8 bits")
