@@ -4,6 +4,8 @@ A FAST token stands for a known number of DCT coefficients, and a chunk has `chu
 step, the logits of tokens that exceed the rest are set to -inf; when nothing is left, the string ends.
 """
 
+import copy
+
 import torch
 from torch.nn.functional import pad
 from transformers import LogitsProcessor, StoppingCriteria
@@ -25,6 +27,7 @@ class ActionGrammar:
         started: `(num_action_tokens + 1,)`, the coefficients that begin inside each token.
         next_state: `(num_states + 1, num_action_tokens + 1)`, the state after a token, -1 where it must not follow.
             The last row and column of both tables stand for the state -1 and for ids that are not action tokens.
+            Both are on the CPU, and read ids that are there too; [`to`] is for ids on another device.
     """
 
     def __init__(self, config: SmolAndFastConfig):
@@ -41,6 +44,12 @@ class ActionGrammar:
         )
         started, next_state = torch.from_numpy(started), torch.from_numpy(next_state)
         self.started, self.next_state = pad(started, (0, 1)), pad(next_state, (0, 1, 0, 1), value=INVALID)
+
+    def to(self, device: torch.device) -> "ActionGrammar":
+        """The same grammar for ids on a device: one copy of its tables, and none at each token."""
+        grammar = copy.copy(self)
+        grammar.started, grammar.next_state = self.started.to(device), self.next_state.to(device)
+        return grammar
 
     def read(self, action_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Run the automaton over the generated ids.
@@ -61,8 +70,8 @@ class ActionGrammar:
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
         """The result of [`read`] after one more id of each string; all `(batch,)`."""
         tokens = action_token_map(ids, self.base_id).clamp(-1, len(self.started) - 1)  # -1 is the last column too
-        started = self.started.to(ids.device)[tokens]
-        after = self.next_state.to(ids.device)[state, tokens].masked_fill(started > left, INVALID)
+        started = self.started[tokens]
+        after = self.next_state[state, tokens].masked_fill(started > left, INVALID)
         complete = is_complete(left, state)
         left = torch.where(complete | (after == INVALID), left, left - started)
         return left, torch.where(complete, state, after)
@@ -72,8 +81,7 @@ class ActionGrammar:
 
     def allowed(self, left: torch.LongTensor, state: torch.LongTensor) -> torch.BoolTensor:
         """The tokens that may follow: `(batch,)`, `(batch,) -> (batch, num_action_tokens)`."""
-        next_state, started = self.next_state.to(left.device)[state, :-1], self.started.to(left.device)[:-1]
-        return (next_state != INVALID) & (started <= left[:, None])
+        return (self.next_state[state, :-1] != INVALID) & (self.started[:-1] <= left[:, None])
 
     def log_probabilities(self, scores: torch.FloatTensor, action_ids: torch.LongTensor) -> torch.FloatTensor:
         """Log-probability of each id among those that the grammar allows there.
@@ -112,36 +120,45 @@ class ActionGrammar:
 
 
 class ActionReader:
-    """Reads growing strings, each id once; strings that do not extend the last call's (beams) from the start."""
+    """Reads growing strings without waiting for the device.
 
-    def __init__(self, grammar: ActionGrammar, prompt_length: int):
+    Args:
+        grammar: On the device of the ids.
+        prompt_length: Ids before the action tokens.
+        has_beams: Beams change places, so each call reads its strings from the start. If False, they must extend
+            those of the last call, and each id is read once.
+    """
+
+    def __init__(self, grammar: ActionGrammar, prompt_length: int, has_beams: bool = True):
         self.grammar = grammar
         self.prompt_length = prompt_length
-        self._action_ids: torch.LongTensor | None = None
+        self.has_beams = has_beams
+        self._length: int | None = None
 
     def read(self, input_ids: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """[`ActionGrammar.read`] of the ids after the prompt: `(batch, length)` ids -> two of `(batch,)`."""
         action_ids = input_ids[:, self.prompt_length :]
-        length = 0 if self._action_ids is None else self._action_ids.shape[1]
-        if self._action_ids is None or not torch.equal(self._action_ids, action_ids[:, :length]):
+        if self.has_beams or self._length is None:
             self._result = self.grammar.read(action_ids)
         else:
-            for ids in action_ids[:, length:].T:
+            for ids in action_ids[:, self._length :].T:
                 self._result = self.grammar.step(*self._result, ids)
-        self._action_ids = action_ids
+        self._length = action_ids.shape[1]
         return self._result
 
 
 class ActionLogitsProcessor(LogitsProcessor):
     """Leaves only the tokens that the grammar allows, and EOS at the end of the chunk.
 
-    If `relaxed`, every action token and EOS remain allowed at any step.
+    If `relaxed`, every action token and EOS remain allowed at any step. A string whose scores are not finite ends
+    with EOS; call [`check`] after the last token, since to raise at once would wait for the device at every token.
     """
 
     def __init__(self, reader: ActionReader, eos_token_id: int, relaxed: bool = False):
         self.reader = reader
         self.eos_token_id = eos_token_id
         self.relaxed = relaxed
+        self._best: list[torch.FloatTensor] = []  # the best scores at each token, (batch,)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         grammar = self.reader.grammar
@@ -152,13 +169,20 @@ class ActionLogitsProcessor(LogitsProcessor):
             masked[:, self.eos_token_id] = scores[:, self.eos_token_id]
         else:
             masked[:, self.eos_token_id] = torch.where(allowed.any(1), masked[:, self.eos_token_id], 0.0)
-        best = masked.amax(dim=1)
+        self._best.append(masked.amax(dim=1))
+        broken = ~torch.isfinite(self._best[-1])
+        masked = masked.masked_fill(broken[:, None], -torch.inf)
+        masked[:, self.eos_token_id] = masked[:, self.eos_token_id].masked_fill(broken, 0.0)
+        return masked
+
+    def check(self) -> None:
+        """Raise `ValueError` if no token could be chosen at some step, as the scores were not finite."""
+        best = torch.cat(self._best)
         if not torch.isfinite(best).all():
             raise ValueError(
                 f"The model's scores for the action tokens are {best[~torch.isfinite(best)][0].item()}: no action can "
                 "be chosen. Look for NaN in the weights or the inputs, or for generation options that ban tokens."
             )
-        return masked
 
 
 class ChunkIsComplete(StoppingCriteria):

@@ -41,6 +41,10 @@ PROCESSOR_FIELDS += ("scale_factor", "image_size")
 # Options of generate() that would truncate or extend a chunk, or bypass the grammar.
 REFUSED_OPTIONS = ("max_length", "min_new_tokens", "min_length", "stop_strings", "assistant_model")
 REFUSED_OPTIONS += ("prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
+ONE_PROCESS_PER_GPU = (
+    "Start one process for each GPU, `torchrun --nproc_per_node=N script.py ...`, or show one alone, "
+    "CUDA_VISIBLE_DEVICES=0."
+)
 
 
 # Without `GenerationMixin` as a direct base, `AutoModel` makes a new class at every load, which cannot be pickled.
@@ -171,16 +175,33 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
 
     # `wraps` keeps the signature, from which generate() and Trainer read argument names.
     @wraps(SmolVLMForConditionalGeneration.forward)
-    def forward(self, *args, labels: torch.LongTensor | None = None, return_dict: bool | None = None, **kwargs):
+    def forward(
+        self,
+        *args,
+        labels: torch.LongTensor | None = None,
+        return_dict: bool | None = None,
+        return_log_probability: bool = False,
+        **kwargs,
+    ):
+        if getattr(self, "_is_replica", False):
+            raise ValueError(
+                "nn.DataParallel cannot run this policy: SmolVLM reads its dtype from parameters, which replicas do "
+                f"not have. {ONE_PROCESS_PER_GPU}"
+            )
         if labels is None:
+            if return_log_probability:
+                raise ValueError("return_log_probability needs labels. Pass actions to the processor.")
             self._check_inputs(*args, **kwargs)
             return super().forward(*args, return_dict=return_dict, **kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs, kept = self._forward_to_span(labels, *args, **kwargs)
+        if return_log_probability:
+            return self._log_probabilities(outputs.logits, kept, labels)
         targets = labels[:, kept + 1].to(outputs.logits.device)
         loss = cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
         # `Trainer` passes the number of targets in all batches of an optimizer step.
-        loss = loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
         outputs = type(outputs)(**{**outputs, "loss": loss})  # a new object, with the loss first
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return outputs if return_dict else outputs.to_tuple()
@@ -253,6 +274,9 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         up to 1. (Several strings may decode to one chunk; this is the probability of the one in the labels.)
         `model.log_probability(**processor(images=..., text=..., state=..., actions=...))`.
 
+        `DistributedDataParallel` and FSDP act only in `forward`. Behind them, call the wrapped model itself:
+        `wrapped(**inputs, return_log_probability=True)` returns what `per_token=True` does here.
+
         Args:
             labels: `(batch, length)`, the processor's labels: -100 outside the action tokens and EOS.
             per_token: Return one value per token instead of their sum.
@@ -264,21 +288,28 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         Raises:
             ValueError: Labels that do not hold exactly one chunk per row.
         """
-        outputs, kept = self._forward_to_span(labels, **inputs)
-        is_target = labels != -100
-        steps = torch.arange(int(is_target.sum(dim=1).max()), device=labels.device)
+        log_probabilities = self(labels=labels, return_log_probability=True, **inputs)
+        return log_probabilities if per_token else log_probabilities.sum(dim=1)
+
+    def _log_probabilities(
+        self, logits: torch.FloatTensor, kept: torch.LongTensor, labels: torch.LongTensor
+    ) -> torch.FloatTensor:
+        """Those of the labels' tokens, `(batch, tokens)`, from the logits at the positions `kept`."""
+        is_target = (labels != -100).cpu()  # where `kept` is
+        steps = torch.arange(int(is_target.sum(dim=1).max()))
         positions = (is_target.int().argmax(dim=1)[:, None] + steps).clamp(1, labels.shape[1] - 1)  # (batch, tokens)
         rows = torch.searchsorted(kept, positions - 1).clamp(max=len(kept) - 1)
-        scores = outputs.logits[torch.arange(len(labels), device=labels.device)[:, None], rows]
-        log_probabilities = self.action_grammar.log_probabilities(scores, labels.gather(1, positions))
-        return log_probabilities if per_token else log_probabilities.sum(dim=1)
+        samples = torch.arange(len(labels))[:, None]
+        # Layers on several devices: the labels are on the first, the logits on the last.
+        scores, action_ids = logits[samples, rows], labels[samples, positions].to(logits.device)
+        return self.action_grammar.to(logits.device).log_probabilities(scores, action_ids)
 
     @cached_property
     def action_grammar(self) -> ActionGrammar:
         return ActionGrammar(self.config)
 
     def _generation_options(self, generation_config, kwargs: dict, max_new_tokens, max_time) -> dict[str, Any]:
-        """The limits and `top_k` of this call: its arguments, or else those of the configurations."""
+        """The limits, `num_beams` and `top_k` of this call: its arguments, or else those of the configurations."""
         if not isinstance(generation_config, GenerationConfig | None):
             raise ValueError(f"generation_config is {generation_config!r}, expected a GenerationConfig.")
         for name in REFUSED_OPTIONS:
@@ -300,6 +331,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         if limit is not None:
             check_whole(limit, "max_new_tokens")
         options["max_new_tokens"] = min(limit or longest, longest)
+        options["num_beams"] = option("num_beams") or 1
         if (seconds := options["max_time"]) is not None and not (isinstance(seconds, int | float) and seconds > 0):
             raise ValueError(f"max_time is {seconds!r}, expected seconds above 0.")
         if option("do_sample") and option("top_k") is None:
@@ -388,7 +420,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
         pad_token_id = self.generation_config.pad_token_id
         if pad_token_id is None or not 0 <= pad_token_id < vocab_size:  # SmolVLMConfig's default
             kwargs.setdefault("pad_token_id", self.config.text_config.pad_token_id)
-        reader = ActionReader(grammar, prompt_length=input_ids.shape[1])
+        reader = ActionReader(grammar.to(input_ids.device), input_ids.shape[1], has_beams=options["num_beams"] != 1)
         constraint, end = ActionLogitsProcessor(reader, eos_token_id, relaxed), ChunkIsComplete(reader)
         ends = [] if relaxed else [end]
         output = super().generate(
@@ -398,6 +430,7 @@ class SmolAndFastForActionPrediction(SmolVLMForConditionalGeneration, Generation
             generation_config=generation_config,
             **kwargs,
         )
+        constraint.check()
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         if not (relaxed or is_bounded) and not end(sequences, None).all():
             raise ValueError(
@@ -413,9 +446,11 @@ FORWARD = inspect.signature(SmolVLMForConditionalGeneration.forward)
 def action_positions(labels: torch.LongTensor) -> torch.LongTensor:
     """The positions `(kept,)` before a label of any sample; with labels, `forward` returns logits for these alone.
 
+    They are on the CPU, and so index labels and logits on any device.
+
     Position t predicts token t + 1, so the targets are `labels[:, action_positions(labels) + 1]`.
     """
-    kept = (labels[:, 1:] != -100).any(dim=0).nonzero().squeeze(1)
+    kept = (labels[:, 1:] != -100).any(dim=0).cpu().nonzero().squeeze(1)
     if len(kept) == 0:
         raise ValueError("labels has no action token to learn: every entry is -100. Pass actions to the processor.")
     return kept

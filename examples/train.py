@@ -20,12 +20,12 @@ from pathlib import Path
 import interrupt  # noqa: F401 - before the slow imports
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from envs import Benchmark, get_benchmark
 from evaluate import make_predict
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from model_card import CardFacts, write_card
-from rollouts import rollout
+from rollouts import RolloutResult, rollout
 from torch.utils.data import Sampler
 from train_arguments import (
     PARTS,
@@ -38,6 +38,7 @@ from train_arguments import (
 )
 from training_runs import EpochDataset, EpochSetter, interruption, naming_option, read_weights
 from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from smolandfast import (
@@ -185,18 +186,24 @@ class PolicyTrainer(AtomicCheckpointTrainer):
         return GroupedByLength(self.train_dataset, self.processing_class, batch_size, seed)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        # Each `generate()` would need all processes. (With an optimizer, as here, Trainer refuses both at the start.)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError("FSDP and ZeRO-3 split the weights, so no process can play the policy. Train with DDP.")
         metrics = super().evaluate(*args, **kwargs)
-        scores = [None]
-        if self.is_world_process_zero():
-            policy = self.accelerator.unwrap_model(self.model).eval()
-            predict = make_predict(policy, self.processing_class)
-            steps = policy.config.n_action_steps
-            played = rollout(self.benchmark, predict, self.eval_seeds, steps, self.eval_tasks).metrics()
-            names = ("avg_max_reward", "avg_sum_reward", "pc_success", "mean_over_tasks", "mean_over_groups")
-            scores = [{f"eval_{name}": played[name] for name in names if played.get(name) is not None}]
-            # The reward, at most 1, ranks checkpoints of equal success.
-            scores[0]["eval_score"] = played["pc_success"] + played.get("avg_max_reward", 0.0)
-        scores = broadcast_object_list(scores)[0]
+        policy = self.accelerator.unwrap_model(self.model).eval()
+        predict, steps = make_predict(policy, self.processing_class), policy.config.n_action_steps
+        # Each process plays its share, so none waits longer for the others than that takes (`ddp_timeout`).
+        rank, count, tasks, seeds = self.args.process_index, self.args.world_size, self.eval_tasks, self.eval_seeds
+        tasks, seeds = (tasks[rank::count], seeds) if len(tasks) >= count else (tasks, seeds[rank::count])
+        share = rollout(self.benchmark, predict, seeds, steps, tasks).episodes if len(seeds) else []
+        episodes = gather_object(share)
+        episodes.sort(key=lambda episode: (self.eval_tasks.index(episode.task), episode.seed))
+        # The time of a chunk is not reported.
+        played = RolloutResult(self.benchmark, episodes, num_chunks=1, predict_seconds=0.0).metrics()
+        names = ("avg_max_reward", "avg_sum_reward", "pc_success", "mean_over_tasks", "mean_over_groups")
+        scores = {f"eval_{name}": played[name] for name in names if played.get(name) is not None}
+        # The reward, at most 1, ranks checkpoints of equal success.
+        scores["eval_score"] = played["pc_success"] + played.get("avg_max_reward", 0.0)
         self.log(scores)
         return metrics | scores
 

@@ -104,7 +104,7 @@ def token_likings(config, kind):
 def write_strings(policy, kind, do_sample, batch_size=128):
     """Decode as `generate()` does, with random logits where it has a model."""
     grammar, band = policy.grammar, policy.band
-    reader = ActionReader(grammar, 1)
+    reader = ActionReader(grammar, 1, has_beams=False)
     processor, is_whole = ActionLogitsProcessor(reader, EOS), ChunkIsComplete(reader)
     likings = token_likings(policy.config, kind).flip(0)
     ids = torch.full((batch_size, 1), BOS)
@@ -187,20 +187,29 @@ def test_the_grammar_of_bytes_is_utf8():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_scores_that_name_no_token_are_refused(policy, bad):
+def test_scores_that_name_no_token_end_that_string_and_are_refused(policy, bad):
     processor = ActionLogitsProcessor(ActionReader(policy.grammar, 1), EOS)
     logits = torch.zeros(3, policy.config.text_config.vocab_size)
+    expected = processor(torch.full((3, 1), BOS), logits)
+    processor.check()
     logits[1, policy.band] = bad
+    scores = processor(torch.full((3, 1), BOS), logits)
+    assert torch.equal(scores[::2], expected[::2])
+    # Neither `argmax` nor `multinomial`, which would stop a GPU, meets what is not finite.
+    assert scores[1, EOS] == 0 and scores[1].softmax(0)[EOS] == 1
+    processor(torch.full((3, 1), BOS), logits * 0)
     with pytest.raises(ValueError, match=f"scores for the action tokens are {bad}"):
-        processor(torch.full((3, 1), BOS), logits)
+        processor.check()
 
 
 def test_one_nan_among_the_allowed_tokens_is_refused(policy):
     logits = torch.zeros(3, policy.config.text_config.vocab_size)
     first_allowed = policy.grammar.allowed(*policy.grammar.read(torch.empty(1, 0)))[0].nonzero()[0]
     logits[2, policy.base_id - first_allowed] = torch.nan
+    processor = ActionLogitsProcessor(ActionReader(policy.grammar, 1), EOS)
+    processor(torch.full((3, 1), BOS), logits)
     with pytest.raises(ValueError, match="nan"):
-        ActionLogitsProcessor(ActionReader(policy.grammar, 1), EOS)(torch.full((3, 1), BOS), logits)
+        processor.check()
 
 
 PROMPTS = torch.randint(4, NUM_TEXT_TOKENS, (5, 7), generator=torch.Generator().manual_seed(0))

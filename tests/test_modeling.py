@@ -305,9 +305,27 @@ def test_the_loss_comes_first_as_in_transformers(processor, model, batch):
 
 
 def test_weights_that_are_not_finite_never_become_actions(processor, model, batch):
+    inputs = prompts(processor, batch)
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="Look for NaN"):
-        model.generate(**prompts(processor, batch))
+    for options in ({}, {"do_sample": True}, {"num_beams": 2}, {"relaxed": True}, {"max_new_tokens": 2}):
+        with pytest.raises(ValueError, match="Look for NaN"):
+            model.generate(**inputs, **options)
+
+
+def test_one_sample_that_is_not_finite_is_refused_after_its_neighbours_end(processor, model, batch):
+    """It becomes NaN in the middle of its string."""
+    inputs, steps = prompts(processor, batch), []
+
+    def spoil(module, args, logits):
+        steps.append(1)
+        return logits.index_fill(0, torch.tensor(2), torch.nan) if len(steps) == 3 else logits
+
+    with model.lm_head.register_forward_hook(spoil):
+        for options in ({}, {"do_sample": True}):
+            steps.clear()
+            with pytest.raises(ValueError, match="scores for the action tokens are nan"):
+                model.generate(**inputs, **options)
+            assert len(steps) > 3
 
 
 def test_a_model_without_action_tokens_says_how_to_get_them(stock_folder):

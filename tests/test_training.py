@@ -24,7 +24,15 @@ from pretrain_vision import OUTPUTS
 from pretrain_vision import main as pretrain_vision
 from safetensors.torch import load_file, save
 from test_checkpoint_safety import write_demonstrations
-from train import GroupedByLength, PolicyArguments, VariedDemonstrations, fit_embeddings, make_policy, parse_args
+from train import (
+    GroupedByLength,
+    PolicyArguments,
+    PolicyTrainer,
+    VariedDemonstrations,
+    fit_embeddings,
+    make_policy,
+    parse_args,
+)
 from train import fit_statistics_and_tokenizer as fit
 from train import main as train
 from training_runs import EpochSetter
@@ -603,6 +611,23 @@ def test_what_does_not_fit_is_found_before_the_first_step(data, options, named, 
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_weights_split_over_processes_are_refused(capsys, one_layer, model, tmp_path, monkeypatch):
+    create = Trainer.create_accelerator_and_postprocess
+
+    def create_sharded(trainer):  # without a GPU, accelerate ignores FSDP
+        create(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create_sharded)
+    assert "FSDP" in refusal(capsys, train, *short(ROLLOUTS, tmp_path / "run"))
+    arguments = TrainingArguments(str(tmp_path / "other"), use_cpu=True, report_to="none")
+    trainer = PolicyTrainer(
+        model, arguments, benchmark=None, eval_tasks=["pusht"], eval_seeds=range(1), card_options={}
+    )
+    with pytest.raises(ValueError, match="FSDP and ZeRO-3.*Train with DDP"):
+        trainer.evaluate(Demonstrations([], []))
+
+
 def test_data_that_cannot_be_read_are_an_error_line(capsys, own_cache, tmp_path):
     missing = tmp_path / "nowhere"
     line = refusal(capsys, train, *short(missing, tmp_path / "run"))
@@ -822,6 +847,12 @@ def test_numbers_of_pretraining_are_checked_before_scenes_are_rendered(name, val
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_with_twice_the_batch(pusht_root, tmp_path):
-    run_training(common_arguments(pusht_root, tmp_path / "one", per_device_train_batch_size=8))
-    run_training(common_arguments(pusht_root, tmp_path / "two", per_device_train_batch_size=4), processes=2)
-    np.testing.assert_allclose(read_losses(tmp_path / "two")[0], read_losses(tmp_path / "one")[0], rtol=2e-4)
+    """Also where they share the episodes of the evaluation."""
+    options = {"eval_episodes": 3, "per_device_eval_batch_size": 4}
+    run_training(common_arguments(pusht_root, tmp_path / "one", per_device_train_batch_size=8, **options))
+    run_training(common_arguments(pusht_root, tmp_path / "two", per_device_train_batch_size=4, **options), processes=2)
+    (one, *histories), (two, other) = read_losses(tmp_path / "one"), read_losses(tmp_path / "two")
+    np.testing.assert_allclose(two, one, rtol=2e-4)
+    for name in ("eval_score", "eval_avg_sum_reward"):
+        found, expected = ([entry[name] for entry in h if name in entry] for h in (other, *histories))
+        assert len(found) == 1 and found == pytest.approx(expected, rel=1e-3), name

@@ -12,13 +12,14 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..files_smolandfast import SUMS, check_checksums, read_checksums, read_json, write_checksums
-from ..modeling_smolandfast import action_positions
+from ..modeling_smolandfast import ONE_PROCESS_PER_GPU, action_positions
 
 logger = logging.get_logger(__name__)
 
@@ -111,9 +112,8 @@ class AtomicCheckpointTrainer(Trainer):
                 raise ValueError(f"parallelism_config has {name}, which splits sequences between devices. {fix}")
         if not 0 <= smoothing < 1:
             raise ValueError(f"label_smoothing_factor is {smoothing}, expected 0 or more, below 1.")
-        if smoothing and args.n_gpu > 1:
-            fix = "Start one process for each GPU with `accelerate launch`, or set it to 0."
-            raise ValueError(f"label_smoothing_factor is {smoothing} with {args.n_gpu} GPUs in one process. {fix}")
+        if args.n_gpu > 1:  # Trainer would wrap the policy in nn.DataParallel
+            raise ValueError(f"This process has {args.n_gpu} GPUs, expected one. {ONE_PROCESS_PER_GPU}")
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """The policy's own loss; with `label_smoothing_factor`, the smoothed loss of the next action token.
@@ -130,7 +130,8 @@ class AtomicCheckpointTrainer(Trainer):
             scores, epsilon = outputs["logits"].float().flatten(0, 1), self.args.label_smoothing_factor
             loss = cross_entropy(scores, targets, reduction="sum", label_smoothing=epsilon)
             count = inputs.get("num_items_in_batch")
-            outputs["loss"] = loss / ((targets != -100).sum() if count is None else count)
+            count = (targets != -100).sum() if count is None else count
+            outputs["loss"] = loss / (count.to(loss.device) if isinstance(count, torch.Tensor) else count)
             return outputs
 
         smoother, self.label_smoother = self.label_smoother, None
