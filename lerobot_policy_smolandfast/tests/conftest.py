@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.configs.types import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
 
 from lerobot_policy_smolandfast import SMOLANDFASTConfig, SMOLANDFASTPolicy
 
@@ -90,6 +91,13 @@ def make_config(**options) -> SMOLANDFASTConfig:
         output_features={"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))},
         **options,
     )
+
+
+def save_checkpoint(policy: SMOLANDFASTPolicy, folder: Path) -> None:
+    """Save a policy and its pipelines, as `lerobot-train` does."""
+    policy.save_pretrained(folder)
+    for pipeline in make_pre_post_processors(policy.config):
+        pipeline.save_pretrained(folder)
 
 
 @pytest.fixture

@@ -97,6 +97,10 @@ def test_training_resumes_where_it_stopped(trained, checkpoint):
     found = losses(run("lerobot-train", options))
     assert list(found) == [20, 24] and found[24] < before[4] - 0.5
     assert {path.name for path in (trained[0] / "checkpoints").iterdir()} == {"000016", "000024", "last"}
+    for step in ("000016", "000024"):
+        pipeline = trained[0] / "checkpoints" / step / "pretrained_model/policy_preprocessor.json"
+        names = [step["registry_name"] for step in json.loads(pipeline.read_text())["steps"]]
+        assert names.index("smolandfast_processor") < names.index("device_processor")
 
 
 def test_a_checkpoint_converts_to_transformers_and_back(checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """What LeRobot asks of a policy, and that all of it comes from our model and processor."""
 
 import fnmatch
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -19,15 +20,18 @@ from conftest import (
     TASKS,
     make_config,
     make_tasks,
+    save_checkpoint,
 )
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import NormalizationMode
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.factory import make_policy as make_lerobot_policy
+from lerobot.processor.converters import batch_to_transition
 from lerobot.rollout.context import _wrap_predict_action_chunk_with_torch_compile
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from lerobot.utils.import_utils import register_third_party_plugins
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from lerobot_policy_smolandfast import (
@@ -102,6 +106,104 @@ def test_states_and_actions_are_normalised_once(make_policy, dataset, batch):
     chunk = policy.predict_action_chunk(batch)
     assert torch.equal(after(chunk), chunk)
     assert (chunk.numpy() >= dataset.stats["action"]["min"] - 1e-5).all()
+
+
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "labels")
+
+
+def test_the_pre_processor_turns_a_training_batch_into_inputs(make_policy, batch):
+    policy = make_policy()
+    before, _ = make_pre_post_processors(policy.config)
+    prepared = before(batch)
+    images = [[Image.fromarray(to_array(batch[key][i])) for key in CAMERAS] for i in range(3)]
+    expected = policy.processor(images, batch["task"], batch["observation.state"], batch["action"])
+    assert set(expected) == set(INPUTS)
+    for name in INPUTS:
+        assert torch.equal(prepared[name], expected[name])
+    assert torch.equal(policy(prepared)[0], policy(batch)[0])
+    # With mixed precision, FSDP rounds every float tensor that `forward` receives.
+    floats = [name for name, x in prepared.items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    rounded = {name: prepared[name].bfloat16().float() for name in floats if name != "pixel_values"}
+    assert "observation.state" in rounded and torch.equal(policy({**prepared, **rounded})[0], policy(batch)[0])
+    chunk = policy.predict_action_chunk(prepared)
+    assert torch.equal(chunk, policy.predict_action_chunk(batch))
+
+
+def test_the_pre_processor_leaves_observations_to_the_policy(make_policy, batch, monkeypatch):
+    policy = make_policy(n_action_steps=4)
+    before, _ = make_pre_post_processors(policy.config)
+    observation = {key: value for key, value in batch.items() if key != "action"}
+    calls, kind = [], type(policy.processor)
+    process = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda *args, **options: calls.append(1) or process(*args, **options))
+    for _ in range(5):
+        policy.select_action(before(observation))
+    assert len(calls) == 2  # once for each chunk, not for each action
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+def test_images_are_rounded_as_the_processor_rounds_them(make_policy, batch, dtype):
+    policy = make_policy()
+    for key in CAMERAS:
+        if dtype == torch.uint8:
+            batch[key] = (batch[key] * 255).round().to(dtype)
+        else:
+            batch[key] = torch.rand(batch[key].shape, dtype=dtype, generator=torch.manual_seed(0))
+            batch[key].view(-1)[:256] = (torch.arange(256) + 0.5) / 255  # halves
+    images = [[batch[key][i] for key in CAMERAS] for i in range(3)]
+    expected = policy.processor(images, batch["task"], batch["observation.state"])
+    before, _ = make_pre_post_processors(policy.config)
+    assert torch.equal(before(batch)["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1.5, -0.5, float("inf")])
+def test_images_out_of_range_are_refused(make_policy, batch, value):
+    batch[CAMERAS[1]][1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match=r"images\[1\].*expected \[0, 1\]"):
+        make_policy()(batch)
+
+
+def test_a_loaded_pipeline_uses_the_processor_of_the_loaded_policy(make_policy, batch, tmp_path):
+    save_checkpoint(make_policy(), tmp_path)
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=[f"--default_task={TASKS[1]}"])
+    policy = SMOLANDFASTPolicy.from_pretrained(tmp_path, config=config)
+    before, _ = make_pre_post_processors(config, tmp_path)
+    expected = before({**batch, "task": [TASKS[1]] * 3})
+    found = before({**batch, "task": [""] * 3})
+    for name in INPUTS:
+        assert torch.equal(found[name], expected[name])
+    assert torch.equal(policy(found)[0], policy({**batch, "task": [TASKS[1]] * 3})[0])
+
+
+def test_a_checkpoint_without_the_step_still_trains_and_predicts(make_policy, batch, tmp_path):
+    policy = make_policy()
+    save_checkpoint(policy, tmp_path)
+    path = tmp_path / "policy_preprocessor.json"
+    pipeline = json.loads(path.read_text())
+    pipeline["steps"] = [step for step in pipeline["steps"] if step["registry_name"] != "smolandfast_processor"]
+    path.write_text(json.dumps(pipeline))
+    loaded = SMOLANDFASTPolicy.from_pretrained(tmp_path)
+    before, _ = make_pre_post_processors(loaded.config, tmp_path)
+    assert "labels" not in before(batch)
+    assert torch.equal(loaded(before(batch))[0], policy(batch)[0])
+    assert torch.equal(loaded.predict_action_chunk(before(batch)), policy.predict_action_chunk(batch))
+
+
+def test_pipelines_need_a_policy(make_policy, batch):
+    with pytest.raises(ValueError, match="policy.config"):
+        make_pre_post_processors(make_config())
+    step = processor_smolandfast.SmolAndFastProcessorStep("0123456789abcdef")
+    with pytest.raises(ValueError, match="'0123456789abcdef'"):
+        step(batch_to_transition(batch))
+    policy = make_policy()
+    before, _ = make_pre_post_processors(policy.config)
+    with pytest.raises(ValueError, match="has no observation.images.wrist"):
+        before({key: value for key, value in batch.items() if key != CAMERAS[1]})
+
+
+def to_array(image: torch.Tensor) -> np.ndarray:
+    """Floats `(3, H, W)` in [0, 1] -> uint8 `(H, W, 3)`."""
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 EMPTY_TASKS = ["", " ", None, [""] * 3, [TASKS[0], None, TASKS[1]]]
@@ -320,6 +422,51 @@ def test_chunks_end_with_their_episode(dataset):
     np.testing.assert_array_equal(chunks[-1], dataset.actions[[-1] * CHUNK_SIZE])
 
 
+JOINTS = ["elbow.pos", "shoulder.pos", "Gripper.pos", "lift"]  # of the action
+REFERENCE_DIMS = [1, 0, None, None]
+
+
+def test_joints_are_relative_by_name_and_some_stay_absolute(make_policy, dataset, batch, tmp_path):
+    options = {"relative_actions": True, "relative_exclude_joints": ["gripper", "lift"], "action_names": JOINTS}
+    policy = make_policy(**options)
+    assert policy.processor.normalizer.reference_dims == REFERENCE_DIMS
+    expected = compute_statistics(*read_demonstrations(dataset.root, CHUNK_SIZE), REFERENCE_DIMS)["relative_action"]
+    for name, values in expected.items():
+        np.testing.assert_allclose(policy.processor.statistics["relative_action"][name], values, rtol=1e-12)
+    policy.save_pretrained(tmp_path / "saved")
+    to_transformers(tmp_path / "saved", tmp_path / "transformers")
+    to_lerobot(tmp_path / "transformers", tmp_path / "again")
+    for folder in ("saved", "again"):
+        loaded = SMOLANDFASTPolicy.from_pretrained(tmp_path / folder)
+        assert loaded.config.relative_exclude_joints == ["gripper", "lift"]
+        assert loaded.processor.normalizer.reference_dims == REFERENCE_DIMS
+        assert torch.equal(loaded.predict_action_chunk(batch), policy.predict_action_chunk(batch))
+    config = PreTrainedConfig.from_pretrained(tmp_path / "saved")
+    config.relative_exclude_joints = ["gripper", "lift", "elbow"]
+    with pytest.raises(
+        ValueError, match=r"\['gripper', 'lift', 'elbow'\], but \['gripper', 'lift'\] in the checkpoint"
+    ):
+        SMOLANDFASTPolicy.from_pretrained(tmp_path / "saved", config=config)
+    with pytest.raises(ValueError, match="has 'wrist'"):
+        make_policy(**{**options, "relative_exclude_joints": ["wrist"]})
+
+
+def test_images_keep_their_aspect_ratio_if_asked_to(make_policy, batch, tmp_path):
+    policy = make_policy(resize_with_pad=True)
+    images = [[Image.fromarray(to_array(batch[key][i])) for key in CAMERAS] for i in range(3)]
+    expected = policy.processor(images, batch["task"], batch["observation.state"])["pixel_values"]
+    pixels = make_pre_post_processors(policy.config)[0](batch)["pixel_values"]
+    assert torch.equal(pixels, expected)
+    side = pixels.shape[-1]
+    bar = side // 8  # 48 x 64 pixels: a quarter of the square is black
+    assert (pixels[..., :bar, :] == pixels.min()).all() and (pixels[..., side - bar :, :] == pixels.min()).all()
+    assert pixels[..., bar, :].std() > 0.1 and pixels[..., side - bar - 1, :].std() > 0.1
+    policy.save_pretrained(tmp_path)
+    loaded = SMOLANDFASTPolicy.from_pretrained(tmp_path)
+    assert loaded.config.resize_with_pad
+    assert torch.equal(loaded.predict_action_chunk(batch), policy.predict_action_chunk(batch))
+
+
 def test_statistics_of_relative_actions_cover_all_frames(dataset, monkeypatch):
     states, chunks = read_demonstrations(dataset.root, CHUNK_SIZE)
     expected = compute_statistics(states, chunks[..., :STATE_DIM])["relative_action"]
@@ -369,9 +516,7 @@ def test_other_cameras_than_the_weights_were_trained_with_are_refused(make_polic
 
 def test_cameras_are_renamed_by_lerobots_rename_map(make_policy, batch, tmp_path):
     policy = make_policy()
-    policy.save_pretrained(tmp_path)
-    for pipeline in make_pre_post_processors(policy.config):
-        pipeline.save_pretrained(tmp_path)
+    save_checkpoint(policy, tmp_path)
     overrides = {"rename_observations_processor": {"rename_map": {"observation.images.top": CAMERAS[0]}}}
     before, _ = make_pre_post_processors(policy.config, tmp_path, preprocessor_overrides=overrides)
     expected = policy.predict_action_chunk(batch)
@@ -424,6 +569,8 @@ def test_chunks_are_those_of_lerobots_loader(shared):
         ({"connector_learning_rate": float("inf")}, "connector_learning_rate is inf"),
         ({"scheduler_decay_lr": float("nan")}, "scheduler_decay_lr is nan"),
         ({"do_image_splitting": True}, "tiny preset"),
+        ({"do_image_splitting": True, "resize_with_pad": True, "vlm_model_name": "x"}, "resize_with_pad is set"),
+        ({"relative_exclude_joints": ["gripper"]}, "--policy.relative_actions=true"),
         ({"normalization_mapping": {"ACTION": NormalizationMode.MIN_MAX}}, "--policy.normalization"),
     ],
 )
@@ -440,8 +587,14 @@ def test_data_that_does_not_fit_is_refused(make_policy, dataset, batch, tmp_path
         policy.forward({key: value for key, value in batch.items() if key != "action"})
     with pytest.raises(ValueError, match="A new policy needs a data set"):
         SMOLANDFASTPolicy(make_config())
+    with pytest.raises(ValueError, match="action_names has 'a'"):
+        make_policy(relative_actions=True)  # three numbers of state, four of action, other names
+    unnamed = {key: {**feature, "names": None} for key, feature in dataset.features.items()}
+    meta = SimpleNamespace(**{**vars(dataset), "features": unnamed})
     with pytest.raises(ValueError, match="relative_actions is set"):
-        make_policy(relative_actions=True)  # three numbers of state, four of action
+        SMOLANDFASTPolicy(make_config(relative_actions=True), dataset_stats=dataset.stats, dataset_meta=meta)
+    with pytest.raises(ValueError, match="action_names is .*, expected 4"):
+        make_policy(action_names=["a"])
     config = make_config()
     config.input_features = {"observation.state": config.input_features["observation.state"]}
     with pytest.raises(ValueError, match="expected at least one camera"):

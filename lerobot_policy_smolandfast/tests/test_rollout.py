@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from conftest import ACTION_DIM, CAMERAS, FPS, STATE_NAMES, TASKS
-from lerobot.policies.factory import make_pre_post_processors
+from conftest import ACTION_DIM, CAMERAS, FPS, STATE_NAMES, TASKS, save_checkpoint
 from lerobot.robots import Robot, RobotConfig
 from lerobot.rollout import context
 from lerobot.scripts.lerobot_rollout import rollout
@@ -50,10 +49,7 @@ class StillArm(Robot):
 
 @pytest.fixture
 def run(make_policy, tmp_path, monkeypatch):
-    policy = make_policy()
-    policy.save_pretrained(tmp_path)
-    for pipeline in make_pre_post_processors(policy.config):
-        pipeline.save_pretrained(tmp_path)
+    save_checkpoint(make_policy(), tmp_path)
 
     def run(*arguments: str) -> list[dict]:
         SENT.clear()

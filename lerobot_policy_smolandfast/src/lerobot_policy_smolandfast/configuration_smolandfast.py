@@ -8,9 +8,10 @@ from lerobot.configs import NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from smolandfast import SmolAndFastConfig
+from smolandfast import SmolAndFastConfig, match_joints
 from smolandfast.checks_smolandfast import check_whole
 from smolandfast.normalization_smolandfast import BOUNDS
+from smolandfast.prompt_smolandfast import check_names
 from smolandfast.training.data import axis_names, is_depth
 
 TINY = "tiny"
@@ -30,6 +31,7 @@ class SMOLANDFASTConfig(PreTrainedConfig):
     vlm_model_name: str = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
     scale_factor: int | None = None  # side of the pixel shuffle; None: 1 for a SmolVLM checkpoint, 3 for "tiny"
     do_image_splitting: bool = False  # also cut large images into sub-images; not for "tiny"
+    resize_with_pad: bool = False  # keep the aspect ratio of images, between black bars; False: stretch to a square
     freeze_vision_tower: bool = False  # keep the weights of the vision tower as they are
     freeze_connector: bool = False  # keep the weights of the connector as they are
     dtype: str = "float32"  # "bfloat16" runs the model under autocast; the weights are float32 in any case
@@ -39,7 +41,9 @@ class SMOLANDFASTConfig(PreTrainedConfig):
     n_action_steps: int = 5  # actions of a chunk to execute before the next prediction
     n_state_bins: int = 256  # bins of each state dimension in the prompt
     normalization: str = "min_max"  # of states and actions; or "quantiles": 1st and 99th percentile
-    relative_actions: bool = False  # predict actions relative to the state
+    relative_actions: bool = False  # predict actions relative to the state, matched by joint name
+    # with relative_actions, joints that stay absolute: all whose name contains one of these, e.g. ["gripper"]
+    relative_exclude_joints: list[str] = field(default_factory=list)
     # FAST tokenizer, as hub id ("physical-intelligence/fast") or folder; None: fit one to the data set's actions
     action_tokenizer: str | None = None
     fast_scale: float = 10.0  # scale of a fitted FAST tokenizer: larger is more precise and needs more tokens
@@ -66,6 +70,7 @@ class SMOLANDFASTConfig(PreTrainedConfig):
     )
 
     observation_delta_indices = reward_delta_indices = None
+    processor_fingerprint = None  # not an option: of the policy that has this configuration
 
     @property
     def action_delta_indices(self) -> list[int]:
@@ -89,6 +94,13 @@ class SMOLANDFASTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more.")
         if self.do_image_splitting and self.vlm_model_name == TINY:
             raise ValueError("do_image_splitting is set, but the images of the tiny preset are too small to be split.")
+        if self.do_image_splitting and self.resize_with_pad:
+            raise ValueError("resize_with_pad is set, but do_image_splitting resizes images itself. Set one of them.")
+        if self.relative_exclude_joints and not self.relative_actions:
+            raise ValueError(
+                f"relative_exclude_joints is {self.relative_exclude_joints}, but without relative_actions all joints "
+                "are absolute. Set --policy.relative_actions=true, or leave it out."
+            )
         if set(self.normalization_mapping.values()) - {NormalizationMode.IDENTITY}:
             raise ValueError(
                 f"normalization_mapping is {self.normalization_mapping}, expected IDENTITY for all: the policy's own "
@@ -125,11 +137,20 @@ class SMOLANDFASTConfig(PreTrainedConfig):
                 f"The data has {shapes}, expected at least one camera, and {OBS_STATE} and {ACTION} of shape (dim,). "
                 "Rename features to match, or use another data set."
             )
-        if self.relative_actions and shapes[OBS_STATE] != shapes[ACTION]:
+        for name, key in (("state_names", OBS_STATE), ("action_names", ACTION)):
+            if getattr(self, name) is not None:
+                check_names(getattr(self, name), name, *shapes[key])
+        if self.relative_actions and shapes[OBS_STATE] != shapes[ACTION] and self.reference_dims is None:
             raise ValueError(
                 f"relative_actions is set, but {OBS_STATE} has shape {shapes[OBS_STATE]} and {ACTION} has "
-                f"{shapes[ACTION]}, expected the same: one is subtracted from the other. Leave it off for this robot."
+                f"{shapes[ACTION]}, and they have no names to match. Name the joints with --policy.state_names and "
+                "--policy.action_names, or leave it off for this robot."
             )
+
+    @property
+    def reference_dims(self) -> list[int | None] | None:
+        """The dimension of the state that each dimension of the action is relative to, see [`Normalizer`]."""
+        return match_joints(self.state_names, self.action_names, self.relative_exclude_joints)
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
@@ -18,11 +17,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from smolandfast import SmolAndFastConfig, SmolAndFastForActionPrediction, SmolAndFastProcessor
-from smolandfast.prompt_smolandfast import name_tasks
 from smolandfast.training import make_tiny_model, parameter_groups
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig, model_options
-from .processor_smolandfast import is_blank, learn_tasks, make_processor, processor_options
+from .processor_smolandfast import BatchReader, learn_tasks, make_processor, processor_options
 
 FOLDER = "smolandfast"  # in a LeRobot checkpoint: the model's configuration and the processor
 
@@ -65,7 +63,8 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
             config.default_task = self.processor.default_task
         self.processor.default_task = config.default_task
         self._check_processor()
-        self._joints_warned_of: set[str] = set()
+        config.processor_fingerprint = self.model.config.processor_fingerprint or self.processor.fingerprint
+        self._read = BatchReader(self.processor, config, config.processor_fingerprint)
         self._has_warned_of_compilation = False
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -148,18 +147,11 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         """The loss of a batch, a scalar: the cross-entropy of the action tokens. LeRobot logs the second value.
 
         Args:
-            batch: For each camera `(B, 3, H, W)` floats in [0, 1], `observation.state` `(B, state_dim)`, `action`
-                `(B, chunk_size, action_dim)` and `task`, B instructions; the default task replaces an empty one.
-
-        Raises:
-            ValueError: Features are missing, or a task is empty and there is no default task.
+            batch: The output of the pre-processor, of which only the model inputs are used. A batch without them,
+                such as LeRobot's loader gives, is turned into inputs here, see [`BatchReader`].
         """
-        if ACTION not in batch:
-            raise ValueError(
-                f"The batch has no {ACTION}, only {sorted(batch)}. Training needs the demonstrated actions; use "
-                "predict_action_chunk to predict some."
-            )
-        inputs = self.processor(**self._read_observation(batch), actions=batch[ACTION]).to(self.model.device)
+        inputs = batch if "labels" in batch else self._read(batch, with_actions=True)
+        inputs = {name: inputs[name].to(self.model.device) for name in (*self.processor.model_input_names, "labels")}
         with self._autocast():
             return self.model(**inputs, use_cache=False).loss, None
 
@@ -178,9 +170,10 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
         prev_chunk_left_over: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Predict chunks: observations as in `forward` -> `(B, chunk_size, action_dim)`.
+        """Predict chunks: `(B, chunk_size, action_dim)`.
 
         Args:
+            batch: Observations, see [`BatchReader`].
             inference_delay, prev_chunk_left_over: Of LeRobot's real-time mode; not used, see [`supports_rtc`].
             kwargs: For `generate()`.
         """
@@ -192,7 +185,7 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
             self._has_warned_of_compilation = True
             logging.warning("SmolAndFast runs without torch.compile: --use_torch_compile=true has no effect.")
         self.eval()
-        inputs = self.processor(**self._read_observation(batch)).to(self.model.device)
+        inputs = self._read(batch).to(self.model.device)
         relaxed = self.config.relaxed_decoding
         with self._autocast():
             ids = self.model.generate(**inputs, relaxed=relaxed, **options)
@@ -204,51 +197,6 @@ class SMOLANDFASTPolicy(PreTrainedPolicy):
             chunk = self.predict_action_chunk(batch, **kwargs)[:, : self.config.n_action_steps]
             self._action_queue.extend(chunk.transpose(0, 1))  # (B, n, D) -> n times (B, D)
         return self._action_queue.popleft()
-
-    def _read_observation(self, batch: dict[str, Any]) -> dict[str, Any]:
-        missing = [key for key in (*self.config.image_features, OBS_STATE) if key not in batch]
-        if missing:
-            raise ValueError(
-                f"The batch has no {', '.join(missing)}, only {sorted(batch)}. Rename features with --rename_map, or "
-                "train a policy for these."
-            )
-        self._warn_of_unseen_states(batch[OBS_STATE])
-        images = zip(*(batch[key] for key in self.config.image_features), strict=True)  # one tuple a sample
-        return {"images": list(images), "text": self._read_tasks(batch), "state": batch[OBS_STATE]}
-
-    def _read_tasks(self, batch: dict[str, Any]) -> str | list[str] | None:
-        """The tasks, of which the processor replaces empty ones by the default task."""
-        tasks = batch.get("task")
-        is_empty = any(map(is_blank, [tasks] if tasks is None or isinstance(tasks, str) else tasks))
-        if is_empty and is_blank(self.config.default_task):
-            raise ValueError(
-                "The task is empty, and the policy has no default_task. Pass one of the tasks of the training "
-                f"(lerobot-rollout --task=...): {name_tasks(self.processor.training_tasks or [])}. Or choose one with "
-                "--policy.default_task=...."
-            )
-        return tasks
-
-    def _warn_of_unseen_states(self, states: Tensor) -> None:
-        """Warn once for each joint outside the range of the data, a sign of a robot that reports other units."""
-        statistics = self.processor.statistics[OBS_STATE]
-        low, high = (np.asarray(statistics[name], np.float32) for name in ("min", "max"))
-        states = states.detach().float().cpu().numpy()
-        if states.shape[1:] != low.shape:
-            return  # the processor refuses it
-        warned = []
-        for joint in np.flatnonzero(((states < low) | (states > high)).any(axis=0)):
-            name = self.config.state_names[joint] if self.config.state_names else f"{OBS_STATE}[{joint}]"
-            if name not in self._joints_warned_of:
-                self._joints_warned_of.add(name)
-                values = states[:, joint]
-                value = values[np.argmax(np.maximum(low[joint] - values, values - high[joint]))]
-                warned.append(f"{name} is {value:.6g}, the data has {low[joint]:.6g} to {high[joint]:.6g}")
-        if warned:
-            logging.warning(
-                "The robot's state is outside the range of the training data, and is clamped: %s. If this concerns "
-                "many joints, check the robot's units (degrees or percent) and its calibration.",
-                "; ".join(warned),
-            )
 
     def _autocast(self) -> AbstractContextManager:
         if self.config.dtype == "bfloat16":
