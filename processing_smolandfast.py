@@ -29,7 +29,9 @@ from .prompt_smolandfast import (
     BINS_IN_PROMPT,
     ImageResizer,
     check_names,
+    pixel_table,
     read_observations,
+    to_pixel_values,
     warning_of_new_tasks,
     write_prompt,
 )
@@ -387,13 +389,7 @@ class SmolAndFastProcessor(ProcessorMixin):
         is_one = np.ndim(state) == 1
         images, tasks, state = observations
         bins = self.normalizer.state_bins(state)
-        if (resizer := self.image_resizer) is not None:
-            images = [[resizer(image) for image in sample] for sample in images]
-        pixels = self.image_processor(
-            images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last"
-        )
-        splits = zip(pixels.pop("rows"), pixels.pop("cols"), strict=True)
-        grids = [list(zip(rows, cols, strict=True)) for rows, cols in splits]
+        pixels, grids = self._process_images(images)
         template, samples = self._prompt_around_images(), zip(tasks, bins, grids, strict=True)
         prompts = [self._write_prompt(template, *sample) for sample in samples]
         rows, side, labels = self._tokenize(prompts), "left", {}
@@ -416,6 +412,22 @@ class SmolAndFastProcessor(ProcessorMixin):
             "attention_mask": _pad([[1] * len(row) for row in rows], 0, side),
         }
         return BatchFeature({**inputs, **pixels, **labels})
+
+    def _process_images(self, images: list[list[np.ndarray]]) -> tuple[dict, list[list[tuple]]]:
+        """The model's inputs, and rows and columns of each image's sub-images, 0 if it is not split.
+
+        For images that are not split, the pixels are those of the image processor, in a fifth of its time.
+        """
+        options, resizer = self.image_processor, self.image_resizer
+        if resizer is None or not (options.do_rescale and options.do_normalize):
+            pixels = options(images, return_row_col_info=True, return_tensors="pt", input_data_format="channels_last")
+            splits = zip(pixels.pop("rows"), pixels.pop("cols"), strict=True)
+            return pixels, [list(zip(rows, cols, strict=True)) for rows, cols in splits]
+        table = pixel_table(options.rescale_factor, options.image_mean, options.image_std)
+        values = np.stack([[to_pixel_values(resizer(image), table) for image in sample] for sample in images])
+        mask = torch.ones(*values.shape[:2], *values.shape[3:], dtype=torch.bool)
+        pixels = {"pixel_values": torch.from_numpy(values), "pixel_attention_mask": mask}
+        return pixels, [[(0, 0)] * len(sample) for sample in images]
 
     def post_process_actions(self, generated_ids: torch.LongTensor, relaxed: bool = False) -> np.ndarray:
         """Decode the output of `model.generate(**inputs)` to actions for the robot.

@@ -1,4 +1,4 @@
-"""Input validation of a policy (images, task, state), the size of its images, and the prompt.
+"""Input validation of a policy (images, task, state), its pixels, and the prompt.
 
 Needs only NumPy and Pillow, so that a deployed policy (`deployment/runtime.py`) shares it with the processor.
 """
@@ -46,6 +46,18 @@ class ImageResizer:
         resized = Image.fromarray(image).resize((width, height), self.resample)
         square[top : top + height, left : left + width] = np.asarray(resized)
         return square
+
+
+def pixel_table(rescale_factor: float, image_mean: Sequence[float], image_std: Sequence[float]) -> np.ndarray:
+    """Each value of each channel as the vision tower reads it, `(3, 256)` float32: rescaled and normalised."""
+    values = (np.arange(256) * rescale_factor).astype(np.float32)
+    mean, std = (np.float32(numbers)[:, None] for numbers in (image_mean, image_std))
+    return (values - mean) / std
+
+
+def to_pixel_values(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """uint8 `(side, side, 3) -> (3, side, side)` float32, with the table of [`pixel_table`]."""
+    return table[np.arange(3)[:, None, None], image.transpose(2, 0, 1)]
 
 
 def read_observations(

@@ -20,7 +20,14 @@ from ..checks_smolandfast import as_value_error, check_length, check_whole
 from ..files_smolandfast import check_checksums, read_json
 from ..grammar_smolandfast import INVALID, grammar_tables, inverse_dct, read_coefficients
 from ..normalization_smolandfast import Normalizer
-from ..prompt_smolandfast import ImageResizer, read_observations, warning_of_new_tasks, write_prompt
+from ..prompt_smolandfast import (
+    ImageResizer,
+    pixel_table,
+    read_observations,
+    to_pixel_values,
+    warning_of_new_tasks,
+    write_prompt,
+)
 
 logger = logging.getLogger("smolandfast")
 
@@ -101,9 +108,7 @@ class DeployedPolicy:
         self._max_positions = metadata["max_position_embeddings"]
         pixels = metadata["pixels"]
         self._resize = ImageResizer(pixels["side"], pixels["resample"], pixels["with_pad"])
-        values = (np.arange(256) * pixels["rescale_factor"]).astype(np.float32)
-        mean, std = (np.float32(pixels[name])[:, None] for name in ("mean", "std"))
-        self._pixel_table = (values - mean) / std  # (3, 256): each value of a channel, normalised
+        self._pixel_table = pixel_table(pixels["rescale_factor"], pixels["mean"], pixels["std"])
         tokens = metadata["actions"]
         self.chunk_size, self._scale, self._base_id = (tokens[name] for name in ("chunk_size", "scale", "base_id"))
         self._symbols = tokens["first_symbol"], tokens["min_coefficient"]
@@ -197,7 +202,7 @@ class DeployedPolicy:
         """Coefficients `(chunk_size, action_dim)`, mean log-probability, whether the chunk is whole, and tokens."""
         embeds = self._embeddings[ids]
         is_visual = ids == self._prompt["image_token_id"]
-        embeds[is_visual] = np.concatenate([self._vision({"pixel_values": self._pixels(x)})[0][0] for x in images])
+        embeds[is_visual] = np.concatenate([self._encode(image) for image in images])
         layers, heads, head_dim = self._cache_shape
         cache = [np.zeros((1, heads, 0, head_dim), dtype=np.float32)] * (2 * layers)
         left, state, tokens, total, length = self._num_coefficients, 0, [], 0.0, 0
@@ -222,9 +227,10 @@ class DeployedPolicy:
         coefficients[: len(written)] = written  # without a character that was cut in two
         return coefficients.reshape(self.chunk_size, self.action_dim), total / len(tokens), is_whole, tokens
 
-    def _pixels(self, image: np.ndarray) -> np.ndarray:
-        pixels = self._resize(image).transpose(2, 0, 1)
-        return self._pixel_table[np.arange(3)[:, None, None], pixels][None]
+    def _encode(self, image: np.ndarray) -> np.ndarray:
+        """An image's visual tokens: `(visual tokens, hidden_size)`."""
+        pixel_values = to_pixel_values(self._resize(image), self._pixel_table)
+        return self._vision({"pixel_values": pixel_values[None]})[0][0]
 
     def _decoder_inputs(self, embeds: np.ndarray, length: int, cache: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Inputs for new tokens, `(new, hidden_size)`, after the `length` tokens of the cache."""

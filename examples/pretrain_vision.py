@@ -27,6 +27,7 @@ from torch import nn
 from training_runs import (
     OPTIONS,
     EpochSetter,
+    check_learning_rate,
     check_numbers,
     interruption,
     keep_options,
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, benchmark, pretraining_class = make_parser(name, __doc__)
     args = parser.parse_args(argv)
     try:
+        check_learning_rate(args)
         check_numbers(args, max_steps=(1, math.inf), batch_size=(1, math.inf), **pretraining_class.limits)
         torch.manual_seed(args.seed)
         with naming_option("--output_dir"):

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -88,12 +89,16 @@ def keep_options(args: argparse.Namespace, free: Sequence[str]) -> None:
         raise ValueError(f"{args.output_dir} was begun with {differing}. {fix}")
 
 
-def check_numbers(args: argparse.Namespace, **limits: tuple[float, float]) -> None:
-    """Refuse numbers outside of their limits, and a `learning_rate` that is not above 0."""
+def check_numbers(args: Any, **limits: tuple[float, float]) -> None:
+    """Refuse numbers outside of their limits. `None` stands for a default."""
     for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:  # NaN fails, too
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # NaN fails, too
             expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected {expected}.")
+            raise ValueError(f"--{name} is {value}, expected {expected}.")
+
+
+def check_learning_rate(args: Any) -> None:
     if not 0 < args.learning_rate < math.inf:
         raise ValueError(f"--learning_rate is {args.learning_rate}, expected a number above 0.")
 

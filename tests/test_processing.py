@@ -335,6 +335,16 @@ def test_images_resized_beforehand_give_the_same_pixels(demonstrations, resize_w
     assert (loaded.image_resizer, loaded.fingerprint) == (processor.image_resizer, processor.fingerprint)
 
 
+@pytest.mark.parametrize("size", [(96, 96), (480, 640), (30, 512)])
+def test_pixels_are_those_of_smolvlms_image_processor(real_processor, processor, size):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for ours in (real_processor, processor):
+        inputs = ours(images=image, text=TASK, state=[200.0, 200.0])
+        expected = ours.image_processor([[image]], return_tensors="pt", input_data_format="channels_last")
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+        assert torch.equal(inputs["pixel_attention_mask"], expected["pixel_attention_mask"].bool())
+
+
 def test_padding_and_splitting_exclude_each_other(real_processor, smolvlm_assets):
     options = real_processor.action_tokenizer, real_processor.statistics
     padded = SmolAndFastProcessor.from_vlm(smolvlm_assets, *options, resize_with_pad=True)

@@ -19,6 +19,7 @@ from PIL import Image
 from test_fuzz import fuzz, junk, odd_arrays, odd_images
 
 from smolandfast import SmolAndFastProcessor, compute_statistics
+from smolandfast.deployment import runtime
 from smolandfast.deployment.runtime import DECODER, FILES, POLICY, VISION, DeployedPolicy
 from smolandfast.files_smolandfast import SUMS, read_checksums, write_checksums
 from smolandfast.training import make_tiny_processor
@@ -390,8 +391,8 @@ def test_weights_of_eight_bits_are_nearly_the_same(deployed, int8):
 
 
 def test_a_policy_that_came_out_different_is_not_left_behind(checkpoint, tmp_path, monkeypatch):
-    before = DeployedPolicy._pixels
-    monkeypatch.setattr(DeployedPolicy, "_pixels", lambda self, image: 0.9 * before(self, image))
+    before = runtime.to_pixel_values
+    monkeypatch.setattr(runtime, "to_pixel_values", lambda *args: 0.9 * before(*args))
     with pytest.raises(ValueError, match="The exported policy is not the same"):
         export.export_policy(checkpoint, tmp_path / "policy")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,326 @@
+"""Train a policy on your own recordings, see how well it predicts held-out episodes, and get it ready for the arm.
+
+    python examples/my_robot.py --dataset you/your-data --check_only
+    python examples/my_robot.py --dataset you/your-data --preset tiny --output_dir outputs/mine
+
+The data set is a LeRobot v3.0 one, a folder or a Hub id. `tiny` trains on a CPU from random weights, `256M` starts
+from SmolVLM2 and needs a GPU. docs/your_robot.md explains the report. Needs `pip install -e ".[robot]"`.
+"""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import interrupt  # noqa: F401 - before the slow imports
+import matplotlib
+import numpy as np
+import torch
+from training_runs import check_numbers, interruption
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.hf_argparser import HfArg
+
+from smolandfast import (
+    FastActionTokenizer,
+    Normalizer,
+    SmolAndFastForActionPrediction,
+    SmolAndFastProcessor,
+    compute_statistics,
+    match_joints,
+)
+from smolandfast.files_smolandfast import atomic_write, check_new_folder
+from smolandfast.training import (
+    ActionDataCollator,
+    AtomicCheckpointTrainer,
+    LeRobotChunkDataset,
+    bf16_is_faster,
+    download_dataset,
+    inspect_dataset,
+    make_muon,
+    make_optimizer,
+    make_tiny_model,
+    make_tiny_processor,
+    parameter_groups,
+)
+from smolandfast.training.frames import MAX_CACHED_BYTES
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - after the choice of a backend without a screen
+
+CHUNK_SECONDS = 0.64
+MAX_FITTED_CHUNKS = 100_000  # evenly spaced, for the statistics and the FAST tokenizer
+NUM_COMPARED, NUM_PLOTTED = 256, 3  # held-out chunks that are predicted, and episodes that are plotted
+TINY_IMAGES = ((128, 4), (96, 3), (64, 2))  # image_size and scale_factor: 4 visual tokens an image
+COUNTS = ("held_out_episodes", "chunk_size", "n_action_steps", "image_size", "scale_factor", "max_steps", "batch_size")
+COUNTS += ("gradient_accumulation_steps", "save_steps")
+RATES = {
+    "tiny": {"vision_learning_rate": 5e-4, "connector_learning_rate": 3e-4, "text_learning_rate": 1e-3},
+    "256M": {"vision_learning_rate": 2e-5, "connector_learning_rate": 2e-4, "text_learning_rate": 2e-4},
+}
+
+
+@dataclass
+class Arguments:
+    dataset: str = HfArg(help="LeRobot v3.0 data set: a folder or a Hub id")
+    preset: str = HfArg(default="tiny", help="model size", metadata={"choices": ["tiny", "256M"]})
+    output_dir: str = HfArg(default="outputs/mine", help="folder of the policy")
+    check_only: bool = HfArg(default=False, help="look at the data and stop")
+    vlm: str = HfArg(
+        default="HuggingFaceTB/SmolVLM2-256M-Video-Instruct", help="where 256M starts from: Hub id or folder"
+    )
+    held_out_episodes: int | None = HfArg(default=None, help="not trained on, but compared with (a tenth, at least 3)")
+    chunk_size: int | None = HfArg(default=None, help="actions predicted at once (0.64 seconds)")
+    n_action_steps: int | None = HfArg(default=None, help="actions executed of them (half)")
+    normalization: str = HfArg(default="min_max", help="or quantiles", metadata={"choices": ["min_max", "quantiles"]})
+    use_relative_actions: bool | None = HfArg(default=None, help="relative to the state (if they are its targets)")
+    relative_exclude_joints: list[str] | None = HfArg(default=None, help="joints that stay absolute (gripper)")
+    fast_scale: float | None = HfArg(default=None, help="scale of the FAST tokenizer (as the check recommends)")
+    image_size: int | None = HfArg(default=None, help="side of the policy's images, pixels (tiny: 128, 256M: 512)")
+    scale_factor: int | None = HfArg(default=None, help="side of the pixel shuffle (tiny: 4, 256M: 4)")
+    resize_with_pad: bool = HfArg(default=False, help="keep the aspect ratio of the images, between black bars")
+    max_steps: int | None = HfArg(default=None, help="optimizer steps (tiny: 40 epochs, at most 4000; 256M: 20000)")
+    batch_size: int | None = HfArg(default=None, help="samples a step and process (tiny: 64, 256M: 16)")
+    gradient_accumulation_steps: int = HfArg(default=1, help="batches a step")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
+    num_workers: int | None = HfArg(default=None, help="processes that read images (tiny: 1, 256M: 4)")
+    save_steps: int = HfArg(default=500, help="steps from one checkpoint to the next")
+    resume: bool = HfArg(default=False, help="continue from the last checkpoint in output_dir, with the same options")
+    seed: int = 0
+
+
+def read_data(args: Arguments) -> list[LeRobotChunkDataset]:
+    """All episodes, those for training, and the held-out ones, which are evenly spaced."""
+    root = Path(args.dataset).expanduser()
+    root = root if root.is_dir() else download_dataset(args.dataset)
+    fps = LeRobotChunkDataset(root, chunk_size=1).fps
+    args.chunk_size = args.chunk_size or max(2, round(CHUNK_SECONDS * fps))
+    args.n_action_steps = args.n_action_steps or max(1, args.chunk_size // 2)
+    whole = LeRobotChunkDataset(root, args.chunk_size)
+    count = int(whole.episode_index[-1]) + 1
+    args.held_out_episodes = args.held_out_episodes or max(min(3, count // 4), count // 10, 1)
+    if not 0 < args.held_out_episodes < count:
+        raise ValueError(f"held_out_episodes is {args.held_out_episodes} of {count}, expected 1 to {count - 1}.")
+    held_out = ((np.arange(args.held_out_episodes) + 0.5) * count / args.held_out_episodes).astype(int).tolist()
+    parts = ([e for e in range(count) if e not in held_out], held_out)
+    return [whole, *(LeRobotChunkDataset(root, args.chunk_size, episodes) for episodes in parts)]
+
+
+def choose_options(args: Arguments, whole: LeRobotChunkDataset) -> None:
+    """Choose by preset and data what was not given."""
+    report = inspect_dataset(
+        whole, args.normalization, args.use_relative_actions, args.relative_exclude_joints, args.fast_scale
+    )
+    print(report)
+    args.use_relative_actions, args.fast_scale = report.use_relative_actions, report.fast_scale
+    args.relative_exclude_joints, args.action_kind = report.relative_exclude_joints, report.action_kind
+    is_tiny, side = args.preset == "tiny", min(min(size) for size in whole.image_sizes.values())
+    if is_tiny and args.image_size is None and args.scale_factor is None:
+        # The largest that is not larger than the recording, and that the reader keeps in its cache.
+        fits = [x for x in TINY_IMAGES if x[0] <= side and len(whole.image_keys) * 3 * x[0] ** 2 <= MAX_CACHED_BYTES]
+        args.image_size, args.scale_factor = (fits or TINY_IMAGES[-1:])[0]
+    args.scale_factor = args.scale_factor or 4
+    args.image_size = args.image_size or (128 if is_tiny else None)
+    args.batch_size = args.batch_size or (64 if is_tiny else 16)
+    args.num_workers = (1 if is_tiny else 4) if args.num_workers is None else args.num_workers
+    args.max_steps = args.max_steps or (min(4_000, 40 * -(-len(whole) // args.batch_size)) if is_tiny else 20_000)
+
+
+def make_policy(
+    args: Arguments, data: LeRobotChunkDataset
+) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
+    """Fit the FAST tokenizer, and make processor and model for this robot."""
+    dims = None
+    if args.use_relative_actions:
+        dims = match_joints(data.state_names, data.action_names, args.relative_exclude_joints)
+    rows = evenly_spaced(data, MAX_FITTED_CHUNKS)
+    states, chunks = data.states[rows], data.action_chunks(rows)
+    statistics = compute_statistics(states, chunks, dims)
+    options = {"normalization": args.normalization, "use_relative_actions": args.use_relative_actions}
+    normalizer = Normalizer(statistics, **options, reference_dims=dims)
+    normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
+    tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, action_scale=normalizer.action_scale)
+    options |= {name: getattr(data, name) for name in ("image_keys", "fps", "state_names", "action_names")}
+    for name in ("relative_exclude_joints", "resize_with_pad", "image_size", "scale_factor"):
+        options[name] = getattr(args, name)
+    default_task = data.tasks[0] if len(data.tasks) == 1 else ""
+    if args.preset == "tiny":
+        options["split_words"] = len(data.tasks) > 1  # instructions that share words share tokens
+        processor = make_tiny_processor(tokenizer, statistics, default_task, data.tasks, **options)
+        # On a CPU, eager attention trains short sequences faster than the fused kernel.
+        attention = "sdpa" if torch.cuda.is_available() else "eager"
+        return make_tiny_model(processor, args.n_action_steps, attn_implementation=attention), processor
+    options |= {"default_task": default_task, "training_tasks": data.tasks}
+    processor = SmolAndFastProcessor.from_vlm(args.vlm, tokenizer, statistics, **options)
+    options = {**processor.model_kwargs(), "n_action_steps": args.n_action_steps}
+    return SmolAndFastForActionPrediction.from_pretrained(args.vlm, **options, dtype=torch.float32), processor
+
+
+def make_trainer(
+    args: Arguments, train: LeRobotChunkDataset, held_out: LeRobotChunkDataset
+) -> AtomicCheckpointTrainer:
+    set_seed(args.seed)
+    model, processor = make_policy(args, train)
+    for data in (train, held_out):
+        data.resize_images(processor.image_resizer)  # where they are read, in the workers
+    has_gpu = torch.cuda.is_available()
+    training = TrainingArguments(
+        args.output_dir,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
+        warmup_steps=min(200, args.max_steps // 10),
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        bf16=bf16_is_faster(),
+        use_cpu=not has_gpu,
+        dataloader_num_workers=args.num_workers,
+        dataloader_persistent_workers=args.num_workers > 0,
+        dataloader_pin_memory=has_gpu,
+        eval_strategy="steps",  # the loss on held-out chunks; the last weights are kept, whatever it is
+        eval_steps=args.save_steps,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        logging_steps=20,
+        report_to="tensorboard",
+        seed=args.seed,
+    )
+    rates = RATES[args.preset]
+    if args.preset == "tiny":
+        optimizer = make_muon(model, parameter_groups(model, **rates, weight_decay=0.1))
+    else:
+        optimizer = make_optimizer(model, **rates)
+    return AtomicCheckpointTrainer(
+        model,
+        training,
+        data_collator=ActionDataCollator(processor),
+        train_dataset=train,
+        eval_dataset=torch.utils.data.Subset(held_out, evenly_spaced(held_out, NUM_COMPARED).tolist()),
+        processing_class=processor,
+        optimizers=(optimizer, None),
+    )
+
+
+def evenly_spaced(data: LeRobotChunkDataset, most: int) -> np.ndarray:
+    """Indices of at most so many frames."""
+    return np.linspace(0, len(data) - 1, min(len(data), most)).round().astype(int)
+
+
+def predict(
+    model: SmolAndFastForActionPrediction, processor: SmolAndFastProcessor, data: LeRobotChunkDataset, rows: np.ndarray
+) -> np.ndarray:
+    """The policy's chunks at these frames: `(n, chunk_size, action_dim)`, in the robot's units."""
+    chunks = []
+    for start in range(0, len(rows), 32):
+        samples = [data[int(i)] for i in rows[start : start + 32]]
+        inputs = processor(**{name: [sample[name] for sample in samples] for name in ("images", "text", "state")})
+        chunks.append(processor.post_process_actions(model.generate(**inputs.to(model.device))))
+    return np.concatenate(chunks)
+
+
+def baselines(
+    args: Arguments, processor: SmolAndFastProcessor, train: LeRobotChunkDataset, states: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Chunks that need no policy: to hold still, and the mean of all demonstrated chunks."""
+    normalizer, rows = processor.normalizer, evenly_spaced(train, MAX_FITTED_CHUNKS)
+    chunks = normalizer.normalize_actions(train.action_chunks(rows), normalizer.state_bins(train.states[rows]))
+    mean = np.repeat(chunks.mean(axis=0, keepdims=True), len(states), axis=0)
+    mean = normalizer.unnormalize_actions(mean, normalizer.state_bins(states))
+    if args.action_kind == "targets of the state":
+        dims = match_joints(train.state_names, train.action_names) or list(range(train.action_dim))
+        return {"hold still": np.broadcast_to(states[:, None, dims], mean.shape), "mean chunk": mean}
+    if args.action_kind == "differences":
+        return {"hold still": np.zeros_like(mean), "mean chunk": mean}
+    return {"mean chunk": mean}
+
+
+def report_errors(args: Arguments, trainer: AtomicCheckpointTrainer, held_out: LeRobotChunkDataset) -> None:
+    """Print and save the mean absolute error on held-out episodes, by joint, in the robot's units."""
+    processor, rows = trainer.processing_class, evenly_spaced(held_out, NUM_COMPARED)
+    demonstrated = held_out.action_chunks(rows)
+    predicted = {"policy": predict(trainer.model, processor, held_out, rows)}
+    predicted |= baselines(args, processor, trainer.train_dataset, held_out.states[rows])
+    names = held_out.action_names or [f"action {i}" for i in range(held_out.action_dim)]
+    errors = {name: np.abs(chunks - demonstrated).mean(axis=(0, 1)) for name, chunks in predicted.items()}
+    print(f"\nMean absolute error of {len(rows)} chunks of held-out episodes, in the robot's units:")
+    print(f"{'':24}" + "".join(f"{name:>14}" for name in errors))
+    for i, name in enumerate(names):
+        print(f"  {name:22}" + "".join(f"{values[i]:14.3g}" for values in errors.values()))
+    best = np.min([values for name, values in errors.items() if name != "policy"], axis=0)
+    worse = [name for name, ours, other in zip(names, errors["policy"], best, strict=True) if ours >= other]
+    if worse:
+        print(f"WARNING: the policy predicts {', '.join(worse)} no better than that. See docs/your_robot.md.")
+    content = {"options": vars(args), "joints": names, "num_chunks": len(rows)}
+    content["mean_absolute_error"] = {name: values.tolist() for name, values in errors.items()}
+    with atomic_write(Path(args.output_dir, "report.json")) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def plot_episodes(args: Arguments, trainer: AtomicCheckpointTrainer, held_out: LeRobotChunkDataset) -> Path:
+    """Demonstrated actions of three held-out episodes, and the chunks that the policy predicts along them."""
+    starts = np.flatnonzero(np.diff(held_out.episode_end, prepend=-1))
+    starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), NUM_PLOTTED)).round().astype(int)]
+    names, dim = held_out.action_names, held_out.action_dim
+    figure, axes = plt.subplots(dim, len(starts), figsize=(6 * len(starts), 1.8 * dim), squeeze=False, sharey="row")
+    for column, start in zip(axes.T, starts, strict=True):
+        rows = np.arange(start, held_out.episode_end[start] + 1)
+        predicted_at = rows[:: args.n_action_steps]
+        chunks = predict(trainer.model, trainer.processing_class, held_out, predicted_at)
+        for i, axis in enumerate(column):
+            axis.plot((rows - start) / held_out.fps, held_out.actions[rows, i], "k", label="demonstrated")
+            for row, chunk in zip(predicted_at, chunks, strict=True):
+                seconds = (row - start + np.arange(len(chunk))) / held_out.fps
+                axis.plot(seconds, chunk[:, i], "C1", alpha=0.35)
+                axis.plot(seconds[: args.n_action_steps], chunk[: args.n_action_steps, i], "C1")
+            axis.set_ylabel(names[i] if names else f"action {i}")
+        column[0].set_title(f"episode {held_out.episode_index[start]}: {held_out.text(int(start))}")
+        column[-1].set_xlabel("seconds; black: demonstrated, orange: predicted, bold: executed")
+    figure.tight_layout()
+    path = Path(args.output_dir, "trajectories.png")
+    figure.savefig(path, dpi=80)
+    return path
+
+
+def print_next(args: Arguments, whole: LeRobotChunkDataset) -> None:
+    """The commands that follow the training."""
+    policy, exported, in_lerobot = (shlex.quote(args.output_dir + end) for end in ("", "-exported", "-lerobot"))
+    task = shlex.quote(whole.tasks[0])
+    print(f"""
+Export it, to run without PyTorch (docs/deployment.md):
+  python examples/export_policy.py --checkpoint {policy} --output_dir {exported}
+Drive the arm with LeRobot, and the --robot options that you recorded with (docs/lerobot.md):
+  python -m lerobot_policy_smolandfast.convert_checkpoint --to lerobot --checkpoint {policy} --output_dir {in_lerobot}
+  lerobot-rollout --policy.path={in_lerobot} --fps={whole.fps:g} --task={task} --duration=60 --robot.type=...""")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(Arguments, description=__doc__.split("\n")[0])
+    (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    try:
+        check_numbers(args, **dict.fromkeys(COUNTS, (1, math.inf)), num_workers=(0, math.inf))
+        whole, train, held_out = read_data(args)
+        choose_options(args, whole)
+        if args.check_only:
+            return
+        if not args.resume:
+            check_new_folder(Path(args.output_dir))
+        trainer = make_trainer(args, train, held_out)
+        trainer.train(resume_from_checkpoint="last" if args.resume else None)
+        trainer.save_model()
+    except KeyboardInterrupt:
+        parser.exit(130, interruption(args.output_dir, "the same command with --resume continues from there."))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    if trainer.is_world_process_zero():
+        trainer.model.eval()
+        report_errors(args, trainer, held_out)
+        print(
+            f"\n{plot_episodes(args, trainer, held_out)} shows held-out episodes. The policy is in {args.output_dir}."
+        )
+        print_next(args, whole)
+
+
+if __name__ == "__main__":
+    main()
