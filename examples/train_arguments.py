@@ -22,7 +22,7 @@ COMMON = {
     "save_total_limit": 2,
     "lr_scheduler_type": "cosine_with_min_lr",
     "data_seed": 42,  # the order of the samples, whatever the number of processes
-    "dataloader_pin_memory": False,
+    "dataloader_pin_memory": torch.cuda.is_available(),
     "report_to": "tensorboard",
     "metric_for_best_model": "eval_score",
     "load_best_model_at_end": True,
@@ -33,6 +33,7 @@ PRESETS = {
     | {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 16,
+        "dataloader_num_workers": 4 if torch.cuda.is_available() else 0,  # they read, resize and normalise the images
         "max_steps": 30_000,
         "warmup_steps": 1_000,
         "eval_steps": 1_000,
