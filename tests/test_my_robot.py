@@ -212,6 +212,15 @@ print(type(model).__name__)
     assert run_outside(code, tmp_path).endswith("SmolAndFastForActionPrediction\n")
 
 
+def test_the_256m_preset_starts_from_a_smolvlm(recording, vlm, tmp_path):
+    folder, options = tmp_path / "mine", ("--preset", "256M", "--vlm", vlm, "--image_size", 128)
+    run("--dataset", recording, "--output_dir", folder, *options, "--gradient_checkpointing", *SHORT)
+    processor = SmolAndFastProcessor.from_pretrained(folder)
+    model = SmolAndFastForActionPrediction.from_pretrained(folder)
+    processor.check_model(model)
+    assert (processor.image_resizer.side, processor.scale_factor, processor.image_seq_len) == (128, 4, 4)
+
+
 def test_the_check_alone_writes_nothing(recording, tmp_path, capsys):
     run("--dataset", recording, "--output_dir", tmp_path / "mine", "--check_only")
     assert "recommended: scale" in capsys.readouterr().out
