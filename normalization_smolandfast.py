@@ -20,7 +20,7 @@ def match_joints(
 ) -> list[int | None] | None:
     """The dimension of the state that each dimension of the action is relative to.
 
-    Dimensions match by name, or by position if the names differ and their number does not.
+    Dimensions match by name, or by position if none of the names does and there are as many.
 
     Args:
         exclude: Joints that stay absolute: those whose name contains one of these, in upper or lower case, as for
@@ -48,7 +48,7 @@ def match_joints(
     missing = [name for name, used in zip(action_names, is_relative, strict=True) if used and name not in state_names]
     if not missing:
         dims = [state_names.index(name) if name in state_names else None for name in action_names]
-    elif len(state_names) == len(action_names):
+    elif len(state_names) == len(action_names) and not set(state_names) & set(action_names):
         dims = by_position
     else:
         raise ValueError(

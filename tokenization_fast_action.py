@@ -166,7 +166,7 @@ class FastActionTokenizer(PreTrainedTokenizerFast):
         chunks = _check_chunks(chunks, "chunks", ("N", "H", "D"))
         check_positive(scale, "scale", "the FAST paper uses 10")
         check_whole(vocab_size, "vocab_size")
-        low, high = _coefficient_range(chunks, scale, vocab_size)
+        low, high = coefficient_range(chunks, scale, vocab_size)
         num_fitted = max(1, min(len(chunks), MAX_FITTED_CHUNKS, MAX_FITTED_COEFFICIENTS // chunks[0].size))
         chunks = chunks[np.linspace(0, len(chunks) - 1, num_fitted).round().astype(int)]
         backend = Tokenizer(models.BPE())
@@ -388,8 +388,12 @@ def _check_chunks(chunks: ArrayLike, name: str, shape: tuple) -> np.ndarray:
     return chunks
 
 
-def _coefficient_range(chunks: np.ndarray, scale: float, vocab_size: int) -> tuple[int, int]:
-    """The smallest and the largest coefficient of chunks `(N, H, D)`; raises if they need too many symbols."""
+def coefficient_range(chunks: np.ndarray, scale: float, vocab_size: int) -> tuple[int, int]:
+    """The smallest and the largest coefficient of chunks `(N, H, D)`, normalised.
+
+    Raises:
+        ValueError: They need more symbols than the vocabulary has.
+    """
     extremes = []
     for rows in in_batches(len(chunks), chunks[0].size):
         coefficients = _dct_coefficients(chunks[rows], scale).reshape(-1, chunks.shape[2])  # (B, H*D) -> (B*H, D)

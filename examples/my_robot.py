@@ -12,12 +12,13 @@ import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import interrupt  # noqa: F401 - before the slow imports
 import matplotlib
 import numpy as np
 import torch
-from training_runs import check_numbers, interruption
+from training_runs import check_numbers, interruption, keep_options, naming_option
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.hf_argparser import HfArg
 
@@ -29,7 +30,7 @@ from smolandfast import (
     compute_statistics,
     match_joints,
 )
-from smolandfast.files_smolandfast import atomic_write, check_new_folder
+from smolandfast.files_smolandfast import atomic_write
 from smolandfast.training import (
     ActionDataCollator,
     AtomicCheckpointTrainer,
@@ -54,6 +55,7 @@ NUM_COMPARED, NUM_PLOTTED = 256, 3  # held-out chunks that are predicted, and ep
 TINY_IMAGES = ((128, 4), (96, 3), (64, 2))  # image_size and scale_factor: 4 visual tokens an image
 COUNTS = ("held_out_episodes", "chunk_size", "n_action_steps", "image_size", "scale_factor", "max_steps", "batch_size")
 COUNTS += ("gradient_accumulation_steps", "save_steps")
+FREE = ("resume", "check_only", "max_steps", "save_steps", "num_workers")  # may change when a training is resumed
 RATES = {
     "tiny": {"vision_learning_rate": 5e-4, "connector_learning_rate": 3e-4, "text_learning_rate": 1e-3},
     "256M": {"vision_learning_rate": 2e-5, "connector_learning_rate": 2e-4, "text_learning_rate": 2e-4},
@@ -69,6 +71,7 @@ class Arguments:
     vlm: str = HfArg(
         default="HuggingFaceTB/SmolVLM2-256M-Video-Instruct", help="where 256M starts from: Hub id or folder"
     )
+    exclude_episodes: list[int] | None = HfArg(default=None, help="indices of episodes that are not used at all")
     held_out_episodes: int | None = HfArg(default=None, help="not trained on, but compared with (a tenth, at least 3)")
     chunk_size: int | None = HfArg(default=None, help="actions predicted at once (0.64 seconds)")
     n_action_steps: int | None = HfArg(default=None, help="actions executed of them (half)")
@@ -84,26 +87,44 @@ class Arguments:
     gradient_accumulation_steps: int = HfArg(default=1, help="batches a step")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
     num_workers: int | None = HfArg(default=None, help="processes that read images (tiny: 1, 256M: 4)")
-    save_steps: int = HfArg(default=500, help="steps from one checkpoint to the next")
+    save_steps: int | None = HfArg(default=None, help="steps from one checkpoint to the next (a tenth of all)")
     resume: bool = HfArg(default=False, help="continue from the last checkpoint in output_dir, with the same options")
     seed: int = 0
 
 
-def read_data(args: Arguments) -> list[LeRobotChunkDataset]:
-    """All episodes, those for training, and the held-out ones, which are evenly spaced."""
+def read_data(args: Arguments) -> LeRobotChunkDataset:
+    """All episodes, without a cache: for their numbers."""
     root = Path(args.dataset).expanduser()
-    root = root if root.is_dir() else download_dataset(args.dataset)
-    fps = LeRobotChunkDataset(root, chunk_size=1).fps
-    args.chunk_size = args.chunk_size or max(2, round(CHUNK_SECONDS * fps))
+    if not root.is_dir():
+        if root.is_absolute() or args.dataset.count("/") != 1 or args.dataset.startswith("."):
+            raise ValueError(
+                f"--dataset is {args.dataset}, expected an existing folder, or a Hub id like you/your-data."
+            )
+        root = download_dataset(args.dataset)
+    excluded = set(args.exclude_episodes or ())
+    first = next(e for e in range(len(excluded) + 1) if e not in excluded)
+    one = LeRobotChunkDataset(root, 1, [first], cache_dir=False)
+    args.chunk_size = args.chunk_size or max(2, round(CHUNK_SECONDS * one.fps))
     args.n_action_steps = args.n_action_steps or max(1, args.chunk_size // 2)
-    whole = LeRobotChunkDataset(root, args.chunk_size)
-    count = int(whole.episode_index[-1]) + 1
-    args.held_out_episodes = args.held_out_episodes or max(min(3, count // 4), count // 10, 1)
-    if not 0 < args.held_out_episodes < count:
-        raise ValueError(f"held_out_episodes is {args.held_out_episodes} of {count}, expected 1 to {count - 1}.")
-    held_out = ((np.arange(args.held_out_episodes) + 0.5) * count / args.held_out_episodes).astype(int).tolist()
-    parts = ([e for e in range(count) if e not in held_out], held_out)
-    return [whole, *(LeRobotChunkDataset(root, args.chunk_size, episodes) for episodes in parts)]
+    numbers = range(one.info["total_episodes"])
+    if not excluded <= set(numbers):
+        raise ValueError(f"--exclude_episodes is {args.exclude_episodes}, expected some of 0 to {numbers[-1]}.")
+    episodes = [e for e in numbers if e not in excluded]
+    return LeRobotChunkDataset(root, args.chunk_size, episodes, cache_dir=False)
+
+
+def split(args: Arguments, whole: LeRobotChunkDataset) -> list[LeRobotChunkDataset]:
+    """The episodes for training, and the held-out ones, some of each task."""
+    starts = np.flatnonzero(np.diff(whole.episode_end, prepend=-1))
+    by_task = sorted(starts.tolist(), key=whole.text)
+    count, held = len(starts), args.held_out_episodes
+    if held is None:
+        held = max(min(3, count // 4), count // 10, 1)
+    if not held < count:
+        raise ValueError(f"--held_out_episodes is {held} of {count}, expected fewer. Record at least two episodes.")
+    held_out = {by_task[int(i)] for i in (np.arange(held) + 0.5) * count / held}
+    parts = ([i for i in starts.tolist() if (i in held_out) == is_held_out] for is_held_out in (False, True))
+    return [LeRobotChunkDataset(whole.root, args.chunk_size, whole.episode_index[part]) for part in parts]
 
 
 def choose_options(args: Arguments, whole: LeRobotChunkDataset) -> None:
@@ -124,6 +145,9 @@ def choose_options(args: Arguments, whole: LeRobotChunkDataset) -> None:
     args.batch_size = args.batch_size or (64 if is_tiny else 16)
     args.num_workers = (1 if is_tiny else 4) if args.num_workers is None else args.num_workers
     args.max_steps = args.max_steps or (min(4_000, 40 * -(-len(whole) // args.batch_size)) if is_tiny else 20_000)
+    args.save_steps = args.save_steps or max(1, args.max_steps // 10)
+    batch = args.batch_size * args.gradient_accumulation_steps
+    print(f"Training: {args.max_steps} steps of {batch} frames, {args.max_steps * batch / len(whole):.1f} epochs.")
 
 
 def make_policy(
@@ -156,11 +180,10 @@ def make_policy(
     return SmolAndFastForActionPrediction.from_pretrained(args.vlm, **options, dtype=torch.float32), processor
 
 
-def make_trainer(
-    args: Arguments, train: LeRobotChunkDataset, held_out: LeRobotChunkDataset
-) -> AtomicCheckpointTrainer:
+def make_trainer(args: Arguments, whole: LeRobotChunkDataset) -> AtomicCheckpointTrainer:
     set_seed(args.seed)
-    model, processor = make_policy(args, train)
+    model, processor = make_policy(args, whole)  # the limits of its actions are those of all episodes
+    train, held_out = split(args, whole)
     for data in (train, held_out):
         data.resize_images(processor.image_resizer)  # where they are read, in the workers
     has_gpu = torch.cuda.is_available()
@@ -236,9 +259,10 @@ def baselines(
     return {"mean chunk": mean}
 
 
-def report_errors(args: Arguments, trainer: AtomicCheckpointTrainer, held_out: LeRobotChunkDataset) -> None:
+def report_errors(args: Arguments, trainer: AtomicCheckpointTrainer) -> None:
     """Print and save the mean absolute error on held-out episodes, by joint, in the robot's units."""
-    processor, rows = trainer.processing_class, evenly_spaced(held_out, NUM_COMPARED)
+    processor, held_out = trainer.processing_class, trainer.eval_dataset.dataset
+    rows = evenly_spaced(held_out, NUM_COMPARED)
     demonstrated = held_out.action_chunks(rows)
     predicted = {"policy": predict(trainer.model, processor, held_out, rows)}
     predicted |= baselines(args, processor, trainer.train_dataset, held_out.states[rows])
@@ -248,18 +272,21 @@ def report_errors(args: Arguments, trainer: AtomicCheckpointTrainer, held_out: L
     print(f"{'':24}" + "".join(f"{name:>14}" for name in errors))
     for i, name in enumerate(names):
         print(f"  {name:22}" + "".join(f"{values[i]:14.3g}" for values in errors.values()))
-    best = np.min([values for name, values in errors.items() if name != "policy"], axis=0)
-    worse = [name for name, ours, other in zip(names, errors["policy"], best, strict=True) if ours >= other]
-    if worse:
-        print(f"WARNING: the policy predicts {', '.join(worse)} no better than that. See docs/your_robot.md.")
-    content = {"options": vars(args), "joints": names, "num_chunks": len(rows)}
+    for baseline in list(errors)[1:]:
+        worse = errors["policy"] > errors[baseline]
+        if worse.any():
+            joints = ", ".join(np.array(names)[worse])
+            print(f"WARNING: worse than the baseline {baseline!r} in {joints}. See docs/your_robot.md.")
+    episodes = np.unique(held_out.episode_index).tolist()
+    content = {"options": vars(args), "held_out_episodes": episodes, "joints": names, "num_chunks": len(rows)}
     content["mean_absolute_error"] = {name: values.tolist() for name, values in errors.items()}
     with atomic_write(Path(args.output_dir, "report.json")) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def plot_episodes(args: Arguments, trainer: AtomicCheckpointTrainer, held_out: LeRobotChunkDataset) -> Path:
+def plot_episodes(args: Arguments, trainer: AtomicCheckpointTrainer) -> Path:
     """Demonstrated actions of three held-out episodes, and the chunks that the policy predicts along them."""
+    held_out = trainer.eval_dataset.dataset
     starts = np.flatnonzero(np.diff(held_out.episode_end, prepend=-1))
     starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), NUM_PLOTTED)).round().astype(int)]
     names, dim = held_out.action_names, held_out.action_dim
@@ -269,15 +296,18 @@ def plot_episodes(args: Arguments, trainer: AtomicCheckpointTrainer, held_out: L
         predicted_at = rows[:: args.n_action_steps]
         chunks = predict(trainer.model, trainer.processing_class, held_out, predicted_at)
         for i, axis in enumerate(column):
-            axis.plot((rows - start) / held_out.fps, held_out.actions[rows, i], "k", label="demonstrated")
+            axis.plot((rows - start) / held_out.fps, held_out.actions[rows, i], "k")
             for row, chunk in zip(predicted_at, chunks, strict=True):
                 seconds = (row - start + np.arange(len(chunk))) / held_out.fps
                 axis.plot(seconds, chunk[:, i], "C1", alpha=0.35)
                 axis.plot(seconds[: args.n_action_steps], chunk[: args.n_action_steps, i], "C1")
-            axis.set_ylabel(names[i] if names else f"action {i}")
-        column[0].set_title(f"episode {held_out.episode_index[start]}: {held_out.text(int(start))}")
-        column[-1].set_xlabel("seconds; black: demonstrated, orange: predicted, bold: executed")
-    figure.tight_layout()
+            axis.set_ylabel(names[i] if names else f"action {i}", parse_math=False)
+        title = f"episode {held_out.episode_index[start]}: {held_out.text(int(start))}"
+        column[0].set_title(shorten(title, 60, placeholder=" ..."), parse_math=False)
+        column[-1].set_xlabel("seconds")
+    lines = [plt.Line2D([], [], color=color, alpha=alpha) for color, alpha in (("k", 1), ("C1", 1), ("C1", 0.35))]
+    figure.legend(lines, ("demonstrated", "predicted, executed", "predicted, not executed"), loc="upper right")
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     path = Path(args.output_dir, "trajectories.png")
     figure.savefig(path, dpi=80)
     return path
@@ -289,37 +319,45 @@ def print_next(args: Arguments, whole: LeRobotChunkDataset) -> None:
     task = shlex.quote(whole.tasks[0])
     print(f"""
 Export it, to run without PyTorch (docs/deployment.md):
+  pip install -e ".[deployment]"
   python examples/export_policy.py --checkpoint {policy} --output_dir {exported}
-Drive the arm with LeRobot, and the --robot options that you recorded with (docs/lerobot.md):
+Drive the arm with LeRobot, one of its tasks, and the --robot options that you recorded with (docs/lerobot.md):
+  pip install ./lerobot_policy_smolandfast lerobot[feetech]==0.6.1    # Python 3.12 or 3.13
   python -m lerobot_policy_smolandfast.convert_checkpoint --to lerobot --checkpoint {policy} --output_dir {in_lerobot}
   lerobot-rollout --policy.path={in_lerobot} --fps={whole.fps:g} --task={task} --duration=60 --robot.type=...""")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__.split("\n")[0])
-    (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    usage = "my_robot.py --dataset FOLDER_OR_HUB_ID [--output_dir FOLDER] [options, see --help]"
+    parser = HfArgumentParser(Arguments, prog="my_robot.py", usage=usage, description=__doc__.split("\n")[0])
     try:
+        (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         check_numbers(args, **dict.fromkeys(COUNTS, (1, math.inf)), num_workers=(0, math.inf))
-        whole, train, held_out = read_data(args)
+        args.output_dir = str(Path(args.output_dir))
+        whole = read_data(args)
         choose_options(args, whole)
         if args.check_only:
             return
-        if not args.resume:
-            check_new_folder(Path(args.output_dir))
-        trainer = make_trainer(args, train, held_out)
+        folder = Path(args.output_dir)
+        if not args.resume and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+            raise ValueError(f"--output_dir is {folder}, which is not empty. Name another, or continue with --resume.")
+        trainer = make_trainer(args, whole)
+        with naming_option("--output_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
+            keep_options(args, FREE)
         trainer.train(resume_from_checkpoint="last" if args.resume else None)
         trainer.save_model()
+        if trainer.is_world_process_zero():
+            trainer.model.eval()
+            report_errors(args, trainer)
+            path = plot_episodes(args, trainer)
+            print(f"\nThe policy is in {folder}. {path} shows its predictions for held-out episodes.")
+            print_next(args, whole)
     except KeyboardInterrupt:
-        parser.exit(130, interruption(args.output_dir, "the same command with --resume continues from there."))
+        advice = "the same command with --resume continues from there."
+        parser.exit(130, interruption(args.output_dir, advice, "--resume also starts from the beginning."))
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    if trainer.is_world_process_zero():
-        trainer.model.eval()
-        report_errors(args, trainer, held_out)
-        print(
-            f"\n{plot_episodes(args, trainer, held_out)} shows held-out episodes. The policy is in {args.output_dir}."
-        )
-        print_next(args, whole)
 
 
 if __name__ == "__main__":

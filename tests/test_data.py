@@ -1006,7 +1006,7 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(tiny, tmp_path, cache):
 
 def test_a_data_set_that_cannot_be_downloaded_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="'nobody/no-such-data-set'.*--dataset_root"):
+    with pytest.raises(OSError, match="'nobody/no-such-data-set'.*local copy"):
         download_dataset("nobody/no-such-data-set")
     monkeypatch.setattr(data, "snapshot_download", Mock(side_effect=httpx.ReadError("it was cut")))
     with pytest.raises(OSError, match="it was cut.*--dataset_root"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import export_policy
 import my_robot
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED
@@ -69,9 +70,10 @@ def test_the_check_describes_the_recording_and_recommends_options(recording):
         assert words in text
     assert (report.action_kind, report.use_relative_actions) == ("targets of the state", True)
     assert report.relative_exclude_joints == ["gripper"]
-    errors = [float(x) for x in re.findall(r"error ([\d.]+) ", text)]
+    errors = [float(x) for x in re.findall(r"([\d.]+), \w+\.pos$", text, re.MULTILINE)]
     assert errors == sorted(errors, reverse=True) and len(errors) > 1
-    assert f"recommended: scale {report.fast_scale:g}" in text and report.warnings == []
+    assert f"recommended: scale {report.fast_scale:g}\n" in text
+    assert len(report.warnings) == 1 and "2 of 2 tasks have fewer than 20 episodes" in report.warnings[0]
 
 
 def test_differences_are_recognised_and_not_made_relative_again(tmp_path):
@@ -117,6 +119,7 @@ def parked(number: int) -> dict:
         (short, 2, "1 of 2 episodes are shorter than a chunk of 8.*chunk_size"),
         (covered, 2, "observation.image shows a plain surface"),
         (spoilt, 9, "action lift.pos has outliers.*quantiles"),
+        (parked, 3, "action gripper.pos never changes"),
         (rarely_grasping, 150, "action gripper.pos moves in fewer than 2 %.*min_max"),
     ],
 )
@@ -170,7 +173,9 @@ def test_one_command_makes_a_policy_with_report_and_plot(recording, trained):
     assert {*report["mean_absolute_error"]} == {"policy", "hold still", "mean chunk"}
     assert all(np.isfinite(values).all() for values in report["mean_absolute_error"].values())
     assert report["options"]["chunk_size"] == 13 and report["options"]["n_action_steps"] == 6
-    data = LeRobotChunkDataset(recording, 13, [2, 6, 10])
+    held_out = report["held_out_episodes"]
+    assert len(held_out) == 3 and {episode % 2 for episode in held_out} == {0, 1}  # both tasks
+    data = LeRobotChunkDataset(recording, 13, held_out)
     rows = my_robot.evenly_spaced(data, 20)
     held = np.abs(data.states[rows, None] - data.action_chunks(rows)).mean(axis=(0, 1))
     np.testing.assert_allclose(report["mean_absolute_error"]["hold still"], held, rtol=1e-5)
@@ -183,6 +188,8 @@ def test_one_command_makes_a_policy_with_report_and_plot(recording, trained):
     processor.check_model(model)
     assert (processor.relative_exclude_joints, processor.fps) == (["gripper"], FPS)
     assert processor.training_tasks == ["Reach.", "Grasp it."]
+    limits = LeRobotChunkDataset(recording, 13).actions  # of all episodes, the held-out ones too
+    np.testing.assert_array_equal(processor.normalizer.action_limits[1], limits.max(axis=0))
     chunks = my_robot.predict(model, processor, data, rows)
     error = np.abs(chunks - data.action_chunks(rows)).mean(axis=(0, 1))
     np.testing.assert_allclose(report["mean_absolute_error"]["policy"], error, rtol=0.05)
@@ -193,7 +200,7 @@ def test_training_resumes_and_never_overwrites(recording, trained, tmp_path, cap
     weights = (folder / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit):
         run("--dataset", recording, "--output_dir", folder, *SHORT)
-    assert "not an empty folder" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == weights
     run("--dataset", recording, "--output_dir", folder, "--resume", *SHORT, "--max_steps", 6)
     state = json.loads((folder / "checkpoint-6/trainer_state.json").read_text())
@@ -221,16 +228,49 @@ def test_the_256m_preset_starts_from_a_smolvlm(recording, vlm, tmp_path):
     assert (processor.image_resizer.side, processor.scale_factor, processor.image_seq_len) == (128, 4, 4)
 
 
-def test_the_check_alone_writes_nothing(recording, tmp_path, capsys):
-    run("--dataset", recording, "--output_dir", tmp_path / "mine", "--check_only")
+def test_a_resumed_training_keeps_its_options(recording, trained, tmp_path, capsys):
+    folder = shutil.copytree(trained[0], tmp_path / "mine")
+    with pytest.raises(SystemExit):
+        run("--dataset", recording, "--output_dir", folder, "--resume", *SHORT, "--normalization", "quantiles")
+    assert "--normalization min_max (now quantiles)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [JOINTS, ["gripper.pos"], None], ids=["arm", "gripper alone", "no names"])
+def test_the_check_alone_writes_nothing_and_takes_one_episode(tmp_path, names, capsys):
+    root = write(tmp_path / "arm", [episode(0)])
+    if names != JOINTS:
+        info = json.loads((root / "meta/info.json").read_text())
+        for name in ("observation.state", "action"):
+            dim = len(names or JOINTS)
+            info["features"][name] |= {"names": names, "shape": [dim]}
+            column = pq.read_table(root / "data/chunk-000/file-000.parquet")[name].to_pylist()
+            edit_table(root / "data/chunk-000/file-000.parquet", **{name: [row[:dim] for row in column]})
+        (root / "meta/info.json").write_text(json.dumps(info))
+    run("--dataset", root, "--output_dir", tmp_path / "mine", "--check_only")
     assert "recommended: scale" in capsys.readouterr().out
-    assert not (tmp_path / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arm"]
+
+
+def test_episodes_can_be_left_out(recording, tmp_path, capsys):
+    root = shutil.copytree(recording, tmp_path / "arm")
+    table = root / "data/chunk-000/file-000.parquet"
+    actions = pq.read_table(table)["action"].to_pylist()
+    actions[30 * 4][1] = float("nan")
+    edit_table(table, action=actions)
+    with pytest.raises(SystemExit):
+        run("--dataset", root, "--check_only")
+    assert re.search(r"action is .*nan.* in episode 4, frame 0", capsys.readouterr().err)
+    run("--dataset", root, "--check_only", "--exclude_episodes", 4, 0)
+    assert "10 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
+        (["--max_step", 3, "--batches", 4], "--batches"),
+        (["--dataset", "no/such/folder"], "--dataset is no/such/folder"),
         (["--held_out_episodes", 12], "held_out_episodes is 12 of 12"),
+        (["--exclude_episodes", 12], "exclude_episodes is .12., expected some of 0 to 11"),
         (["--relative_exclude_joints", "thumb"], "'thumb'.*gripper.pos"),
         (["--chunk_size", 4, "--n_action_steps", 5], "n_action_steps is 5"),
         (["--image_size", 100], "100 pixels is not a multiple"),

@@ -320,6 +320,7 @@ def test_actions_are_relative_to_the_state_of_the_same_name(state_names, action_
         (JOINTS, JOINTS, ["griper"], "relative_exclude_joints has 'griper'.*Gripper.pos"),
         (JOINTS, JOINTS, [2], "relative_exclude_joints has 2"),
         (JOINTS[:2], JOINTS, [], "'Gripper.pos'.*relative_exclude_joints=.'Gripper.pos'."),
+        (["x", "y", "Gripper.pos"], ["Gripper.pos", "x", "z"], [], "'z'.*relative_exclude_joints=.'z'."),
     ],
 )
 def test_joints_that_cannot_be_matched_are_refused(state_names, action_names, exclude, message):

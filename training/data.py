@@ -46,7 +46,7 @@ def download_dataset(repo_id: str, revision: str | None = None) -> Path:
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise OSError(
             f"Cannot download the data set {repo_id!r} (revision {revision or 'main'}) from the hub: {error} "
-            "Check its name and the network, or pass the folder of a local copy with `--dataset_root`."
+            "Check its name and the network, or name the folder of a local copy instead."
         ) from error
 
 
@@ -216,7 +216,7 @@ class LeRobotChunkDataset(_ChunkedFrames):
         self.states, self.actions = (columns[key].astype(np.float32) for key in (STATE, ACTION))
         for key, values in ((STATE, self.states), (ACTION, self.actions)):
             is_finite = np.isfinite(values).all(axis=1)
-            self._check_frames(key, values, is_finite, "finite numbers. Leave the episode out with `episodes`.")
+            self._check_frames(key, values, is_finite, "finite numbers.", "Leave out the episode, with `episodes`.")
         self._texts = _read_texts(self.root / "meta/tasks.parquet", columns["task_index"][:, 0].tolist())
         self.tasks = list(dict.fromkeys(self._texts))
 
@@ -230,12 +230,14 @@ class LeRobotChunkDataset(_ChunkedFrames):
             parts.append(part)
         return {name: np.concatenate([part[name] for part in parts])[self._rows] for name in widths}
 
-    def _check_frames(self, name: str, values: np.ndarray, is_valid: np.ndarray, expected: str) -> None:
+    def _check_frames(
+        self, name: str, values: np.ndarray, is_valid: np.ndarray, expected: str, fix: str = AGAIN
+    ) -> None:
         """Refuse the first frame that is not valid."""
         i = is_valid.argmin()
         episode, frame, value = self.episode_index[i], self.frame_index[i], values[i].tolist()
         position = f"in episode {episode}, frame {frame} of {self._paths[episode]}"
-        _expect(is_valid[i], f"{name} is {value} {position}, expected {expected}")
+        _expect(is_valid[i], f"{name} is {value} {position}, expected {expected}", fix)
 
     def _open_images(self, table: dict[str, np.ndarray], chosen: np.ndarray) -> None:
         """Open the files of the chosen episodes' images."""

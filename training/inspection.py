@@ -1,5 +1,6 @@
 """Look at a data set before training on it: what it holds, what looks wrong, and which options fit it."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..normalization_smolandfast import Normalizer, compute_statistics, match_joints
-from ..tokenization_fast_action import FastActionTokenizer
+from ..tokenization_fast_action import MAX_FITTED_CHUNKS, FastActionTokenizer, coefficient_range
 from .data import LeRobotChunkDataset
 
 SCALES = (5, 10, 20, 40, 80)  # of the FAST tokenizers that are compared
-NUM_CHUNKS = 2_000  # evenly spaced, on which they are fitted
+NUM_CHUNKS = 2_000  # evenly spaced, on which their merges are fitted
 TOLERANCE = 0.005  # of a joint's range: the largest root mean square error of the recommended tokenizer
 LAG = 0.1  # seconds after which a joint has followed its target
+MIN_EPISODES = 20  # of a task
 TARGETS, DIFFERENCES, UNKNOWN = "targets of the state", "differences", "unknown"
 
 
@@ -66,8 +68,9 @@ def inspect_dataset(
     if use_relative_actions is None:
         use_relative_actions = kind == TARGETS
     if relative_exclude_joints is None:
-        has_gripper = any("gripper" in name.lower() for name in dataset.action_names or ())
-        relative_exclude_joints = ["gripper"] if use_relative_actions and has_gripper else []
+        is_gripper = ["gripper" in name.lower() for name in dataset.action_names or ()]
+        stays_absolute = use_relative_actions and dataset.state_names and any(is_gripper) and not all(is_gripper)
+        relative_exclude_joints = ["gripper"] if stays_absolute else []
     if kind == DIFFERENCES and use_relative_actions:
         warnings.append(
             "The actions look like differences already, which would be taken relative to the state once more. Leave "
@@ -76,7 +79,7 @@ def inspect_dataset(
     dims, options = None, {"normalization": normalization, "use_relative_actions": use_relative_actions}
     if use_relative_actions:
         dims = match_joints(dataset.state_names, dataset.action_names, relative_exclude_joints)
-    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), NUM_CHUNKS)).round().astype(int)
+    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_FITTED_CHUNKS)).round().astype(int)
     states, chunks = dataset.states[rows], dataset.action_chunks(rows)
     normalizer = Normalizer(compute_statistics(states, chunks, dims), reference_dims=dims, **options)
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
@@ -85,7 +88,6 @@ def inspect_dataset(
     ending = f", except {', '.join(relative_exclude_joints)}" if relative_exclude_joints else ""
     advice = f"relative to the state{ending}" if use_relative_actions else "as they are"
     lines.append(f"Actions: {kind}; predicted {advice}.")
-    lines.append(f"FAST tokenizers for chunks of {dataset.chunk_size} actions ({_seconds(dataset):.2f} s):")
     scales = SCALES if fast_scale is None else (fast_scale,)
     comparison, fitting = _compare_tokenizers(dataset, normalized, normalizer.action_scale, scales, vocab_size)
     if fast_scale is None:
@@ -103,11 +105,19 @@ def _compare_tokenizers(
     vocab_size: int,
 ) -> tuple[list[str], float]:
     """A line for each scale, and the recommended one."""
-    span = np.ptp(dataset.actions, axis=0)
-    names, lines, fitting = dataset.action_names or list(range(dataset.action_dim)), [], []
+    low, q01, q99, high = np.quantile(dataset.actions, [0, 0.01, 0.99, 1], axis=0)
+    span = np.where(q99 > q01, q99 - q01, high - low)  # without outliers
+    few = chunks[np.linspace(0, len(chunks) - 1, min(len(chunks), NUM_CHUNKS)).round().astype(int)]
+    names, fitting = dataset.action_names or [f"action {i}" for i in range(dataset.action_dim)], []
+    lines = [
+        f"FAST tokenizers for chunks of {dataset.chunk_size} actions ({_seconds(dataset):.2f} s), and the errors that "
+        "they add, in the robot's units:",
+        f"  {'scale':8}{'tokens':>8}{'most':>6}{'largest error':>16}  typical error (root mean square), worst joint",
+    ]
     for scale in scales:
         try:
-            report = FastActionTokenizer.fit(chunks, scale, vocab_size, action_scale).fit_report
+            coefficient_range(chunks, scale, vocab_size)
+            report = FastActionTokenizer.fit(few, scale, vocab_size, action_scale).fit_report
         except ValueError:  # more symbols than the vocabulary has
             if not fitting:
                 raise
@@ -116,11 +126,12 @@ def _compare_tokenizers(
         errors = np.array(report["rmse_by_dim"])
         worst = int((errors / np.where(span > 0, span, np.inf)).argmax())
         lines.append(
-            f"  scale {scale:g}: {report['tokens_mean']:.1f} tokens on average, {report['tokens_max']} at most; error "
-            f"{errors[worst]:.3g} (root mean square) in {names[worst]}, {report['max_error']:.3g} at most in any"
+            f"  {scale:<8g}{report['tokens_mean']:8.1f}{report['tokens_max']:6}{report['max_error']:16.3g}  "
+            f"{errors[worst]:.3g}, {names[worst]}"
         )
         fitting.append(scale)
         if (errors <= TOLERANCE * span).all():
+            lines.append(f"  With {scale:g}, the typical error is at most {TOLERANCE:.1%} of each joint's range.")
             break
     return lines, fitting[-1]
 
@@ -172,6 +183,14 @@ def _describe(dataset: LeRobotChunkDataset) -> tuple[list[str], list[str]]:
         lines.append(f"  and {len(counts) - 10} more tasks")
     if empty := sum(count for task, count in counts.items() if not task.strip()):
         warnings.append(f"{empty} episodes have no instruction. Write one into the data set.")
+    if marked := [task for task in counts if re.search("<[^<>]+>", task)]:
+        warnings.append(f"The task {marked[0]!r} holds what may be a special token. Write it in plain words.")
+    rare = [task for task, count in counts.items() if count < MIN_EPISODES]
+    if rare:
+        warnings.append(
+            f"{len(rare)} of {len(counts)} tasks have fewer than {MIN_EPISODES} episodes, such as {rare[0]!r}. Record "
+            "50 or more of each, with the objects at other positions."
+        )
     num_short = int((lengths < dataset.chunk_size * dataset.frame_stride).sum())
     if num_short:
         warnings.append(
@@ -200,7 +219,9 @@ def _describe_cameras(dataset: LeRobotChunkDataset, warnings: list[str]) -> list
         elif len(images) > 1 and all(np.array_equal(images[0], image) for image in images[1:]):
             warnings.append(f"{key} shows the same image everywhere. Look at its video: has the camera stopped?")
     sizes = (f"{key} {width}x{height}" for key, (height, width) in dataset.image_sizes.items())
-    return [f"Cameras: {', '.join(sizes)}"]
+    is_square = all(height == width for height, width in dataset.image_sizes.values())
+    note = "" if is_square else "; stretched to squares, unless resize_with_pad is set"
+    return [f"Cameras: {', '.join(sizes)}{note}"]
 
 
 def _describe_dimensions(
@@ -222,15 +243,19 @@ def _describe_dimensions(
             elif is_rare:
                 note = "outliers"
             lines.append(f"  {name:30}{low:10.4g}{q01:10.4g}{q99:10.4g}{high:10.4g}  {share:7}{note}".rstrip())
-            if part == "action" and note == "nearly constant":
+            if part == "action" and note == "constant":
+                warnings.append(f"{name} never changes, and the policy will not move it. Record episodes that do.")
+            elif part == "action" and note == "nearly constant":
                 warnings.append(
                     f"{name} moves in fewer than 2 % of the frames. If it matters, record it more often, and keep "
                     "normalization min_max, which does not clip it."
                 )
             elif note == "outliers" and normalization == "min_max":
+                is_far = (column < q01 - (q99 - q01)) | (column > q99 + (q99 - q01))
+                episodes = np.unique(dataset.episode_index[is_far])[:5].tolist()
                 warnings.append(
                     f"{name} has outliers: 98 % of its values lie in {(q99 - q01) / (high - low):.0%} of its range. "
-                    "Choose normalization quantiles, or leave these episodes out."
+                    f"Choose normalization quantiles, or leave out the episodes, such as {episodes}."
                 )
             if part == "action" and clipped[i] > 0.02:
                 warnings.append(
