@@ -121,8 +121,8 @@ $(INSTALLED): pyproject.toml $(LOCKED)
 # The user's way to install, then links in the place of copies, so that a changed file is tested as it is.
 .venv-lerobot/installed: pyproject.toml lerobot_policy_smolandfast/pyproject.toml
 	$(PYTHON_LEROBOT) -m venv .venv-lerobot
-	.venv-lerobot/bin/pip install "$(TORCH_LEROBOT)" "lerobot[training,evaluation,pusht,grpcio-dep]==$(LEROBOT_VERSION)"
-	.venv-lerobot/bin/pip install ./lerobot_policy_smolandfast pytest
+	.venv-lerobot/bin/pip install "$(TORCH_LEROBOT)" "lerobot[training,evaluation,pusht,feetech,grpcio-dep]==$(LEROBOT_VERSION)"
+	.venv-lerobot/bin/pip install ".[deployment]" ./lerobot_policy_smolandfast pytest
 	.venv-lerobot/bin/pip install --no-deps --editable . --editable ./lerobot_policy_smolandfast
 	touch $@
 

@@ -82,7 +82,7 @@ class Arguments:
     image_size: int | None = HfArg(default=None, help="side of the policy's images, pixels (tiny: 128, 256M: 512)")
     scale_factor: int | None = HfArg(default=None, help="side of the pixel shuffle (tiny: 4, 256M: 4)")
     resize_with_pad: bool = HfArg(default=False, help="keep the aspect ratio of the images, between black bars")
-    max_steps: int | None = HfArg(default=None, help="optimizer steps (tiny: 40 epochs, at most 4000; 256M: 20000)")
+    max_steps: int | None = HfArg(default=None, help="optimizer steps (tiny: 20 epochs, at most 4000; 256M: 20000)")
     batch_size: int | None = HfArg(default=None, help="samples a step and process (tiny: 64, 256M: 16)")
     gradient_accumulation_steps: int = HfArg(default=1, help="batches a step")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
@@ -144,7 +144,7 @@ def choose_options(args: Arguments, whole: LeRobotChunkDataset) -> None:
     args.image_size = args.image_size or (128 if is_tiny else None)
     args.batch_size = args.batch_size or (64 if is_tiny else 16)
     args.num_workers = (1 if is_tiny else 4) if args.num_workers is None else args.num_workers
-    args.max_steps = args.max_steps or (min(4_000, 40 * -(-len(whole) // args.batch_size)) if is_tiny else 20_000)
+    args.max_steps = args.max_steps or (min(4_000, 20 * -(-len(whole) // args.batch_size)) if is_tiny else 20_000)
     args.save_steps = args.save_steps or max(1, args.max_steps // 10)
     batch = args.batch_size * args.gradient_accumulation_steps
     print(f"Training: {args.max_steps} steps of {batch} frames, {args.max_steps * batch / len(whole):.1f} epochs.")

@@ -40,6 +40,7 @@ ELSEWHERE = (
     "python -m lerobot_policy",
     "ACCELERATE",
     "python examples/collect_metaworld.py",
+    "python examples/drive.py",
     "python examples/pretrain_vision.py --benchmark metaworld",
     "python examples/train.py --benchmark metaworld",
     "python examples/evaluate.py --benchmark metaworld",
