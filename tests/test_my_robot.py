@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import export_policy
@@ -24,6 +26,7 @@ from smolandfast.deployment import DeployedPolicy
 from smolandfast.training import LeRobotChunkDataset, action_kind, inspect_dataset
 
 FPS, JOINTS, SIZE = 20, ["pan.pos", "lift.pos", "gripper.pos"], 64
+EXAMPLES = Path(my_robot.__file__).parent
 SO101 = SHARED / "data/so101"
 
 
@@ -286,6 +289,13 @@ def test_bad_options_are_refused_by_name(recording, tmp_path, options, words, ca
     message = capsys.readouterr().err.splitlines()[-1]
     assert error.value.code == 2 and re.search(words, message), message
     assert not list((tmp_path / "mine").glob("*"))
+
+
+def test_a_missing_package_is_named_with_its_extra():
+    code = f"import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(EXAMPLES)!r}); import my_robot"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "matplotlib" in result.stderr and 'pip install -e ".[robot]"' in result.stderr
 
 
 @pytest.mark.skipif(not SO101.is_dir(), reason="the SO-101 recording is not at hand: it is not part of the repository")
