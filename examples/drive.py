@@ -32,6 +32,7 @@ from smolandfast.deployment.loop import ControlLoop
 from smolandfast.deployment.runtime import DeployedPolicy
 
 RETURN_SECONDS, RETURN_FPS = 3.0, 50  # the way back, as in lerobot-rollout
+SAME_PRESS = 0.3  # seconds
 # Shares of a joint's demonstrated range: how far outside of it the arm may start, and its first action may be away.
 MARGIN, FIRST_STEP = 0.05, 0.25
 
@@ -195,7 +196,9 @@ def drive(config: DriveConfig) -> int:
 
     def on_interrupt(*_) -> None:
         # To raise within a message to the robot would break its connection: LeRobot's bus then refuses all others.
-        presses.append(True)
+        if presses and time.monotonic() - presses[-1] < SAME_PRESS:
+            return  # a wrapper such as `timeout` sends it once more
+        presses.append(time.monotonic())
         threading.Thread(target=loop.stop).start()  # this thread may hold the lock that it takes
         if len(presses) > 2:
             raise KeyboardInterrupt
@@ -217,7 +220,7 @@ def drive(config: DriveConfig) -> int:
             print(f"Going back, {RETURN_SECONDS:g} s. Ctrl-C skips it.", flush=True)
             arm.go_back(start, presses)
     except KeyboardInterrupt:
-        presses.append(True)
+        presses.append(time.monotonic())
     except Exception as error:
         status = fail(error)
     finally:

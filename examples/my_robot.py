@@ -306,7 +306,9 @@ def plot_episodes(args: Arguments, trainer: AtomicCheckpointTrainer) -> Path:
         column[0].set_title(shorten(title, 60, placeholder=" ..."), parse_math=False)
         column[-1].set_xlabel("seconds")
     lines = [plt.Line2D([], [], color=color, alpha=alpha) for color, alpha in (("k", 1), ("C1", 1), ("C1", 0.35))]
-    figure.legend(lines, ("demonstrated", "predicted, executed", "predicted, not executed"), loc="upper right")
+    figure.legend(
+        lines, ("demonstrated", "predicted, executed", "predicted, not executed"), loc="upper center", ncols=3
+    )
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     path = Path(args.output_dir, "trajectories.png")
     figure.savefig(path, dpi=80)
@@ -315,16 +317,14 @@ def plot_episodes(args: Arguments, trainer: AtomicCheckpointTrainer) -> Path:
 
 def print_next(args: Arguments, whole: LeRobotChunkDataset) -> None:
     """The commands that follow the training."""
-    policy, exported, in_lerobot = (shlex.quote(args.output_dir + end) for end in ("", "-exported", "-lerobot"))
-    task = shlex.quote(whole.tasks[0])
+    policy, exported, task = map(shlex.quote, (args.output_dir, args.output_dir + "-exported", whole.tasks[0]))
     print(f"""
 Export it, to run without PyTorch (docs/deployment.md):
   pip install -e ".[deployment]"
   python examples/export_policy.py --checkpoint {policy} --output_dir {exported}
-Drive the arm with LeRobot, one of its tasks, and the --robot options that you recorded with (docs/lerobot.md):
-  pip install ./lerobot_policy_smolandfast lerobot[feetech]==0.6.1    # Python 3.12 or 3.13
-  python -m lerobot_policy_smolandfast.convert_checkpoint --to lerobot --checkpoint {policy} --output_dir {in_lerobot}
-  lerobot-rollout --policy.path={in_lerobot} --fps={whole.fps:g} --task={task} --duration=60 --robot.type=...""")
+Drive a LeRobot arm, with one of the tasks and the --robot options that you recorded with (docs/deployment.md):
+  pip install "lerobot[feetech]==0.6.1"    # Python 3.12 or 3.13
+  python examples/drive.py --policy={exported} --task={task} --robot.type=... --look_only=true""")
 
 
 def main(argv: list[str] | None = None) -> None:
