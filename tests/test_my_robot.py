@@ -153,6 +153,7 @@ def test_irregular_timestamps_are_found(recording, tmp_path):
 def run(*argv: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(my_robot, "NUM_COMPARED", 20)
+        patch.setattr(my_robot, "NUM_PLOTTED", 2)
         my_robot.main(list(map(str, argv)))
 
 
@@ -301,6 +302,7 @@ def test_a_missing_package_is_named_with_its_extra():
 @pytest.mark.skipif(not SO101.is_dir(), reason="the SO-101 recording is not at hand: it is not part of the repository")
 def test_a_real_recording_becomes_a_deployed_policy_with_the_same_chunks(tmp_path):
     folder, options = tmp_path / "mine", ("--resize_with_pad", "--max_steps", 2, "--batch_size", 4, "--num_workers", 1)
+    options += ("--held_out_episodes", 1, "--n_action_steps", 16, "--save_steps", 2)
     run("--dataset", SO101, "--output_dir", folder, *options)
     cached = sum(path.stat().st_blocks * 512 for path in (tmp_path / "cache").rglob("*"))
     assert cached <= 100_000 * 848
