@@ -24,19 +24,22 @@ from transformers.hf_argparser import HfArg
 
 from smolandfast import (
     FastActionTokenizer,
-    Normalizer,
     SmolAndFastForActionPrediction,
     SmolAndFastProcessor,
-    compute_statistics,
     match_joints,
 )
 from smolandfast.files_smolandfast import atomic_write
+from smolandfast.tokenization_fast_action import MAX_FITTED_CHUNKS
 from smolandfast.training import (
+    DIFFERENCES,
+    TARGETS,
     ActionDataCollator,
     AtomicCheckpointTrainer,
     LeRobotChunkDataset,
     bf16_is_faster,
     download_dataset,
+    evenly_spaced,
+    fit_normalizer,
     inspect_dataset,
     make_muon,
     make_optimizer,
@@ -50,7 +53,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402 - after the choice of a backend without a screen
 
 CHUNK_SECONDS = 0.64
-MAX_FITTED_CHUNKS = 100_000  # evenly spaced, for the statistics and the FAST tokenizer
 NUM_COMPARED, NUM_PLOTTED = 256, 3  # held-out chunks that are predicted, and episodes that are plotted
 TINY_IMAGES = ((128, 4), (96, 3), (64, 2))  # image_size and scale_factor: 4 visual tokens an image
 COUNTS = ("held_out_episodes", "chunk_size", "n_action_steps", "image_size", "scale_factor", "max_steps", "batch_size")
@@ -115,15 +117,15 @@ def read_data(args: Arguments) -> LeRobotChunkDataset:
 
 def split(args: Arguments, whole: LeRobotChunkDataset) -> list[LeRobotChunkDataset]:
     """The episodes for training, and the held-out ones, some of each task."""
-    starts = np.flatnonzero(np.diff(whole.episode_end, prepend=-1))
-    by_task = sorted(starts.tolist(), key=whole.text)
+    starts = whole.episode_starts.tolist()
+    by_task = sorted(starts, key=whole.text)
     count, held = len(starts), args.held_out_episodes
     if held is None:
         held = max(min(3, count // 4), count // 10, 1)
     if not held < count:
         raise ValueError(f"--held_out_episodes is {held} of {count}, expected fewer. Record at least two episodes.")
     held_out = {by_task[int(i)] for i in (np.arange(held) + 0.5) * count / held}
-    parts = ([i for i in starts.tolist() if (i in held_out) == is_held_out] for is_held_out in (False, True))
+    parts = ([i for i in starts if (i in held_out) == is_held_out] for is_held_out in (False, True))
     return [LeRobotChunkDataset(whole.root, args.chunk_size, whole.episode_index[part]) for part in parts]
 
 
@@ -154,19 +156,12 @@ def make_policy(
     args: Arguments, data: LeRobotChunkDataset
 ) -> tuple[SmolAndFastForActionPrediction, SmolAndFastProcessor]:
     """Fit the FAST tokenizer, and make processor and model for this robot."""
-    dims = None
-    if args.use_relative_actions:
-        dims = match_joints(data.state_names, data.action_names, args.relative_exclude_joints)
-    rows = evenly_spaced(data, MAX_FITTED_CHUNKS)
-    states, chunks = data.states[rows], data.action_chunks(rows)
-    statistics = compute_statistics(states, chunks, dims)
-    options = {"normalization": args.normalization, "use_relative_actions": args.use_relative_actions}
-    normalizer = Normalizer(statistics, **options, reference_dims=dims)
-    normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
-    tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, action_scale=normalizer.action_scale)
+    names = ("normalization", "use_relative_actions", "relative_exclude_joints")
+    options = {name: getattr(args, name) for name in names}
+    statistics, normalizer, chunks = fit_normalizer(data, **options)
+    tokenizer = FastActionTokenizer.fit(chunks, args.fast_scale, action_scale=normalizer.action_scale)
     options |= {name: getattr(data, name) for name in ("image_keys", "fps", "state_names", "action_names")}
-    for name in ("relative_exclude_joints", "resize_with_pad", "image_size", "scale_factor"):
-        options[name] = getattr(args, name)
+    options |= {name: getattr(args, name) for name in ("resize_with_pad", "image_size", "scale_factor")}
     default_task = data.tasks[0] if len(data.tasks) == 1 else ""
     if args.preset == "tiny":
         options["split_words"] = len(data.tasks) > 1  # instructions that share words share tokens
@@ -220,15 +215,10 @@ def make_trainer(args: Arguments, whole: LeRobotChunkDataset) -> AtomicCheckpoin
         training,
         data_collator=ActionDataCollator(processor),
         train_dataset=train,
-        eval_dataset=torch.utils.data.Subset(held_out, evenly_spaced(held_out, NUM_COMPARED).tolist()),
+        eval_dataset=torch.utils.data.Subset(held_out, evenly_spaced(len(held_out), NUM_COMPARED).tolist()),
         processing_class=processor,
         optimizers=(optimizer, None),
     )
-
-
-def evenly_spaced(data: LeRobotChunkDataset, most: int) -> np.ndarray:
-    """Indices of at most so many frames."""
-    return np.linspace(0, len(data) - 1, min(len(data), most)).round().astype(int)
 
 
 def predict(
@@ -247,14 +237,14 @@ def baselines(
     args: Arguments, processor: SmolAndFastProcessor, train: LeRobotChunkDataset, states: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Chunks that need no policy: to hold still, and the mean of all demonstrated chunks."""
-    normalizer, rows = processor.normalizer, evenly_spaced(train, MAX_FITTED_CHUNKS)
+    normalizer, rows = processor.normalizer, evenly_spaced(len(train), MAX_FITTED_CHUNKS)
     chunks = normalizer.normalize_actions(train.action_chunks(rows), normalizer.state_bins(train.states[rows]))
     mean = np.repeat(chunks.mean(axis=0, keepdims=True), len(states), axis=0)
     mean = normalizer.unnormalize_actions(mean, normalizer.state_bins(states))
-    if args.action_kind == "targets of the state":
+    if args.action_kind == TARGETS:
         dims = match_joints(train.state_names, train.action_names) or list(range(train.action_dim))
         return {"hold still": np.broadcast_to(states[:, None, dims], mean.shape), "mean chunk": mean}
-    if args.action_kind == "differences":
+    if args.action_kind == DIFFERENCES:
         return {"hold still": np.zeros_like(mean), "mean chunk": mean}
     return {"mean chunk": mean}
 
@@ -262,7 +252,7 @@ def baselines(
 def report_errors(args: Arguments, trainer: AtomicCheckpointTrainer) -> None:
     """Print and save the mean absolute error on held-out episodes, by joint, in the robot's units."""
     processor, held_out = trainer.processing_class, trainer.eval_dataset.dataset
-    rows = evenly_spaced(held_out, NUM_COMPARED)
+    rows = evenly_spaced(len(held_out), NUM_COMPARED)
     demonstrated = held_out.action_chunks(rows)
     predicted = {"policy": predict(trainer.model, processor, held_out, rows)}
     predicted |= baselines(args, processor, trainer.train_dataset, held_out.states[rows])
@@ -287,8 +277,8 @@ def report_errors(args: Arguments, trainer: AtomicCheckpointTrainer) -> None:
 def plot_episodes(args: Arguments, trainer: AtomicCheckpointTrainer) -> Path:
     """Demonstrated actions of three held-out episodes, and the chunks that the policy predicts along them."""
     held_out = trainer.eval_dataset.dataset
-    starts = np.flatnonzero(np.diff(held_out.episode_end, prepend=-1))
-    starts = starts[np.linspace(0, len(starts) - 1, min(len(starts), NUM_PLOTTED)).round().astype(int)]
+    starts = held_out.episode_starts
+    starts = starts[evenly_spaced(len(starts), NUM_PLOTTED)]
     names, dim = held_out.action_names, held_out.action_dim
     figure, axes = plt.subplots(dim, len(starts), figsize=(6 * len(starts), 1.8 * dim), squeeze=False, sharey="row")
     for column, start in zip(axes.T, starts, strict=True):

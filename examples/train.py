@@ -49,12 +49,14 @@ from smolandfast import (
     compute_statistics,
 )
 from smolandfast.files_smolandfast import read_json
+from smolandfast.tokenization_fast_action import MAX_FITTED_CHUNKS
 from smolandfast.training import (
     ActionDataCollator,
     AtomicCheckpointTrainer,
     JoinedChunkDatasets,
     LeRobotChunkDataset,
     download_dataset,
+    evenly_spaced,
     find_checkpoints,
     make_muon,
     make_optimizer,
@@ -64,7 +66,6 @@ from smolandfast.training import (
 )
 from smolandfast.training.checkpoints import STATE, UNFINISHED
 
-MAX_FITTED_CHUNKS = 100_000  # of FAST tokenizer and quantiles
 CHUNKS_AT_ONCE = 20_000  # in memory, when all chunks of a data set are read
 EMBEDDINGS = ("model.text_model.embed_tokens.weight", "lm_head.weight")
 parse_args = partial(parse_arguments, description=__doc__)
@@ -112,11 +113,6 @@ class VariedDemonstrations(EpochDataset):
             return sample
         image, state, actions = self.vary(sample["images"][0], sample["state"], sample["actions"], rng, **self.options)
         return {**sample, "images": [image], "state": state, "actions": actions}
-
-
-def evenly_spaced(size: int) -> np.ndarray:
-    """Up to [`MAX_FITTED_CHUNKS`] indices below `size`."""
-    return np.linspace(0, size - 1, min(size, MAX_FITTED_CHUNKS)).round().astype(np.int64)
 
 
 def normalized_chunks(dataset: LeRobotChunkDataset, normalizer: Normalizer, indices: np.ndarray) -> np.ndarray:
@@ -264,7 +260,7 @@ def fit_statistics_and_tokenizer(
             states[turned], chunks[turned] = move(states[turned]), move(chunks[turned])
         return states, chunks
 
-    states, chunks = take(evenly_spaced(len(frames)))
+    states, chunks = take(evenly_spaced(len(frames), MAX_FITTED_CHUNKS))
     with naming_option("--dataset_root"):
         statistics = compute_statistics(states, chunks)
     if len(states) < len(frames):
@@ -315,7 +311,7 @@ def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[d
                 raise ValueError(f"{name} of {args.init_from} is {value}, here it is {expected}. {fix}")
         tokenizer = FastActionTokenizer.from_pretrained(Path(args.init_from, "action_tokenizer"))
         if tokenizer.horizon not in (None, args.chunk_size):
-            chunks = normalized_chunks(dataset, normalizer, evenly_spaced(len(dataset)))
+            chunks = normalized_chunks(dataset, normalizer, evenly_spaced(len(dataset), MAX_FITTED_CHUNKS))
             tokenizer = tokenizer.resample(chunks, normalizer.action_scale)
             print_report(tokenizer)
         return earlier["statistics"], tokenizer

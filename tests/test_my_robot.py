@@ -23,7 +23,7 @@ from test_data import edit_table
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.deployment import DeployedPolicy
-from smolandfast.training import LeRobotChunkDataset, action_kind, inspect_dataset
+from smolandfast.training import LeRobotChunkDataset, action_kind, evenly_spaced, inspect_dataset
 
 FPS, JOINTS, SIZE = 20, ["pan.pos", "lift.pos", "gripper.pos"], 64
 EXAMPLES = Path(my_robot.__file__).parent
@@ -180,7 +180,7 @@ def test_one_command_makes_a_policy_with_report_and_plot(recording, trained):
     held_out = report["held_out_episodes"]
     assert len(held_out) == 3 and {episode % 2 for episode in held_out} == {0, 1}  # both tasks
     data = LeRobotChunkDataset(recording, 13, held_out)
-    rows = my_robot.evenly_spaced(data, 20)
+    rows = evenly_spaced(len(data), 20)
     held = np.abs(data.states[rows, None] - data.action_chunks(rows)).mean(axis=(0, 1))
     np.testing.assert_allclose(report["mean_absolute_error"]["hold still"], held, rtol=1e-5)
     with Image.open(folder / "trajectories.png") as plot:

@@ -50,12 +50,22 @@ def download_dataset(repo_id: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def evenly_spaced(size: int, most: int) -> np.ndarray:
+    """At most `most` indices below `size`, the first and the last among them: `(n,)` int64."""
+    return np.linspace(0, size - 1, min(size, most)).round().astype(np.int64)
+
+
 class _ChunkedFrames(torch.utils.data.Dataset):
     """Tasks and action chunks by the index of a frame, in single and joined data sets."""
 
     def text(self, i: int) -> str:
         """A frame's task."""
         return self._texts[i]
+
+    @property
+    def episode_starts(self) -> np.ndarray:
+        """The index of the first frame of each episode: `(n,)`."""
+        return np.flatnonzero(np.diff(self.episode_end, prepend=-1))
 
     def action_chunks(self, indices: Sequence[int] | None = None) -> np.ndarray:
         """The chunks of these samples, of all by default: `(n, chunk_size, action_dim)` float32."""

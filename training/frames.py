@@ -178,7 +178,7 @@ class _OpenVideo:
                 if j == i:
                     return
             if back >= i:
-                raise ValueError("there is no such frame")
+                raise ValueError(f"no frame is at {i / self.fps} s")
             back = 2 * back + 4
 
     def _read(self) -> Iterator[tuple[int, av.VideoFrame]]:

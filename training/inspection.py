@@ -9,7 +9,7 @@ import numpy as np
 
 from ..normalization_smolandfast import Normalizer, compute_statistics, match_joints
 from ..tokenization_fast_action import MAX_FITTED_CHUNKS, FastActionTokenizer, coefficient_range
-from .data import LeRobotChunkDataset
+from .data import LeRobotChunkDataset, evenly_spaced
 
 SCALES = (5, 10, 20, 40, 80)  # of the FAST tokenizers that are compared
 NUM_CHUNKS = 2_000  # evenly spaced, on which their merges are fitted
@@ -76,13 +76,8 @@ def inspect_dataset(
             "The actions look like differences already, which would be taken relative to the state once more. Leave "
             "use_relative_actions off."
         )
-    dims, options = None, {"normalization": normalization, "use_relative_actions": use_relative_actions}
-    if use_relative_actions:
-        dims = match_joints(dataset.state_names, dataset.action_names, relative_exclude_joints)
-    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), MAX_FITTED_CHUNKS)).round().astype(int)
-    states, chunks = dataset.states[rows], dataset.action_chunks(rows)
-    normalizer = Normalizer(compute_statistics(states, chunks, dims), reference_dims=dims, **options)
-    normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
+    options = normalization, use_relative_actions, relative_exclude_joints
+    _, normalizer, normalized = fit_normalizer(dataset, *options)
     clipped = (np.abs(normalized) >= normalizer.normalized_limit).mean(axis=(0, 1))  # (action_dim,)
     lines += _describe_dimensions(dataset, clipped, normalization, warnings)
     ending = f", except {', '.join(relative_exclude_joints)}" if relative_exclude_joints else ""
@@ -97,6 +92,35 @@ def inspect_dataset(
     return DatasetReport(lines + comparison, warnings, kind, use_relative_actions, exclude, float(fast_scale))
 
 
+def fit_normalizer(
+    dataset: LeRobotChunkDataset,
+    normalization: str = "min_max",
+    use_relative_actions: bool = False,
+    relative_exclude_joints: Sequence[str] = (),
+) -> tuple[dict, Normalizer, np.ndarray]:
+    """Measure a data set for a processor, and normalise its chunks for a FAST tokenizer.
+
+    Args:
+        normalization, use_relative_actions, relative_exclude_joints: As for the processor.
+
+    Returns:
+        The statistics, their normalizer, and the normalised chunks `(n, chunk_size, action_dim)` of up to
+        [`MAX_FITTED_CHUNKS`] frames, evenly spaced.
+
+    Raises:
+        ValueError: Options that do not fit the data.
+    """
+    dims = None
+    if use_relative_actions:
+        dims = match_joints(dataset.state_names, dataset.action_names, relative_exclude_joints)
+    rows = evenly_spaced(len(dataset), MAX_FITTED_CHUNKS)
+    states, chunks = dataset.states[rows], dataset.action_chunks(rows)
+    statistics = compute_statistics(states, chunks, dims)
+    options = {"use_relative_actions": use_relative_actions, "reference_dims": dims}
+    normalizer = Normalizer(statistics, normalization, **options)
+    return statistics, normalizer, normalizer.normalize_actions(chunks, normalizer.state_bins(states))
+
+
 def _compare_tokenizers(
     dataset: LeRobotChunkDataset,
     chunks: np.ndarray,
@@ -107,7 +131,7 @@ def _compare_tokenizers(
     """A line for each scale, and the recommended one."""
     low, q01, q99, high = np.quantile(dataset.actions, [0, 0.01, 0.99, 1], axis=0)
     span = np.where(q99 > q01, q99 - q01, high - low)  # without outliers
-    few = chunks[np.linspace(0, len(chunks) - 1, min(len(chunks), NUM_CHUNKS)).round().astype(int)]
+    few = chunks[evenly_spaced(len(chunks), NUM_CHUNKS)]
     names, fitting = dataset.action_names or [f"action {i}" for i in range(dataset.action_dim)], []
     lines = [
         f"FAST tokenizers for chunks of {dataset.chunk_size} actions ({_seconds(dataset):.2f} s), and the errors that "
@@ -171,7 +195,7 @@ def _seconds(dataset: LeRobotChunkDataset) -> float:
 
 def _describe(dataset: LeRobotChunkDataset) -> tuple[list[str], list[str]]:
     """Size, tasks and timing, and the warnings about them."""
-    warnings, starts = [], np.flatnonzero(np.diff(dataset.episode_end, prepend=-1))  # first frame of each episode
+    warnings, starts = [], dataset.episode_starts
     lengths = dataset.episode_end[starts] - starts + 1
     counts = Counter(dataset.text(int(i)) for i in starts)
     lines = [
@@ -211,7 +235,7 @@ def _describe(dataset: LeRobotChunkDataset) -> tuple[list[str], list[str]]:
 
 def _describe_cameras(dataset: LeRobotChunkDataset, warnings: list[str]) -> list[str]:
     """Sizes of the images. A few of each camera are decoded, to find a covered or a frozen one."""
-    rows = np.unique(np.linspace(0, len(dataset) - 1, 6).round().astype(int)).tolist()
+    rows = evenly_spaced(len(dataset), 6).tolist()
     for key in dataset.image_keys:
         images = [dataset.image(i, key) for i in rows]
         if max(image.std() for image in images) < 3:

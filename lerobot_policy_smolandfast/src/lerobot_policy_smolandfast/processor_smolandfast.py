@@ -29,7 +29,7 @@ from smolandfast.checks_smolandfast import as_numbers
 from smolandfast.normalization_smolandfast import RELATIVE_ACTION
 from smolandfast.prompt_smolandfast import name_tasks
 from smolandfast.tokenization_fast_action import MAX_FITTED_CHUNKS
-from smolandfast.training import make_tiny_processor
+from smolandfast.training import evenly_spaced, make_tiny_processor
 
 from .configuration_smolandfast import TINY, SMOLANDFASTConfig
 
@@ -300,7 +300,7 @@ def read_demonstrations(root: Path, chunk_size: int) -> tuple[np.ndarray, np.nda
     """
     states, actions, last = read_frames(root)
     size = min(len(states), MAX_FITTED_CHUNKS, max(1, MAX_FITTED_VALUES // (chunk_size * actions.shape[1])))
-    rows = np.linspace(0, len(states) - 1, size).round().astype(int)
+    rows = evenly_spaced(len(states), size)
     return states[rows], actions[np.minimum(rows[:, None] + np.arange(chunk_size), last[rows, None])]
 
 
