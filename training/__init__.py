@@ -2,8 +2,8 @@
 
 from .checkpoints import AtomicCheckpointTrainer, find_checkpoints, last_whole_checkpoint
 from .collator import ActionDataCollator
-from .data import JoinedChunkDatasets, LeRobotChunkDataset, download_dataset, evenly_spaced
-from .inspection import DIFFERENCES, TARGETS, DatasetReport, action_kind, fit_normalizer, inspect_dataset
+from .data import JoinedChunkDatasets, LeRobotChunkDataset, download_dataset, evenly_spaced, read_info
+from .inspection import DatasetReport, action_kind, fit_normalizer, inspect_dataset
 from .muon import make_muon
 from .optimization import bf16_is_faster, make_optimizer, parameter_groups
 from .tiny import make_tiny_model, make_tiny_processor, make_tiny_vision
@@ -11,11 +11,9 @@ from .tiny import make_tiny_model, make_tiny_processor, make_tiny_vision
 __all__ = [
     "ActionDataCollator",
     "AtomicCheckpointTrainer",
-    "DIFFERENCES",
     "DatasetReport",
     "JoinedChunkDatasets",
     "LeRobotChunkDataset",
-    "TARGETS",
     "action_kind",
     "bf16_is_faster",
     "download_dataset",
@@ -30,4 +28,5 @@ __all__ = [
     "make_tiny_processor",
     "make_tiny_vision",
     "parameter_groups",
+    "read_info",
 ]

@@ -30,6 +30,10 @@ logger = logging.get_logger(__name__)
 # LeRobot's defaults of the two templates in meta/info.json.
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+CONVERT = (
+    "Convert a copy of it with LeRobot 0.6: `python -m lerobot.scripts.convert_dataset_v21_to_v30 "
+    "--repo-id=you/your-data --root=COPY --push-to-hub=false`, which downloads COPY if there is no such folder."
+)
 # Attributes that joined data sets share. Names may be None in some of them.
 SHARED = ("fps", "state_dim", "action_dim", "image_keys", "image_sizes", "chunk_size", "frame_stride")
 SHARED += ("state_names", "action_names")
@@ -130,7 +134,7 @@ class LeRobotChunkDataset(_ChunkedFrames):
         self.chunk_size = check_whole(chunk_size, "chunk_size")
         self.frame_stride = check_whole(frame_stride, "frame_stride")
         self.root = Path(root).expanduser()
-        self.info = _read_info(self.root)
+        self.info = read_info(self.root)
         self.fps = self.info["fps"]
         features = self.info["features"]
         self.image_keys = _choose_image_keys(image_keys, features)
@@ -421,7 +425,13 @@ def _vector_dim(features: dict, key: str) -> int:
     return shape[0]
 
 
-def _read_info(root: Path) -> dict:
+def read_info(root: Path) -> dict:
+    """`meta/info.json` of a data set, its version, control rate, features and number of episodes checked.
+
+    Raises:
+        ValueError: It describes another format, or is damaged.
+        OSError: It is missing or unreadable.
+    """
     _expect(root.is_dir(), f"root is {root}, which is not a folder.", "Pass a data set's, or use `download_dataset`.")
     path = root / INFO
     info = read_json(path, f"Pass the folder of a LeRobot v3.0 data set. {AGAIN}")
@@ -429,11 +439,12 @@ def _read_info(root: Path) -> dict:
     _expect(
         isinstance(version, str) and re.fullmatch(r"v3(\.\d+)+", version),
         f"codebase_version in {path} is {version!r}, expected 'v3.0'.",
-        "LeRobot's convert_dataset_v21_to_v30 is a converter for older ones; newer ones need a newer release.",
+        CONVERT if version == "v2.1" else AGAIN,
     )
     if version != "v3.0":
         logger.warning(f"codebase_version in {path} is {version}. This reader supports v3.0, and reads it as such.")
     check_fps(info.get("fps"), f"fps in {path}")
+    check_whole(info.get("total_episodes"), f"total_episodes in {path}")
     is_described = isinstance(features, dict) and all(isinstance(feature, dict) for feature in features.values())
     _expect(is_described, f"features in {path} is {features!r}, expected a JSON object for each feature.")
     return info

@@ -27,14 +27,15 @@ class DatasetReport:
         lines: The text without its warnings.
         warnings: A line each, which ends with what to do.
         action_kind: `"targets of the state"`, `"differences"` or `"unknown"`.
-        use_relative_actions, relative_exclude_joints, fast_scale: The options given, or else those recommended.
+        action_options: `normalization`, `use_relative_actions` and `relative_exclude_joints` as given, or else as
+            recommended: arguments of [`fit_normalizer`] and of the processor.
+        fast_scale: The scale of the FAST tokenizer, likewise.
     """
 
     lines: list[str]
     warnings: list[str]
     action_kind: str
-    use_relative_actions: bool
-    relative_exclude_joints: list[str]
+    action_options: dict
     fast_scale: float
 
     def __str__(self) -> str:
@@ -76,8 +77,12 @@ def inspect_dataset(
             "The actions look like differences already, which would be taken relative to the state once more. Leave "
             "use_relative_actions off."
         )
-    options = normalization, use_relative_actions, relative_exclude_joints
-    _, normalizer, normalized = fit_normalizer(dataset, *options)
+    options = {
+        "normalization": normalization,
+        "use_relative_actions": use_relative_actions,
+        "relative_exclude_joints": list(relative_exclude_joints),
+    }
+    _, normalizer, normalized = fit_normalizer(dataset, **options)
     clipped = (np.abs(normalized) >= normalizer.normalized_limit).mean(axis=(0, 1))  # (action_dim,)
     lines += _describe_dimensions(dataset, clipped, normalization, warnings)
     ending = f", except {', '.join(relative_exclude_joints)}" if relative_exclude_joints else ""
@@ -88,8 +93,7 @@ def inspect_dataset(
     if fast_scale is None:
         fast_scale = fitting
         comparison.append(f"  recommended: scale {fast_scale:g}")
-    exclude = list(relative_exclude_joints)
-    return DatasetReport(lines + comparison, warnings, kind, use_relative_actions, exclude, float(fast_scale))
+    return DatasetReport(lines + comparison, warnings, kind, options, float(fast_scale))
 
 
 def fit_normalizer(
