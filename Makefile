@@ -32,7 +32,11 @@ PYTHON_LEROBOT ?= python3.12
 TORCH_LEROBOT ?= torch==2.10.0
 LEROBOT_VERSION ?= 0.6.1
 
-.PHONY: demo demo-metaworld test test-all test-oldest test-newest test-lerobot core metaworld-tests lock fuzz lint bench clean
+# SO-101's simulator needs Python 3.12 or newer, and huggingface_hub before 2: the locked one is newer.
+PYTHON_SO101 ?= python3.12
+SO101_NEXUS ?= so101-nexus==0.10.0 mujoco==3.17.0
+
+.PHONY: demo demo-metaworld test test-all test-oldest test-newest test-lerobot test-so101 core metaworld-tests lock fuzz lint bench clean
 
 demo: $(FOR_EXAMPLES)
 	$(VENV)/bin/python examples/evaluate.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
@@ -72,6 +76,10 @@ test-newest:
 test-lerobot: .venv-lerobot/installed
 	.venv-lerobot/bin/python -m pytest --config-file lerobot_policy_smolandfast/pyproject.toml lerobot_policy_smolandfast
 	$(if $(DISCARD),rm -rf .venv-lerobot)
+
+test-so101: .venv-so101/installed
+	.venv-so101/bin/python -m pytest tests/test_so101.py
+	$(if $(DISCARD),rm -rf .venv-so101)
 
 # These name tests, for TESTS.
 core:
@@ -126,5 +134,10 @@ $(INSTALLED): pyproject.toml $(LOCKED)
 	.venv-lerobot/bin/pip install --no-deps --editable . --editable ./lerobot_policy_smolandfast
 	touch $@
 
+.venv-so101/installed: pyproject.toml
+	$(PYTHON_SO101) -m venv .venv-so101
+	.venv-so101/bin/pip install "$(TORCH_LEROBOT)" $(SO101_NEXUS) pytest --editable ".[examples]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock .venv-lerobot outputs
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-lock .venv-lerobot .venv-so101 outputs

@@ -60,8 +60,7 @@ def load_policy(checkpoint: str | Path, **kwargs: Any) -> tuple[SmolAndFastForAc
 def make_predict(model: Any, processor: Any, **generate_kwargs: Any) -> Predict:
     """The `predict` of [`rollouts.rollout`] for a model and its processor."""
 
-    def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
-        images = [[image] for image in images]
+    def predict(images: list[list[np.ndarray]], states: np.ndarray, texts: list[str]) -> np.ndarray:
         inputs = processor(images=images, text=texts, state=states, return_tensors="pt")
         ids = model.generate(**inputs.to(model.device), **generate_kwargs)
         return np.asarray(processor.post_process_actions(ids))  # (B, H, D), the robot's units
@@ -103,7 +102,7 @@ def load_predict(
     if backend is not None:
         policy = DeployedPolicy(checkpoint, backend, torch.get_num_threads())
 
-        def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
+        def predict(images: list[list[np.ndarray]], states: np.ndarray, texts: list[str]) -> np.ndarray:
             return policy.predict(images, texts, states, max_tokens=max_tokens)
 
         return LoadedPolicy(predict, *(getattr(policy, name) for name in LoadedPolicy._fields[1:]))
@@ -262,7 +261,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1000, help="episode i resets its environment with seed + i (1000)")
     parser.add_argument("--num_envs", type=int, default=16, help="episodes played side by side (16)")
     parser.add_argument("--num_processes", type=int, default=1, help="processes that share the tasks (1)")
-    parser.add_argument("--full_render", action="store_true", help="metaworld: render as LeRobot does")
+    parser.add_argument("--full_render", action="store_true", help="metaworld, so101: render as the original does")
     parser.add_argument("--n_action_steps", type=int, help="actions executed of each chunk (the checkpoint's own)")
     parser.add_argument("--do_sample", action="store_true", help="sample tokens (default: the likeliest)")
     parser.add_argument("--temperature", type=float, help="of sampling (1.0)")

@@ -132,7 +132,10 @@ def write_card(
     task = (trained or list(benchmark.tasks))[0]
     scene = benchmark.make_scene(task)
     scene.reset(0 if metrics is None else metrics["seed"])
-    Image.fromarray(scene.image()).save(folder / "observation.png")
+    keys = benchmark.image_keys
+    observations = ["observation.png"] if len(keys) == 1 else [f"{key}.png" for key in keys]
+    for name_of_image, image in zip(observations, scene.images(), strict=True):
+        Image.fromarray(image).save(folder / name_of_image)
     state = scene.state.astype(float).round(3).tolist()
     scene.close()
     if metrics is not None:
@@ -163,6 +166,7 @@ def write_card(
         num_tasks=max(len(trained), 1),
         task=instruction,
         task_literal=repr(instruction),
+        observations=observations,
         state=state,
         action_low=low.tolist(),
         action_high=high.tolist(),

@@ -41,9 +41,9 @@ def play(predict: Predict, seed: int, n_action_steps: int, max_steps: int) -> di
     """
     steps = []
 
-    def keep(episode: Episode, image: np.ndarray, state: np.ndarray, action: np.ndarray) -> None:
+    def keep(episode: Episode, images: list[np.ndarray], state: np.ndarray, action: np.ndarray) -> None:
         reward = np.float32(episode.rewards[-1])
-        steps.append((image, state, action, reward, episode.done, episode.success))
+        steps.append((images[0], state, action, reward, episode.done, episode.success))
 
     rollout(PUSHT, predict, [seed], n_action_steps, max_steps=max_steps, on_step=keep)
     names = (IMAGE_KEY, "observation.state", "action", "next.reward", "next.done", "next.success")

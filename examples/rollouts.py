@@ -24,10 +24,10 @@ from smolandfast.deployment.loop import Schedule
 Z_95 = NormalDist().inv_cdf(0.975)
 BLACK, GREY, PALE, GREEN = (30, 30, 30), (110, 110, 110), (210, 210, 210), (20, 130, 50)
 
-# (B images, states (B, state_dim), B instructions) -> chunks (B, H, action_dim), see `rollout`
-Predict = Callable[[list[np.ndarray], np.ndarray, list[str]], np.ndarray]
-# (the episode after a step, image and state before it, its action)
-OnStep = Callable[["Episode", np.ndarray, np.ndarray, np.ndarray], None]
+# (images of B episodes, states (B, state_dim), B instructions) -> chunks (B, H, action_dim), see `rollout`
+Predict = Callable[[list[list[np.ndarray]], np.ndarray, list[str]], np.ndarray]
+# (the episode after a step, images and state before it, its action)
+OnStep = Callable[["Episode", list[np.ndarray], np.ndarray, np.ndarray], None]
 
 
 @dataclass
@@ -161,7 +161,7 @@ class RolloutOptions:
         max_steps: An episode ends unsolved after these. Defaults to the benchmark's.
         record: The first `record` episodes of each task are filmed.
         progress: Show a progress bar.
-        on_step: Called after each step of each episode. The policy's image is then rendered at every step.
+        on_step: Called after each step of each episode. The policy's images are then rendered at every step.
         delay: Steps from an observation to the arrival of its chunk.
         strategy: What is executed in the meantime, see [`Schedule`]. Without delay, `switch` and `wait` do the same.
     """
@@ -186,9 +186,9 @@ def rollout(
     """Play each task once for each seed.
 
     Args:
-        predict: Called with images (list of uint8 `(image_size, image_size, 3)`), states (float32 `(B, state_dim)`)
-            and instructions of the episodes that need a chunk. Returns chunks `(B, H, action_dim)` with
-            `H >= n_action_steps` in the simulator's units; nothing is clipped.
+        predict: Called with the images (for each episode a list of uint8 `(image_size, image_size, 3)`, one of each
+            camera), states (float32 `(B, state_dim)`) and instructions of the episodes that need a chunk. Returns
+            chunks `(B, H, action_dim)` with `H >= n_action_steps` in the simulator's units; nothing is clipped.
         seeds: Of each task's episodes.
         n_action_steps: Actions of each chunk that are executed before the next prediction.
         tasks: Defaults to all.
@@ -229,7 +229,7 @@ def rollout(
                 break
             due = [slot for slot in playing if slot.chunk is None and slot.schedule.is_due()]
             if due:
-                images, states = [slot.scene.image() for slot in due], np.stack([slot.scene.state for slot in due])
+                images, states = [slot.scene.images() for slot in due], np.stack([slot.scene.state for slot in due])
                 instructions = [benchmark.tasks[slot.task] for slot in due]
                 start = time.perf_counter()
                 chunks = predict(images, states, instructions)
@@ -277,7 +277,7 @@ class _Slot:
         if action is None:
             action = self.benchmark.hold(scene.state, episode.actions[-1] if episode.actions else None)
         episode.actions.append(action)
-        before = (scene.image(), scene.state, action) if options.on_step is not None else ()
+        before = (scene.images(), scene.state, action) if options.on_step is not None else ()
         reward, episode.success, is_over = scene.step(action)
         episode.rewards.append(reward)
         episode.poses.append(scene.poses)

@@ -47,6 +47,7 @@ from smolandfast import (
     SmolAndFastForActionPrediction,
     SmolAndFastProcessor,
     compute_statistics,
+    match_joints,
 )
 from smolandfast.files_smolandfast import read_json
 from smolandfast.tokenization_fast_action import MAX_FITTED_CHUNKS
@@ -261,19 +262,19 @@ def fit_statistics_and_tokenizer(
         return states, chunks
 
     states, chunks = take(evenly_spaced(len(frames), MAX_FITTED_CHUNKS))
+    measure = partial(compute_statistics, reference_dims=normalizer_options(dataset, args)["reference_dims"])
     with naming_option("--dataset_root"):
-        statistics = compute_statistics(states, chunks)
+        statistics = measure(states, chunks)
     if len(states) < len(frames):
         for start in range(0, len(frames), CHUNKS_AT_ONCE):
-            widen(statistics, compute_statistics(*take(np.arange(start, min(start + CHUNKS_AT_ONCE, len(frames))))))
+            widen(statistics, measure(*take(np.arange(start, min(start + CHUNKS_AT_ONCE, len(frames))))))
     if args.action_tokenizer is not None:
         with naming_option("--action_tokenizer"):
             return statistics, FastActionTokenizer.from_pretrained(args.action_tokenizer)
     rotations = benchmark.rotations(**options)
     states, chunks = (np.concatenate([x, *(move(x) for move in rotations)]) for x in (states, chunks))
-    options = {"use_relative_actions": args.use_relative_actions, **read_earlier_options(args)}
     with naming_option("--use_relative_actions"):
-        normalizer = Normalizer(statistics, **options)
+        normalizer = Normalizer(statistics, **normalizer_options(dataset, args))
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
     with naming_option("--fast_scale, --fast_vocab_size"):
         tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)
@@ -300,11 +301,13 @@ def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[d
     """
     with naming_option("--init_from"):
         earlier = read_json(Path(args.init_from, "processor_config.json"))
-        normalizer = Normalizer(earlier.get("statistics"), **read_earlier_options(args))
+        normalizer = Normalizer(earlier.get("statistics"), **normalizer_options(dataset, args))
+        absolute = earlier.get("relative_exclude_joints", []), args.relative_exclude_joints or []
         for name, value, expected in (
             ("state_dim", normalizer.state_dim, dataset.state_dim),
             ("action_dim", normalizer.action_dim, dataset.action_dim),
             ("use_relative_actions", earlier.get("use_relative_actions", False), args.use_relative_actions),
+            ("relative_exclude_joints", *absolute),
         ):
             if value != expected:
                 fix = "Name a policy of the same kind, or measure the data again with --refit."
@@ -315,6 +318,16 @@ def read_earlier(dataset: LeRobotChunkDataset, args: PolicyArguments) -> tuple[d
             tokenizer = tokenizer.resample(chunks, normalizer.action_scale)
             print_report(tokenizer)
         return earlier["statistics"], tokenizer
+
+
+def normalizer_options(dataset: LeRobotChunkDataset, args: PolicyArguments) -> dict:
+    """The options of [`Normalizer`]."""
+    options = {"use_relative_actions": args.use_relative_actions, "reference_dims": None, **read_earlier_options(args)}
+    if args.use_relative_actions:
+        with naming_option("--relative_exclude_joints"):
+            joints = dataset.state_names, dataset.action_names
+            options["reference_dims"] = match_joints(*joints, args.relative_exclude_joints or ())
+    return options
 
 
 def read_earlier_options(args: PolicyArguments) -> dict:
@@ -337,6 +350,7 @@ def make_policy(
     options = {
         "chunk_size": args.chunk_size,
         "use_relative_actions": args.use_relative_actions,
+        "relative_exclude_joints": args.relative_exclude_joints or [],
         "image_keys": dataset.image_keys,
         "fps": dataset.fps,
         "state_names": dataset.state_names,
@@ -454,8 +468,13 @@ def read_demonstrations(
     args: PolicyArguments, training: TrainingArguments, benchmark: Benchmark
 ) -> tuple[LeRobotChunkDataset | JoinedChunkDatasets, LeRobotChunkDataset | None]:
     """The demonstrations to train on and those to evaluate with, which are the last of the first data set."""
-    roots = args.dataset_root or [download_dataset(args.dataset_repo_id or benchmark.repo_id)]
+    repo_id = args.dataset_repo_id or benchmark.repo_id
+    if not (args.dataset_root or repo_id):
+        raise ValueError(f"--dataset_root is missing, and {benchmark.name} has no data set on the Hub. Name a folder.")
+    roots = args.dataset_root or [download_dataset(repo_id)]
     read = partial(LeRobotChunkDataset, chunk_size=args.chunk_size, frame_stride=args.frame_stride)
+    if len(benchmark.image_keys) > 1:  # the name of a single camera does not matter
+        read = partial(read, image_keys=benchmark.image_keys)
     train_sets, eval_set = [], None
     for root in roots:
         with naming_option(f"--dataset_root {root}"):
@@ -481,10 +500,10 @@ def check_kind(
     checked = [
         ("state_dim", dataset.state_dim, benchmark.state_dim),
         ("action_dim", dataset.action_dim, benchmark.action_dim),
-        ("number of cameras", len(dataset.image_keys), 1),
+        ("number of cameras", len(dataset.image_keys), len(benchmark.image_keys)),
     ]
     if args.preset == "tiny" or needs_evaluation(training):
-        checked.append(("image size (height, width)", dataset.image_sizes[dataset.image_keys[0]], size))
+        checked += [(f"size of {key} (height, width)", value, size) for key, value in dataset.image_sizes.items()]
     # The policy plays at the demonstrated speed, or at --frame_stride times that.
     if not any(math.isclose(dataset.fps / stride, benchmark.fps) for stride in (1, args.frame_stride)):
         checked.append(("fps", dataset.fps, benchmark.fps))

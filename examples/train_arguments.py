@@ -77,6 +77,7 @@ class PolicyArguments:
     n_action_steps: int = 5
     scale_factor: int = HfArg(default=1, help="side of the pixel shuffle")
     use_relative_actions: bool = False
+    relative_exclude_joints: list[str] | None = HfArg(default=None, help="joints that stay absolute nevertheless")
     freeze_vision_tower: bool = False
     freeze_connector: bool = False
     overwrite_output_dir: bool = HfArg(
@@ -93,7 +94,7 @@ class PolicyArguments:
     min_lr_rate: float = HfArg(default=0.05, help="floor of cosine_with_min_lr schedules, as a share of the peak")
     frame_stride: int = HfArg(default=1, help="frames between a chunk's actions: 2 doubles the demonstrated speed")
     drop_n_last_frames: int = HfArg(default=0, help="last frames of an episode that no sample starts at")
-    sample_every: int = HfArg(default=1, help="frames between the starts of samples: see collect_metaworld.py")
+    sample_every: int = HfArg(default=1, help="frames between the starts of samples: see collect.py")
     mirror_probability: float = HfArg(default=0.0, help="share of samples mirrored about the target's axis")
     turn_probability: float = HfArg(default=0.0, help="share of samples that are turned or mirrored")
     max_shift: int = HfArg(default=0, help="largest shift of image, state and actions, in image pixels")
@@ -233,6 +234,7 @@ def check_together(args: PolicyArguments, training: TrainingArguments, given: di
     is_fitted = not keeps_tokens and args.action_tokenizer is None
     by_length = args.batch_by_length or training.train_sampling_strategy in ("group_by_length", "batch_rebalance")
     useless = {
+        "relative_exclude_joints": not args.use_relative_actions and "actions are not relative",
         "refit": args.init_from is None and "there is no --init_from",
         "action_tokenizer": keeps_tokens and "--init_from keeps that of the earlier policy; see --refit",
         "fast_scale": not is_fitted and "no FAST tokenizer is fitted",

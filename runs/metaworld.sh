@@ -17,7 +17,7 @@ again=(--max_shift 3 --sample_every 4 --oversample hard very_hard --batch_by_len
     --gradient_accumulation_steps 2)
 
 # Scripted experts, two of three demonstrations shoved aside on the way: 1,000, with an image at every step. 1.2 hours.
-step data meta/info.json collect_metaworld.py --episodes 20
+step data meta/info.json collect.py --benchmark metaworld --episodes 20
 
 # The vision tower learns where things are; then the policy. 1.2 and 1 hours.
 step vision vision.safetensors pretrain_vision.py --benchmark metaworld --dataset_root "$out/data" --num_scenes 200 \
@@ -26,14 +26,14 @@ train first "${common[@]}" --dataset_root "$out/data" --vision_weights "$out/vis
     --per_device_train_batch_size 96 --save_steps 500 --max_steps 2150
 
 # More demonstrations, an image at every fourth step; hard tasks twice as often. 0.8 and 2.1 hours.
-step data2 meta/info.json collect_metaworld.py --episodes 30 --draw_every 4
+step data2 meta/info.json collect.py --benchmark metaworld --episodes 30 --draw_every 4
 train second "${common[@]}" "${again[@]}" --dataset_root "$out/data2" --init_from "$out/first" --max_steps 900 \
     --warmup_steps 60 --text_learning_rate 6e-4
 
 # The policy plays and the expert takes over; more demonstrations; twice from there, with other orders of the samples.
 # 1, 0.5, 0.9 and 1.6 hours.
-step corrections meta/info.json collect_metaworld.py --episodes 5 --draw_every 4 --policy "$out/second"
-step data3 meta/info.json collect_metaworld.py --episodes 50 --draw_every 4
+step corrections meta/info.json collect.py --benchmark metaworld --episodes 5 --draw_every 4 --policy "$out/second"
+step data3 meta/info.json collect.py --benchmark metaworld --episodes 50 --draw_every 4
 gentle=(--dataset_root "$out/data3" "$out/corrections" --warmup_steps 20 --text_learning_rate 3e-4 \
     --connector_learning_rate 1.2e-4)
 train third "${common[@]}" "${again[@]}" "${gentle[@]}" --init_from "$out/second" --max_steps 420 --seed 11 \

@@ -21,6 +21,7 @@ from smolandfast import (
     match_joints,
 )
 from smolandfast.training import make_tiny_model, make_tiny_processor
+from smolandfast.training.tiny import TEXT, VISION
 
 SHARED = Path(__file__).parents[2] / "shared"
 TASK = "Push the T-shaped block onto the T-shaped target."
@@ -76,19 +77,16 @@ def smolvlm_assets() -> Path:
     return SHARED / "assets/smolvlm2_256m"
 
 
-@pytest.fixture
-def vlm(smolvlm_assets, tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def vlm(smolvlm_assets, tmp_path_factory) -> Path:
     """SmolVLM2's image size and vocabulary in a narrow model of one layer, with random weights."""
-    config = SmolVLMConfig.from_pretrained(smolvlm_assets)
-    for part in (config.text_config, config.vision_config):
-        part.hidden_size, part.intermediate_size, part.num_attention_heads = 64, 128, 2
-        part.num_hidden_layers = 1
-    config.text_config.num_key_value_heads, config.text_config.head_dim = 1, 32
-    SmolVLMForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "vlm")
+    config, folder = SmolVLMConfig.from_pretrained(smolvlm_assets), tmp_path_factory.mktemp("vlm")
+    narrow(config, num_layers=1)
+    SmolVLMForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
     for path in smolvlm_assets.glob("*.json"):
         if path.name != "config.json":
-            (tmp_path / "vlm" / path.name).write_bytes(path.read_bytes())
-    return tmp_path / "vlm"
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -130,16 +128,27 @@ def make_processor(demonstrations, **kwargs):
     return make_tiny_processor(tokenizer, statistics, TASK, **kwargs)
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["absolute", "relative"])
-def processor(request, demonstrations):
-    return make_processor(demonstrations, use_relative_actions=request.param)
+@pytest.fixture(scope="session")
+def processor(demonstrations):
+    return make_processor(demonstrations, use_relative_actions=True)
+
+
+NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+
+
+def narrow(config, num_layers):
+    """Make both towers of a configuration narrow and shallow."""
+    for name, value in (NARROW | {"num_hidden_layers": num_layers}).items():
+        setattr(config.text_config, name, value)
+        setattr(config.vision_config, name, value)
+    config.text_config.num_key_value_heads, config.text_config.head_dim = 1, 32
 
 
 def make_small_model(processor, num_layers=2):
-    """The tiny model with fewer layers in both towers, and random weights."""
+    """The tiny model, narrow and with fewer layers in both towers, and random weights."""
     with torch.device("meta"):
         config = make_tiny_model(processor, n_action_steps=4).config
-    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = num_layers
+    narrow(config, num_layers)
     torch.manual_seed(0)
     return SmolAndFastForActionPrediction(config).eval()
 
@@ -147,6 +156,40 @@ def make_small_model(processor, num_layers=2):
 @pytest.fixture
 def model(processor):
     return make_small_model(processor)
+
+
+@pytest.fixture
+def narrow_preset(monkeypatch):
+    """Trainings that start from random weights have a narrow model of one layer in each tower."""
+    for part in (VISION, TEXT):
+        for name, value in (NARROW | {"num_hidden_layers": 1}).items():
+            monkeypatch.setitem(part, name, value)
+
+
+def save_policy(folder: Path, processor) -> Path:
+    """A policy of one layer in each tower, which has preferences."""
+    model = make_small_model(processor, num_layers=1)
+    model.lm_head.weight.data *= 20
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_policy(demonstrations, tmp_path_factory) -> Path:
+    """A folder with a small policy of PushT's control rate, images and dimensions."""
+    processor = make_processor(demonstrations, use_relative_actions=True, fps=10, state_names=["x", "y"])
+    return save_policy(tmp_path_factory.mktemp("checkpoint") / "policy", processor)
+
+
+@pytest.fixture(scope="session")
+def deployed(saved_policy, tmp_path_factory) -> Path:
+    """The same policy, exported, which takes seconds."""
+    export = pytest.importorskip("smolandfast.deployment.export", reason='needs pip install -e ".[deployment]"')
+    folder = tmp_path_factory.mktemp("deployed") / "policy"
+    num_equal, difference = export.export_policy(saved_policy, folder)
+    assert num_equal == export.NUM_OBSERVATIONS and difference < 1e-5
+    return folder
 
 
 @pytest.fixture(scope="session")

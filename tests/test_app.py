@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_processor, make_small_model
+import torch
 from envs.pusht import BENCHMARK as PUSHT
 from evaluate import make_predict
 from PIL import Image
@@ -136,34 +137,43 @@ def copy_space(folder):
         shutil.copytree(ROOT / name, folder / "smolandfast" / name)
 
 
-WITHOUT_INSTALLED = """
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
-sys.path += ["app", "."]
-import app, smolandfast
-session = app.Session(app.load_page_policy(sys.argv[1]))
-session.step()
-print(smolandfast.__file__, len(session.tokens))
-"""
+def is_ours(path: str) -> bool:
+    return Path(path).is_relative_to(ROOT) and "site-packages" not in path
+
+
+def play_in_space(folder, results):
+    """In a new process, in which nothing of the repository is imported or found."""
+    torch.set_num_threads(1)  # more hang after a fork
+    for name, module in list(sys.modules.items()):
+        if is_ours(getattr(module, "__file__", None) or ""):
+            del sys.modules[name]
+    sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+    os.chdir(folder)
+    sys.path = [str(folder / "app"), str(folder), *(path for path in sys.path if not is_ours(path))]
+    import app
+
+    import smolandfast
+
+    session = app.Session(app.load_page_policy(str(CHECKPOINT)))
+    session.step()
+    results.put((smolandfast.__file__, len(session.tokens)))
 
 
 def test_a_space_has_all_files_that_it_needs(tmp_path):
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install -e '.[app]'")
     copy_space(tmp_path)
-    command = [sys.executable, "-c", WITHOUT_INSTALLED, str(CHECKPOINT)]
-    printed = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
-    assert Path(printed[-2]) == tmp_path / "smolandfast/__init__.py" and int(printed[-1]) > 0
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    process = fork.Process(target=play_in_space, args=(tmp_path, results))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    file, num_predictions = results.get(timeout=10)
+    assert Path(file) == tmp_path / "smolandfast/__init__.py" and num_predictions > 0
 
 
-def test_the_page_plays_a_deployed_policy(demonstrations, tmp_path):
-    export = pytest.importorskip("smolandfast.deployment.export", reason='needs pip install -e ".[deployment]"')
-    processor = make_processor(demonstrations, fps=10)
-    model = make_small_model(processor, num_layers=1)
-    model.lm_head.weight.data *= 20  # strong preferences
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "policy")
-    export.export_policy(tmp_path / "policy", tmp_path / "deployed")
-    sessions = [Session(load_page_policy(str(tmp_path / name))) for name in ("policy", "deployed")]
+def test_the_page_plays_a_deployed_policy(saved_policy, deployed):
+    sessions = [Session(load_page_policy(str(folder))) for folder in (saved_policy, deployed)]
     for _ in range(10):
         for session in sessions:
             session.step()

@@ -9,24 +9,15 @@ import pytest
 import torch
 from envs.pusht import BENCHMARK as PUSHT
 from evaluate import main as evaluate
-from evaluate import make_predict
 from export_checkpoint import export
 from export_checkpoint import main as export_checkpoint
-from rollouts import rollout
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.files_smolandfast import SUMS, check_checksums, read_checksums
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/pusht-tiny"
-
-
-@pytest.fixture(scope="module")
-def policy():
-    model = SmolAndFastForActionPrediction.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    return model, SmolAndFastProcessor.from_pretrained(CHECKPOINT)
 
 
 def test_it_is_small_and_in_bf16():
@@ -42,12 +33,6 @@ def test_shipped_checkpoints_are_weights_and_json():
     names = {path.name for path in (ROOT / "checkpoints").rglob("*") if path.is_file()}
     data = {"SHA256SUMS", "chat_template.jinja", "model.safetensors"}
     assert names >= data and {name.rpartition(".")[2] for name in names - data} == {"json"}
-
-
-def test_it_pushes_the_block(policy):
-    """A guard against a broken checkpoint, not a measurement: seeds it was chosen by, far above holding still."""
-    result = rollout(PUSHT, make_predict(*policy), seeds=range(100_003, 100_006), n_action_steps=8)
-    assert np.mean(result.max_rewards) > 0.3
 
 
 def test_evaluation_writes_metrics_video_and_images(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ SHORT = {
     "serve.py": "--help",
     "export_policy.py": "",
 }
-# Run by `make demo`, CI, the plugin's tests and test_metaworld.py, or for a person with an account.
+# Run by `make demo`, CI, the plugin's tests, test_metaworld.py and test_so101.py, or for a person with an account.
 ELSEWHERE = (
     "make ",
     "pip install ",
@@ -39,11 +39,14 @@ ELSEWHERE = (
     "--policy.",
     "python -m lerobot_policy",
     "ACCELERATE",
-    "python examples/collect_metaworld.py",
+    "python examples/collect.py",
     "python examples/drive.py",
-    "python examples/pretrain_vision.py --benchmark metaworld",
-    "python examples/train.py --benchmark metaworld",
-    "python examples/evaluate.py --benchmark metaworld",
+    *(
+        f"python examples/{script} --benchmark {name}"
+        for script in ("pretrain_vision.py", "train.py", "evaluate.py")
+        for name in ("metaworld", "so101")
+    ),
+    "source ",
 )
 
 

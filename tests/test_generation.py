@@ -101,7 +101,7 @@ def token_likings(config, kind):
     return {"nothing": 0.0 * sizes, "long": 100.0 * sizes, "short": ends - 1000.0 * sizes}[kind]
 
 
-def write_strings(policy, kind, do_sample, batch_size=128):
+def write_strings(policy, kind, do_sample, batch_size=64):
     """Decode as `generate()` does, with random logits where it has a model."""
     grammar, band = policy.grammar, policy.band
     reader = ActionReader(grammar, 1, has_beams=False)
@@ -124,7 +124,7 @@ def write_strings(policy, kind, do_sample, batch_size=128):
     return ids[:, 1:]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["nothing", "long", "short"]), do_sample=st.booleans())
 def test_whatever_the_logits_every_string_decodes_to_one_chunk(policy, seed, kind, do_sample):
     torch.manual_seed(seed)
@@ -137,7 +137,7 @@ def test_the_longest_string_just_fits(policy):
     policy.assert_one_chunk_each(new_ids)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(
     seed=st.integers(0, 2**32 - 1), size=st.sampled_from([0.1, 1.0, 30.0, 4000.0]), offset=st.sampled_from([0, 4000])
 )
@@ -216,7 +216,6 @@ PROMPTS = torch.randint(4, NUM_TEXT_TOKENS, (5, 7), generator=torch.Generator().
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], *[[1] * 7] * 4])
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
 @pytest.mark.parametrize(
     "options",
     [
@@ -229,9 +228,9 @@ MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], *[[1] * 7] * 4])
         {"use_cache": False, "repetition_penalty": 1.5},
     ],
 )
-def test_a_model_with_random_weights_writes_one_chunk_each(policy, options, batch_size):
-    for seed in range(2):
-        model = policy.make_model(seed)
+def test_a_model_with_random_weights_writes_one_chunk_each(policy, options):
+    model = policy.make_model()
+    for batch_size in (1, 5) if options == {} else (5,):
         ids = model.generate(input_ids=PROMPTS[:batch_size], attention_mask=MASK[:batch_size], **options)
         assert len(ids) == batch_size * options.get("num_return_sequences", 1)
         policy.assert_one_chunk_each(ids[:, 7:])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 import shutil
 
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 
 pytest.importorskip("envs.metaworld", exc_type=ImportError)  # also without OSMesa
-import collect_metaworld
+import collect
 import evaluate
 import metaworld
 import mujoco
 import pretrain_vision
 import train
 from envs.metaworld import BENCHMARK, DIFFICULTIES, TASKS, MetaworldScene
-from envs.metaworld.simulator import ARM_MESHES, MT10, shift_image, shift_points, simplified
+from envs.metaworld.demonstrations import LEAD_IN, demonstrate
+from envs.metaworld.simulator import ARM_MESHES, MT10, shift_image, shift_points
+from envs.rendering import simplified
 from language import OUTSIDE, UNSEEN
 from PIL import Image
 from report import kind_of_ending
@@ -26,18 +29,23 @@ from smolandfast.training import LeRobotChunkDataset
 
 
 def in_this_process(num_processes, function, items):
-    """Replaces `map_in_processes`, which an evaluation in two processes tests: starting one takes five seconds."""
-    return map(function, items)
+    """Replaces `map_in_processes`, as starting a process takes five seconds; what travels to one is pickled here too.
+
+    `test_pusht.py` starts real ones.
+    """
+    for item in items:
+        call = pickle.loads(pickle.dumps((function, item)))
+        yield pickle.loads(pickle.dumps(call[0](call[1])))
 
 
 @pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory):
-    """Two demonstrations each of two tasks, as `collect_metaworld.py` writes them."""
+    """Two demonstrations each of two tasks, as `collect.py` writes them."""
     root = tmp_path_factory.mktemp("metaworld") / "data"
-    options = "--tasks reach drawer-close --episodes 2 --draw_every 2"
+    options = "--benchmark metaworld --tasks reach drawer-close --episodes 2 --draw_every 2"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("collect_metaworld.map_in_processes", in_this_process)
-        collect_metaworld.main([*options.split(), "--output_dir", str(root)])
+        patch.setattr("collect.map_in_processes", in_this_process)
+        collect.main([*options.split(), "--output_dir", str(root)])
     return root
 
 
@@ -84,20 +92,20 @@ def test_a_scene_is_what_lerobots_wrapper_shows():
         observation, reward, _, _, _ = env.step(np.clip(action, -1, 1))
         assert ours.step(action)[0] == reward
     theirs = Image.fromarray(np.flip(env.render(), (0, 1))).resize((128, 128), Image.Resampling.BOX)
-    np.testing.assert_array_equal(ours.image(), np.asarray(theirs))
+    np.testing.assert_array_equal(ours.images(), [np.asarray(theirs)])
     coarse = MetaworldScene("push")
     coarse.reset(5)
-    assert coarse.image().shape == (128, 128, 3) and coarse.image().dtype == np.uint8
+    assert coarse.images()[0].shape == (128, 128, 3) and coarse.images()[0].dtype == np.uint8
 
 
 def test_scenes_do_not_disturb_each_others_images():
     first, second = MetaworldScene("reach"), MetaworldScene("drawer-open")
     first.reset(1)
     second.reset(2)
-    images = first.image(), second.image(), first.film()
-    again = first.image(), second.image(), first.film()
+    images = *first.images(), *second.images(), first.film()
+    again = *first.images(), *second.images(), first.film()
     second.close()
-    for image, same in zip((*images, images[0]), (*again, first.image()), strict=True):
+    for image, same in zip((*images, images[0]), (*again, *first.images()), strict=True):
         np.testing.assert_array_equal(image, same)
     assert not np.array_equal(*images[:2])
 
@@ -109,41 +117,40 @@ def test_an_unknown_task_is_refused():
 
 def test_a_demonstration_ends_with_success_and_records_the_experts_own_actions(drawer):
     scene = drawer
-    tried = ((seed, collect_metaworld.demonstrate(scene, seed, 250)) for seed in range(1_000_000, 1_000_020))
+    tried = ((seed, demonstrate(scene, seed, 250)) for seed in range(1_000_000, 1_000_020))
     seed, episode = next((seed, episode) for seed, episode in tried if episode)
     assert episode["next.success"].tolist() == [False] * (len(episode["action"]) - 1) + [True]
     assert np.abs(episode["action"]).max() <= 1
     scene.reset(seed)
     np.testing.assert_array_equal(scene.expert_action(), episode["action"][0])
-    np.testing.assert_array_equal(scene.image(), episode["observation.image"][0])
+    np.testing.assert_array_equal(scene.images()[0], episode["observation.image"][0])
 
 
 def test_between_new_images_a_demonstration_shows_the_last_one(drawer):
-    every, fourth = (collect_metaworld.demonstrate(drawer, 1_000_003, 250, n) for n in (1, 4))
+    every, fourth = (demonstrate(drawer, 1_000_003, 250, n) for n in (1, 4))
     np.testing.assert_array_equal(every["action"], fourth["action"])
-    shown = np.arange(len(every["action"])) // 4 * 4
-    np.testing.assert_array_equal(fourth["observation.image"], every["observation.image"][shown])
+    np.testing.assert_array_equal(fourth["observation.image"], every["observation.image"][::4])
 
 
 def test_a_correction_begins_where_the_policy_stopped_and_is_the_experts(drawer):
     scene, asked = drawer, []
 
     def rise(images, states, texts):
-        asked.append((images[0].shape, texts))
+        asked.append((images[0][0].shape, texts))
         return np.tile(np.float32([0, 0, 1, -1]), (1, 12, 1))
 
-    seed = next(s for s in range(100) if collect_metaworld.demonstrate(scene, s, 250, 8, policy=(rise, 8)))
+    seed = next(s for s in range(100) if demonstrate(scene, s, 250, 8, policy=(rise, 8)))
     asked.clear()
-    episode = collect_metaworld.demonstrate(scene, seed, 250, 8, policy=(rise, 8))
+    episode = demonstrate(scene, seed, 250, 8, policy=(rise, 8))
     assert len(asked) > 1 and set(map(str, asked)) == {str(((128, 128, 3), [TASKS["drawer-close"]]))}
     scene.reset(seed)
     while not np.array_equal(scene.state, episode["observation.state"][0]):
         scene.step(np.float32([0, 0, 1, -1]))
-        assert len(asked) * 8 <= collect_metaworld.LEAD_IN + 8
+        assert len(asked) * 8 <= LEAD_IN + 8
     np.testing.assert_array_equal(scene.expert_action(), episode["action"][0])
     # What the policy solves itself needs no correction.
     solver = expert_policy([scene])
-    assert any(collect_metaworld.demonstrate(scene, s, 250, 8, policy=(solver, 1)) is None for s in range(3))
+    assert any(demonstrate(scene, s, 250, 8, policy=(solver, 1)) is None for s in range(3))
 
 
 def test_a_picture_that_is_moved_shows_points_that_are_moved_with_it():
@@ -162,7 +169,7 @@ def test_a_picture_that_is_moved_shows_points_that_are_moved_with_it():
     moved = shift_points(points, 5, -3)
     for point, after in zip(points, moved, strict=True):
         np.testing.assert_allclose(pixel(after) - pixel(point), [5, -3], atol=0.01)
-    image = scene.image()
+    (image,) = scene.images()
     column, row = pixel(points[2]).astype(int)  # the goal is a green sphere
     assert image[row, column].argmax() == 1
     shifted = shift_image(image, 5, -3)
@@ -172,7 +179,7 @@ def test_a_picture_that_is_moved_shows_points_that_are_moved_with_it():
 
 def test_the_arm_that_is_drawn_has_fewer_triangles_and_nothing_else_has():
     scene = MetaworldScene("coffee-pull")
-    whole, drawn = scene.env.model, simplified(scene.env.model)
+    whole, drawn = scene.env.model, simplified(scene.env.model, ARM_MESHES)
     names = [mujoco.mj_id2name(whole, mujoco.mjtObj.mjOBJ_MESH, i) for i in range(whole.nmesh)]
     for name, before, after in zip(names, whole.mesh_facenum, drawn.mesh_facenum, strict=True):
         assert after < before if name in ARM_MESHES else after == before
@@ -183,11 +190,11 @@ def test_demonstrations_are_a_lerobot_data_set_with_a_sentence_a_task(demonstrat
     data = LeRobotChunkDataset(demonstrations, chunk_size=12)
     assert data.info["total_episodes"] == 4 and data.info["total_tasks"] == 2 and data.fps == 80
     assert data.tasks == [TASKS["reach"], TASKS["drawer-close"]]
-    part = np.load(collect_metaworld.part_path(demonstrations.with_name("data.parts"), "reach", 0))
+    part = np.load(demonstrations.with_name("data.parts") / "reach-000.npz")
     sample = data[3]
-    np.testing.assert_array_equal(sample["state"], part["observation.state"][3])
-    np.testing.assert_array_equal(sample["actions"][:2], part["action"][3:5])
-    assert np.abs(sample["images"][0].astype(float) - part["observation.image"][3]).mean() < 3
+    np.testing.assert_array_equal(sample["state"], part["0/observation.state"][3])
+    np.testing.assert_array_equal(sample["actions"][:2], part["0/action"][3:5])
+    assert np.abs(sample["images"][0].astype(float) - part["0/observation.image"][3 // 2]).mean() < 3
     poses = data.vectors("observation.environment_state")
     assert poses.shape == (len(data), 21)
     np.testing.assert_array_equal(poses[:, :4], data.states)
@@ -195,19 +202,20 @@ def test_demonstrations_are_a_lerobot_data_set_with_a_sentence_a_task(demonstrat
 
 def test_collecting_goes_on_where_it_was_stopped(demonstrations, tmp_path, capsys):
     shutil.copytree(demonstrations.parent, tmp_path, dirs_exist_ok=True)
-    arguments = ["--output_dir", str(tmp_path / "data"), "--tasks", "reach", "--episodes", "2", "--draw_every", "2"]
-    part = collect_metaworld.part_path(tmp_path / "data.parts", "reach", 0)
+    options = "--benchmark metaworld --tasks reach --episodes 2 --draw_every 2"
+    arguments = [*options.split(), "--output_dir", str(tmp_path / "data")]
+    part = tmp_path / "data.parts/reach-000.npz"
     written = part.stat().st_mtime_ns
     with pytest.raises(SystemExit):
-        collect_metaworld.main(arguments)
+        collect.main(arguments)
     assert "exists and is not an empty folder" in capsys.readouterr().err
     (tmp_path / "data").rename(tmp_path / "old")
-    collect_metaworld.main(arguments)
+    collect.main(arguments)
     assert part.stat().st_mtime_ns == written
     (tmp_path / "data").rename(tmp_path / "older")
     with pytest.raises(SystemExit):
-        collect_metaworld.main([*arguments, "--draw_every", "4"])
-    assert "was begun with {'max_steps': 250, 'draw_every': 2, 'policy': None}" in capsys.readouterr().err
+        collect.main([*arguments, "--draw_every", "4"])
+    assert "'draw_every': 2, 'max_steps': 250, 'policy': None}" in capsys.readouterr().err
 
 
 def expert_policy(scenes):
@@ -227,7 +235,7 @@ def test_many_tasks_are_played_side_by_side_and_scored_by_task_and_difficulty():
 
     def make_scene(task):
         scenes.append(MetaworldScene(task))
-        scenes[-1].image = lambda: np.zeros((128, 128, 3), np.uint8)  # the expert does not need it
+        scenes[-1].images = lambda: [np.zeros((128, 128, 3), np.uint8)]  # the expert does not need it
         return scenes[-1]
 
     benchmark = dataclasses.replace(BENCHMARK, make_scene=make_scene)
@@ -272,7 +280,10 @@ def test_a_stopped_pretraining_says_where_its_scenes_are(demonstrations, cache, 
     assert end.value.code == 130 and line.endswith(f"drawn so far are kept in {tmp_path / 'vision.scenes'}.")
 
 
-def test_a_policy_is_trained_and_evaluated_on_several_tasks(demonstrations, cache, tmp_path, capsys, monkeypatch):
+def test_a_policy_is_trained_and_evaluated_on_several_tasks(
+    demonstrations, cache, narrow_preset, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("evaluate.map_in_processes", in_this_process)
     monkeypatch.setattr("envs.metaworld.BENCHMARK", dataclasses.replace(BENCHMARK, max_steps=12))
     monkeypatch.setattr("envs.metaworld.pretraining.map_in_processes", in_this_process)
     output = tmp_path / "policy"

@@ -22,6 +22,11 @@ from smolandfast import (
 from smolandfast.training import make_tiny_model, make_tiny_processor
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["absolute", "relative"])
+def processor(request, demonstrations):
+    return make_processor(demonstrations, use_relative_actions=request.param)
+
+
 def without_actions(batch):
     return {name: value for name, value in batch.items() if name != "actions"}
 

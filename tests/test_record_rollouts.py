@@ -1,17 +1,18 @@
 """Recording: what `examples/record_rollouts.py` writes is what happened, and readers of LeRobot data sets open it."""
 
-import importlib
 import json
 import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import collect
 import gymnasium
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import record_rollouts
+from envs.pusht import BENCHMARK as PUSHT
 from envs.pusht import TASK
 from envs.pusht.simulator import ENV_ID
 from record_rollouts import DATASET, play, write_dataset
@@ -44,7 +45,7 @@ def test_a_frame_holds_what_the_policy_saw_and_did(episodes):
     seen = []
 
     def predict(images, states, texts):
-        seen.append((images[0], states[0], push_right(images, states, texts)))
+        seen.append((images[0][0], states[0], push_right(images, states, texts)))
         return seen[-1][2]
 
     episode = play(predict, seed=3, n_action_steps=4, max_steps=9)
@@ -200,65 +201,97 @@ def test_interrupted_recording_ends_in_one_line_and_leaves_nothing(tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def collect_metaworld(monkeypatch):
-    """`examples/collect_metaworld.py` without Meta-World: it can only assemble finished demonstrations."""
-    stand_in = SimpleNamespace(CONTROL_HZ=80, IMAGE_SIZE=32, MT10=[], TASKS={"reach": "Reach."}, MetaworldScene=object)
-    monkeypatch.setitem(sys.modules, "envs.metaworld", stand_in)
-    monkeypatch.setitem(sys.modules, "envs.metaworld.simulator", stand_in)
-    monkeypatch.delitem(sys.modules, "collect_metaworld", raising=False)
-    yield importlib.import_module("collect_metaworld")
-    del sys.modules["collect_metaworld"]
+class StandInDemonstrations:
+    """A benchmark's demonstrations without a simulator: part i has i + 1 episodes."""
+
+    dataset = {"fps": 80, "robot_type": "metaworld", "image_size": 32}
+    dataset["axes"] = {"observation.state": ["x", "y"], "action": ["x", "y"]}
+    defaults, counts = {"draw_every": 2}, {"episodes": 1}
+    played = []
+
+    @staticmethod
+    def add_options(parser):
+        parser.add_argument("--episodes", type=int)
+
+    def __init__(self, args):
+        self.parts, self.options = [f"reach-{number}" for number in range(args.episodes)], {}
+
+    def play(self, part):
+        self.played.append(part)
+        number = int(part[-1])
+        frames = {key: np.full((3, 2), number, np.float32) for key in ("observation.state", "action")}
+        frames |= {"observation.image": np.full((2, 32, 32, 3), [[[[0]]], [[[200]]]], np.uint8), "task": "Reach."}
+        frames |= {"next.reward": np.zeros(3, np.float32), "next.done": np.arange(3) == 2}
+        return [frames | {"next.success": np.arange(3) == 2}] * (number + 1)
 
 
 @pytest.fixture
-def parts(tmp_path):
-    """Two finished demonstrations of `outputs`."""
-    folder = tmp_path / "outputs.parts"
-    folder.mkdir()
-    (folder / "options.json").write_text(json.dumps({"max_steps": 250, "draw_every": 1, "policy": None}))
-    widths = {"observation.state": 4, "observation.environment_state": 21, "action": 4}
-    frames = {key: np.zeros((3, width), np.float32) for key, width in widths.items()}
-    frames |= {"observation.image": np.zeros((3, 32, 32, 3), np.uint8), "next.reward": np.zeros(3, np.float32)}
-    frames |= {"next.done": np.arange(3) == 2, "next.success": np.arange(3) == 2}
-    for number in range(2):
-        np.savez(folder / f"reach-{number:03d}.npz", **frames)
-    (folder / ".reach-002.npz.abc").mkdir()  # what a process that was killed leaves
-    (folder / ".reach-002.npz.abc/reach-002.npz").write_text("half")
-    return folder
+def collecting(monkeypatch, tmp_path):
+    """`examples/collect.py` with stand-ins, its arguments, and the parts that it has played."""
+    stand_in = SimpleNamespace(BENCHMARK=PUSHT, Demonstrations=StandInDemonstrations)
+    for name in ("envs.metaworld", "envs.metaworld.demonstrations"):
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    monkeypatch.setattr(collect, "map_in_processes", lambda num_processes, *work: map(*work))
+    monkeypatch.setattr(StandInDemonstrations, "played", [])
+    arguments = ["--benchmark", "metaworld", "--output_dir", str(tmp_path / "outputs"), "--episodes"]
+    return arguments, StandInDemonstrations.played
 
 
-def test_collected_demonstrations_are_assembled_and_never_overwritten(collect_metaworld, parts, tmp_path, capsys):
-    arguments = ["--output_dir", str(tmp_path / "outputs"), "--tasks", "reach", "--episodes"]
-    collect_metaworld.main([*arguments, "1"])
+def test_collected_demonstrations_are_assembled_and_never_overwritten(collecting, tmp_path, capsys):
+    arguments, played = collecting
+    collect.main([*arguments, "1"])
     assert "1 demonstrations, 3 frames" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        collect_metaworld.main([*arguments, "2"])
+        collect.main([*arguments, "2"])
     assert "exists and is not an empty folder" in capsys.readouterr().err
     (tmp_path / "outputs").rename(tmp_path / "old")
-    collect_metaworld.main([*arguments, "2"])
-    assert "2 demonstrations, 6 frames" in capsys.readouterr().out
+    collect.main([*arguments, "2"])
+    assert "3 demonstrations, 9 frames" in capsys.readouterr().out and played == ["reach-0", "reach-1"]
+    dataset = LeRobotChunkDataset(tmp_path / "outputs", 1, cache_dir=tmp_path)
+    assert dataset.states[:, 0].tolist() == [0] * 3 + [1] * 6
+    assert [round(dataset.image(i).mean() / 200) for i in range(9)] == [0, 0, 1] * 3
 
 
-def test_somebody_elses_folder_is_not_taken_for_parts(collect_metaworld, tmp_path, capsys):
+def test_somebody_elses_folder_is_not_taken_for_parts(collecting, tmp_path, capsys):
     (tmp_path / "outputs.parts").mkdir()
     (tmp_path / "outputs.parts/thesis.tex").write_text("mine")
     with pytest.raises(SystemExit):
-        collect_metaworld.main(["--output_dir", str(tmp_path / "outputs")])
+        collect.main([*collecting[0], "1"])
     assert "thesis.tex" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "outputs.parts").iterdir()] == ["thesis.tex"]
 
 
+def test_parts_of_other_options_are_not_used(collecting, tmp_path, capsys):
+    collect.main([*collecting[0], "1"])
+    (tmp_path / "outputs").rename(tmp_path / "old")
+    with pytest.raises(SystemExit):
+        collect.main([*collecting[0], "1", "--draw_every", "1"])
+    assert "'draw_every': 2}, now it is {'benchmark': 'metaworld', 'draw_every': 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["playing", "writing"])
 def test_interrupted_collecting_ends_in_one_line_and_keeps_its_parts(
-    collect_metaworld, parts, tmp_path, capsys, monkeypatch
+    collecting, moment, tmp_path, capsys, monkeypatch
 ):
-    before = sorted(parts.rglob("*"))
-    monkeypatch.setattr(collect_metaworld, "write_dataset", lambda *args, **_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit) as ended:
-        collect_metaworld.main(["--output_dir", str(tmp_path / "outputs"), "--episodes", "2"])
+    arguments, played = collecting
+
+    def play_and_interrupt(num_processes, write, missing):
+        yield write(missing[0])
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        if moment == "playing":
+            patch.setattr(collect, "map_in_processes", play_and_interrupt)
+        else:
+            patch.setattr(collect, "write_dataset", lambda *args, **_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit) as ended:
+            collect.main([*arguments, "2"])
     error = capsys.readouterr().err
-    assert ended.value.code == 130 and "Interrupted." in error and str(parts) in error and "Traceback" not in error
-    assert sorted(parts.rglob("*")) == before and not (tmp_path / "outputs").exists()
+    assert ended.value.code == 130 and "Interrupted." in error and "Traceback" not in error
+    assert str(tmp_path / "outputs.parts") in error and not (tmp_path / "outputs").exists()
+    (tmp_path / "outputs.parts/.reach-1.npz.abc").mkdir()  # what a process that was killed leaves
+    collect.main([*arguments, "2"])
+    assert played == ["reach-0", "reach-1"]
 
 
 def test_the_script_records_the_shipped_policy(tmp_path, capsys, monkeypatch):

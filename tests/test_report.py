@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TASK, make_processor
+from conftest import TASK, make_processor, make_small_model
 
 from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 from smolandfast.generation_smolandfast import ActionGrammar
@@ -86,7 +86,10 @@ def test_clipped_actions_are_counted(processor, batch):
     assert inputs["labels"].shape[0] == 4
 
 
-def test_states_out_of_range_are_counted_and_their_actions_stay_inside_the_limits(processor, model, batch):
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_states_out_of_range_are_counted_and_their_actions_stay_inside_the_limits(is_relative, demonstrations, batch):
+    processor = make_processor(demonstrations, use_relative_actions=is_relative)
+    model = make_small_model(processor)
     limits = np.array(processor.normalizer.action_limits, dtype=np.float32)
     states = np.array([batch["state"][0], [1e9, batch["state"][1][1]], [-1e30, 1e30], [0.0, 1e5]])
     inputs = prompts(processor, batch | {"state": states})
@@ -165,12 +168,12 @@ def test_the_shipped_policy_is_surer_of_demonstrations_than_of_noise(pusht_root)
     model = SmolAndFastForActionPrediction.from_pretrained(folder, dtype=torch.float32).eval()
     processor = SmolAndFastProcessor.from_pretrained(folder)
     dataset = LeRobotChunkDataset(pusht_root, 16, episodes=range(200, 206))
-    samples = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, 64)]
+    samples = [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, 32)]
     states = np.stack([sample["state"] for sample in samples])
-    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 96, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (32, 96, 96, 3), dtype=np.uint8)
     means = []
     for images in ([sample["images"][0] for sample in samples], list(noise)):
-        inputs = processor(images=images, text=[TASK] * 64, state=states)
+        inputs = processor(images=images, text=[TASK] * 32, state=states)
         means.append(processor.report(model.generate(**inputs, **WITH_SCORES), states)["log_probability"].mean())
     assert means[0] > means[1]
 

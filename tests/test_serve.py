@@ -1,12 +1,12 @@
 """A deployed policy over a websocket, in openpi's messages: chunks come back, and what is wrong is said."""
 
+import multiprocessing
+import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,27 +242,28 @@ def test_a_port_that_cannot_be_served_is_an_error_line(monkeypatch, capsys):
             )
 
 
-SERVE = """
-import sys
-sys.path[:0] = sys.argv[1:]
-import serve, test_serve
-serve.DeployedPolicy = test_serve.DeployedStandIn
-serve.main(["--checkpoint", "deployed", "--port", "0"])
-"""
+def serve_stand_in(write_end):
+    sys.stdout = sys.stderr = os.fdopen(write_end, "w", buffering=1)
+    script.DeployedPolicy = DeployedStandIn
+    script.main(["--checkpoint", "deployed", "--port", "0"])
 
 
 def test_ctrl_c_ends_the_server_quietly_though_a_client_is_connected():
-    command = [sys.executable, "-c", SERVE, str(Path(script.__file__).parent), str(Path(__file__).parent)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    read_end, write_end = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=serve_stand_in, args=(write_end,))
+    process.start()
+    os.close(write_end)
     try:
-        line = process.stdout.readline()
-        with connect(line.split()[3].rstrip("."), compression=None) as client:
-            client.recv()
-            process.send_signal(signal.SIGINT)
-            output, errors = process.communicate(timeout=120)
+        with os.fdopen(read_end) as output:
+            address = output.readline().split()[3].rstrip(".")
+            with connect(address, compression=None) as client:
+                client.recv()
+                os.kill(process.pid, signal.SIGINT)
+                printed = output.read()
+        process.join(120)
     finally:
         process.kill()
-    assert process.returncode == 0 and "Stopped." in output and "Traceback" not in errors
+    assert process.exitcode == 0 and "Stopped." in printed and "Traceback" not in printed
 
 
 def test_a_folder_that_is_no_deployed_policy_is_an_error_line(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Train LeRobot's ACT on the demonstrations of one Meta-World task, with as much CPU time as our policy.
 
-    python examples/collect_metaworld.py --output_dir outputs/hammer --tasks hammer --episodes 50
+    python examples/collect.py --benchmark metaworld --output_dir outputs/hammer --tasks hammer --episodes 50
     make .venv-lerobot/installed && .venv-lerobot/bin/pip install metaworld==3.0.0 mujoco==3.3.0
     .venv-lerobot/bin/python benchmarks/metaworld/baselines.py --task hammer --dataset_root outputs/hammer
 
@@ -40,8 +40,8 @@ def load_predict(folder: Path) -> tuple[Predict, int]:
     policy = get_policy_class("act").from_pretrained(folder).eval()
     prepare, finish = make_pre_post_processors(policy.config, pretrained_path=str(folder))
 
-    def predict(images: list[np.ndarray], states: np.ndarray, texts: list[str]) -> np.ndarray:
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
+    def predict(images: list[list[np.ndarray]], states: np.ndarray, texts: list[str]) -> np.ndarray:
+        pixels = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2) / 255
         observation = {"observation.image": pixels, "observation.state": torch.from_numpy(states)}
         with torch.inference_mode():
             chunks = finish(policy.predict_action_chunk(prepare(observation)))

@@ -141,7 +141,7 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
         predicts |= {
             f"{backend}, {weights}": load_predict(folders[weights], backend).predict for backend, weights in kinds
         }
-        times = seconds(*[lambda p=p: p([image], state[None], [task]) for p in predicts.values()], repeats=rounds)
+        times = seconds(*[lambda p=p: p([[image]], state[None], [task]) for p in predicts.values()], repeats=rounds)
         for name, duration in zip(predicts, times, strict=True):
             figures[f"{name}, threads {threads}: ms a chunk"] = duration * 1e3
             figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / duration

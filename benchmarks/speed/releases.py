@@ -55,7 +55,7 @@ def collect(checkpoint: str, seeds: range, count: int) -> dict[str, np.ndarray]:
     predict, images, states = make_predict(model, processor), [], []
 
     def record(*observation):
-        images.extend(observation[0])
+        images.extend(image for (image,) in observation[0])
         states.extend(observation[1])
         return predict(*observation)
 

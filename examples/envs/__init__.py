@@ -11,8 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-BENCHMARKS = ("metaworld", "pusht")
-EXTRAS = {"metaworld": "metaworld", "pusht": "examples"}  # of pyproject.toml
+BENCHMARKS = ("metaworld", "pusht", "so101")
+INSTALL = {  # what `pip install` needs
+    "metaworld": "-e '.[metaworld]'",
+    "pusht": "-e '.[examples]'",
+    "so101": "so101-nexus==0.10.0 mujoco==3.17.0",
+}
 FRAME_SIZE = 384  # pixels along each side of a filmed scene
 
 Move = Callable[[np.ndarray], np.ndarray]
@@ -27,8 +31,8 @@ class Scene(Protocol):
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
         """Execute an action `(action_dim,)`; returns reward, success, and whether the episode is over."""
 
-    def image(self) -> np.ndarray:
-        """The policy's image: uint8 `(image_size, image_size, 3)`."""
+    def images(self) -> list[np.ndarray]:
+        """The policy's images in the order of `Benchmark.image_keys`: uint8 `(image_size, image_size, 3)` each."""
 
     def film(self) -> np.ndarray:
         """A larger image, for videos: uint8 `(FRAME_SIZE, FRAME_SIZE, 3)`."""
@@ -49,12 +53,17 @@ def no_moves(**options: float) -> list[Move]:
     return []
 
 
+def hold_position(state: np.ndarray, last_action: np.ndarray | None) -> np.ndarray:
+    """The action that stands still, where actions are positions."""
+    return state if last_action is None else last_action
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """What the scripts need to know of a simulator."""
 
     name: str
-    repo_id: str  # demonstrations on the Hub
+    repo_id: str | None  # demonstrations on the Hub
     tasks: dict[str, str]  # task -> instruction
     groups: dict[str, str]  # task -> group, for the report; may be empty
     make_scene: Callable[[str], Scene]  # of a task
@@ -62,11 +71,12 @@ class Benchmark:
     max_steps: int  # an episode ends unsolved after these
     state_dim: int
     action_dim: int
-    image_size: int
+    image_size: int  # pixels along each side of the images
     preset: dict[str, Any]  # options of `train.py`, on top of its tiny preset
     packages: tuple[str, ...]  # their releases are part of the results
     card: dict[str, str]  # for the model card: title, env_id, success, citation
-    # (image, state, actions, random generator, **options) -> image, state and actions of a varied scene
+    image_keys: tuple[str, ...] = ("observation.image",)  # the cameras, as data sets name them
+    # (image, state, actions, random generator, **options) -> image, state and actions of a varied scene of one camera
     vary: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
     variations: tuple[str, ...] = ()  # the options of `train.py` that `vary` takes
     # (**options) -> moves of states and chunks: those that the statistics include, and those for fitting FAST alone
@@ -91,7 +101,7 @@ def get_benchmark(name: str) -> Benchmark:
     try:
         return importlib.import_module(f"envs.{name}").BENCHMARK
     except ModuleNotFoundError as error:
-        raise ValueError(f"{name} needs {error.name}: run `pip install -e '.[{EXTRAS[name]}]'`.") from error
+        raise ValueError(f"{name} needs {error.name}: run `pip install {INSTALL[name]}`.") from error
     except ImportError as error:  # a system library; the message says what to install
         raise ValueError(str(error)) from error
 
@@ -99,18 +109,22 @@ def get_benchmark(name: str) -> Benchmark:
 def check_policy(
     benchmark: Benchmark, action_dim: int, state_dim: int, image_keys: Sequence[str], fps: float | None
 ) -> None:
-    """Raise `ValueError` for a policy of another robot or control rate. An fps of `None` is unknown, and passes."""
+    """Raise `ValueError` for a policy of another robot or control rate. An fps of `None` is unknown, and passes.
+
+    The name of a single camera does not matter.
+    """
+    fix, names = f"Use one that was trained for {benchmark.name}.", ", ".join(image_keys)
     for what, value, expected in (
         ("action dimensions", action_dim, benchmark.action_dim),
         ("state dimensions", state_dim, benchmark.state_dim),
-        (f"cameras ({', '.join(image_keys)})", len(image_keys), 1),
+        (f"cameras ({names})", len(image_keys), len(benchmark.image_keys)),
         ("control steps a second (fps)", fps, benchmark.fps),
     ):
         if value is not None and value != expected:
-            raise ValueError(
-                f"The policy has {value:g} {what}, {benchmark.name} {expected}. Use one that was trained for "
-                f"{benchmark.name}."
-            )
+            raise ValueError(f"The policy has {value:g} {what}, {benchmark.name} {expected}. {fix}")
+    if len(image_keys) > 1 and tuple(image_keys) != benchmark.image_keys:
+        expected = ", ".join(benchmark.image_keys)
+        raise ValueError(f"The policy has the cameras {names}, {benchmark.name} {expected}, in this order. {fix}")
 
 
 def shift_image(image: np.ndarray, right: int, down: int) -> np.ndarray:

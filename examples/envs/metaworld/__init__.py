@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from envs import Benchmark
+from envs import Benchmark, rendering  # noqa: F401 - sets MUJOCO_GL before MuJoCo is imported
 
 from .simulator import (
     ACTION_DIM,

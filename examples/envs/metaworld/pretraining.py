@@ -47,7 +47,7 @@ def render_scenes(task: str, num_scenes: int, run: int, folder: Path) -> None:
             if steps_left:
                 action[:3], steps_left = shove, steps_left - 1
             scene.step(action)
-        images.append(scene.image())
+        images += scene.images()
         poses.append(scene.poses)
     scene.close()
     with atomic_write(path) as unfinished, open(unfinished, "wb") as file:

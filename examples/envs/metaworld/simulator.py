@@ -7,27 +7,16 @@ An episode ends with its first success, or after 500 steps at 80 Hz.
 Needs `metaworld` and, without a screen, Debian's `libosmesa6` with `MUJOCO_GL=osmesa`.
 """
 
-import copy
 import functools
-import os
-import sys
 import warnings
-from ctypes.util import find_library
 
+import metaworld
 import numpy as np
+from metaworld.policies import ENV_POLICY_MAP
 from PIL import Image
 
 from envs import FRAME_SIZE, shift_image
-
-if sys.platform == "linux":
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
-if os.environ.get("MUJOCO_GL") == "osmesa" and find_library("OSMesa") is None:
-    raise ImportError(
-        "MuJoCo needs OSMesa to render without a screen: run `apt install libosmesa6`, or set MUJOCO_GL=egl or glfw."
-    )
-import metaworld  # noqa: E402
-import mujoco  # noqa: E402
-from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
+from envs.rendering import Renderer, fast_renderer
 
 MAX_EPISODE_STEPS = 500
 CONTROL_HZ = 80
@@ -38,7 +27,7 @@ CAMERA = np.array([0.75, 0.075, 0.7])
 RIGHT, DOWN = np.array([0.5499, 0.8332, -0.0584]), np.array([0.3762, -0.3095, -0.8733])
 FORWARD = np.cross(RIGHT, DOWN)
 FOCAL_LENGTH = IMAGE_SIZE / 2 / np.tan(np.deg2rad(60) / 2)
-# Sides in metres of the cells of `simplified`; a pixel of the policy's images is about eight millimetres.
+# Sides in metres of the cells of `rendering.simplified`; a pixel of the policy's images is about eight millimetres.
 ARM_MESHES = dict.fromkeys(("pedestal", "base", "head", *(f"l{i}" for i in range(7))), 0.01) | {"eGripperBase": 0.005}
 # Instructions and difficulties of LeRobot's `metaworld_config.json` (release 0.6.1).
 INSTRUCTIONS = {
@@ -151,7 +140,7 @@ class MetaworldScene:
         self.env.reset()
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True  # as LeRobot does; there is no public API
         self.expert = ENV_POLICY_MAP[name]()
-        self._renderers: dict[int, mujoco.Renderer] = {}  # by size in pixels
+        self._renderers: dict[int, Renderer] = {}  # by size in pixels
 
     def reset(self, seed: int) -> np.ndarray:
         """Place object and goal at random; returns the simulator's observation `(39,)`."""
@@ -181,54 +170,22 @@ class MetaworldScene:
         """Float32 `(21,)`: hand, opening, position and quaternion of two objects (0 if the task has one), goal."""
         return np.concatenate([self.observation[:18], self.observation[36:]]).astype(np.float32)
 
-    def image(self) -> np.ndarray:
+    def images(self) -> list[np.ndarray]:
         image = Image.fromarray(self._render(480 if self.full_render else 256))
-        return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
+        return [np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))]
 
     def film(self) -> np.ndarray:
         return self._render(FRAME_SIZE)
 
     def _render(self, size: int) -> np.ndarray:
         if size not in self._renderers:
-            self._renderers[size] = self._make_renderer(size)
+            model, is_full = self.env.model, self.full_render
+            renderer = Renderer(model, size, size) if is_full else fast_renderer(model, size, ARM_MESHES, 512)
+            self._renderers[size] = renderer
         self._renderers[size].update_scene(self.env.data, "corner2")
         return self._renderers[size].render()[::-1, ::-1]  # this camera is upside down
 
-    def _make_renderer(self, size: int) -> mujoco.Renderer:
-        model = self.env.model
-        if not self.full_render:
-            model = simplified(model)
-            model.vis.quality.offsamples, model.vis.quality.shadowsize = 0, 512
-        renderer = mujoco.Renderer(model, size, size)
-        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.full_render
-        return renderer
-
     def close(self) -> None:
         for renderer in self._renderers.values():
-            renderer.render()  # `close` deletes the buffers of the renderer that was used last
             renderer.close()
         self.env.close()
-
-
-def simplified(model: mujoco.MjModel) -> mujoco.MjModel:
-    """A copy for rendering whose arm, which takes most of the time, has a fifth of its triangles.
-
-    Vertex clustering (Rossignac and Borrel 1993): the corners in each cell of a grid become one.
-    """
-    model = copy.copy(model)
-    for i in range(model.nmesh):
-        name = mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_MESH, i)
-        if name not in ARM_MESHES:
-            continue
-        corners = model.mesh_vert[model.mesh_vertadr[i] :][: model.mesh_vertnum[i]]
-        cells = np.floor(corners / ARM_MESHES[name])
-        _, first, cell = np.unique(cells, axis=0, return_index=True, return_inverse=True)
-        triangles = slice(model.mesh_faceadr[i], model.mesh_faceadr[i] + model.mesh_facenum[i])
-        faces = first[cell.ravel()[model.mesh_face[triangles]]]  # (triangles, 3)
-        whole = np.flatnonzero((faces != np.roll(faces, 1, axis=1)).all(axis=1))
-        _, once = np.unique(np.sort(faces[whole], axis=1), axis=0, return_index=True)
-        kept = whole[np.sort(once)]
-        for array, values in ((model.mesh_face, faces), (model.mesh_facenormal, model.mesh_facenormal[triangles])):
-            array[triangles][: len(kept)] = values[kept]
-        model.mesh_facenum[i] = len(kept)
-    return model

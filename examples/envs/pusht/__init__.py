@@ -2,9 +2,7 @@
 
 import itertools
 
-import numpy as np
-
-from envs import Benchmark
+from envs import Benchmark, hold_position
 
 from .scenes import rotations, symmetries, vary_demonstration
 from .simulator import ACTION_DIM, CONTROL_HZ, ENV_ID, IMAGE_SIZE, MAX_EPISODE_STEPS, TASK, PushTScene
@@ -28,11 +26,6 @@ CITATION = """@inproceedings{chi2023diffusionpolicy,
   booktitle = {Proceedings of Robotics: Science and Systems (RSS)},
   year      = {2023}
 }"""
-
-
-def hold(state: np.ndarray, last_action: np.ndarray | None) -> np.ndarray:
-    """The action that stands still. Actions are positions."""
-    return state if last_action is None else last_action
 
 
 BENCHMARK = Benchmark(
@@ -71,5 +64,5 @@ BENCHMARK = Benchmark(
     rotations=rotations,
     wordings={TASK: WORDINGS},
     max_reward=1.0,
-    hold=hold,
+    hold=hold_position,
 )

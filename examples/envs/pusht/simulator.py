@@ -38,8 +38,8 @@ class PushTScene:
         self._observation, reward, terminated, _, self._info = self.env.step(action)
         return float(reward), bool(self._info["is_success"]), bool(terminated)
 
-    def image(self) -> np.ndarray:
-        return self._observation["pixels"]
+    def images(self) -> list[np.ndarray]:
+        return [self._observation["pixels"]]
 
     def film(self) -> np.ndarray:
         return self.env.render()
