@@ -70,14 +70,15 @@ class Arm:
         self.task = config.task.strip() or policy.default_task
         tasks, self.fps = policy.training_tasks or [], config.fps if policy.fps is None else policy.fps
         if not self.task or (tasks and self.task not in tasks and not config.allow_unknown_task):
-            raise Refusal(
-                f"--task is {self.task!r}, the policy was trained on {tasks or 'unknown tasks'}. Pass one of these, "
-                "or --allow_unknown_task=true."
-            )
+            known = f"{tasks[:5]}" + (" and others" if len(tasks) > 5 else "") if tasks else "unknown tasks"
+            fix = "Pass one of these, or --allow_unknown_task=true."
+            raise Refusal(f"--task is {self.task!r}, the policy was trained on {known}. {fix}")
         if self.fps is None or config.fps not in (None, self.fps):
             raise Refusal(f"--fps is {config.fps}, the demonstrations have {self.fps}. Pass their control rate.")
         if not 0 <= config.duration < 1e6:
             raise Refusal(f"--duration is {config.duration}, expected seconds, or 0 to drive until Ctrl-C.")
+        if config.max_first_step is not None and not config.max_first_step > 0:
+            raise Refusal(f"--max_first_step is {config.max_first_step}, expected a number above 0.")
         self._match_names()
 
     def _match_names(self) -> None:

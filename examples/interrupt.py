@@ -5,14 +5,15 @@ Each script imports this before its libraries, which take seconds.
 
 import sys
 
-# The extra of pyproject.toml that has a package which only some scripts need.
-EXTRAS = {
-    "robot": ("matplotlib", "tensorboard"),
-    "examples": ("gymnasium", "gym_pusht", "pymunk"),
-    "metaworld": ("metaworld", "mujoco"),
-    "deployment": ("onnx", "onnxscript", "onnxruntime"),
-    "serve": ("msgpack", "websockets"),
-    "app": ("gradio",),
+# What to install for a package that only some scripts need.
+INSTALL = {
+    '-e ".[robot]"': ("matplotlib", "tensorboard"),
+    '-e ".[examples]"': ("gymnasium", "gym_pusht", "pymunk"),
+    '-e ".[metaworld]"': ("metaworld", "mujoco"),
+    '-e ".[deployment]"': ("onnx", "onnxscript", "onnxruntime"),
+    '-e ".[serve]"': ("msgpack", "websockets"),
+    '-e ".[app]"': ("gradio",),
+    '"lerobot[feetech]==0.6.1"    # in an environment of Python 3.12 or 3.13': ("lerobot", "draccus"),
 }
 
 
@@ -20,9 +21,9 @@ def excepthook(kind, error, traceback) -> None:
     if issubclass(kind, KeyboardInterrupt):
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)  # what shells expect after Ctrl-C
-    for extra, packages in EXTRAS.items():
-        if issubclass(kind, ModuleNotFoundError) and error.name in packages:
-            print(f'{error}. This script needs: pip install -e ".[{extra}]"', file=sys.stderr)
+    for requirement, packages in INSTALL.items():
+        if issubclass(kind, ModuleNotFoundError) and error.name.partition(".")[0] in packages:
+            print(f"{error}. This script needs: pip install {requirement}", file=sys.stderr)
             sys.exit(1)
     sys.__excepthook__(kind, error, traceback)
 

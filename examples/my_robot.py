@@ -31,6 +31,7 @@ from smolandfast.training import (
     bf16_is_faster,
     download_dataset,
     evenly_spaced,
+    find_checkpoints,
     fit_normalizer,
     inspect_dataset,
     make_muon,
@@ -53,8 +54,9 @@ Export it, to run without PyTorch (docs/deployment.md):
   pip install -e ".[deployment]"
   python examples/export_policy.py --checkpoint {policy} --output_dir {exported}
 Drive a LeRobot arm, with one of the tasks and the --robot options that you recorded with (docs/deployment.md):
-  pip install "lerobot[feetech]==0.6.1"    # Python 3.12 or 3.13
-  python examples/drive.py --policy={exported} --task={task} --robot.type=... --look_only=true"""
+  pip install "lerobot[feetech]==0.6.1"    # Python 3.12 or 3.13, PyTorch before 2.12
+  python examples/drive.py --policy={exported} --task={task} --look_only=true \\
+    --robot.type=... --robot.id=... --robot.port=... --robot.cameras=..."""
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Arguments:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory, slower")
     num_workers: int | None = HfArg(default=None, help="processes that read images (tiny: 1, 256M: 4)")
     save_steps: int | None = HfArg(default=None, help="steps from one checkpoint to the next (a tenth, 20 or more)")
-    resume: bool = HfArg(default=False, help="continue from the last checkpoint in output_dir, with the same options")
+    resume: bool = HfArg(default=False, help="continue the training in output_dir, with the same options")
     seed: int = 0
 
 
@@ -94,7 +96,8 @@ def read_and_check(args: Arguments) -> tuple[LeRobotChunkDataset, DatasetReport]
     info = read_info(root)
     episodes, excluded = range(info["total_episodes"]), set(args.exclude_episodes or ())
     if not excluded < set(episodes):
-        raise ValueError(f"--exclude_episodes is {args.exclude_episodes}, expected some of 0 to {episodes[-1]}.")
+        expected = f"some of 0 to {episodes[-1]}, not all"
+        raise ValueError(f"--exclude_episodes is {args.exclude_episodes}, expected {expected}.")
     args.chunk_size = args.chunk_size or max(2, round(CHUNK_SECONDS * info["fps"]))
     args.n_action_steps = args.n_action_steps or max(1, args.chunk_size // 2)
     data = LeRobotChunkDataset(root, args.chunk_size, sorted({*episodes} - excluded), cache_dir=False)
@@ -109,24 +112,35 @@ def read_and_check(args: Arguments) -> tuple[LeRobotChunkDataset, DatasetReport]
         side, cameras = min(min(size) for size in data.image_sizes.values()), len(data.image_keys)
         fits = [size for size in (128, 96) if size <= side and cameras * 3 * size**2 <= MAX_CACHED_BYTES]
         args.image_size = (*fits, 64)[0]
+    if is_tiny and args.image_size % 32:
+        raise ValueError(f"--image_size is {args.image_size}, expected a multiple of 32 for the tiny preset.")
+    return data, report
+
+
+def choose_training(args: Arguments, num_frames: int) -> None:
+    """Choose the options of the training that were not given, and print its length."""
+    is_tiny = args.preset == "tiny"
     args.batch_size = args.batch_size or (64 if is_tiny else 16)
-    args.max_steps = args.max_steps or (min(4_000, 20 * math.ceil(len(data) / args.batch_size)) if is_tiny else 20_000)
+    args.max_steps = args.max_steps or (
+        min(4_000, 20 * math.ceil(num_frames / args.batch_size)) if is_tiny else 20_000
+    )
     args.save_steps = args.save_steps or max(20, args.max_steps // 10)
     if args.num_workers is None:
         args.num_workers = 1 if is_tiny else 4
-    epochs = args.max_steps * args.batch_size / len(data)
+    epochs = args.max_steps * args.batch_size / num_frames
     print(f"Training: {args.max_steps} steps of {args.batch_size} frames, {epochs:.1f} epochs.")
-    return data, report
 
 
 def train(args: Arguments, data: LeRobotChunkDataset, action_options: dict) -> None:
     """Train a policy, save it, and report its errors on held-out episodes."""
     folder, has_gpu = Path(args.output_dir), torch.cuda.is_available()
-    if not args.resume and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
-        raise ValueError(f"--output_dir is {folder}, which is not empty. Name another, or continue with --resume.")
     set_seed(args.seed)
     parts = split_episodes(data, args.held_out_episodes)
     train_data, held_out = (LeRobotChunkDataset(data.root, args.chunk_size, episodes) for episodes in parts)
+    choose_training(args, len(train_data))
+    for checkpoint in find_checkpoints(folder):
+        if int(checkpoint.name.rpartition("-")[2]) > args.max_steps:
+            raise ValueError(f"--max_steps is {args.max_steps}, but {checkpoint} is further. Give more steps.")
 
     # The FAST tokenizer is fitted to all episodes, so that the limits of its actions are those of all.
     statistics, normalizer, chunks = fit_normalizer(data, **action_options)
@@ -217,14 +231,19 @@ def main(argv: list[str] | None = None) -> None:
     try:
         (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         limits = dict.fromkeys(COUNTS, (1, math.inf)) | {"image_size": (32, math.inf), "num_workers": (0, math.inf)}
+        limits |= {"fast_scale": (0.1, 1e6), "seed": (0, 2**32 - 1)}
         check_numbers(args, **limits)
-        args.output_dir = str(Path(args.output_dir))
+        args.output_dir = str(folder := Path(args.output_dir))
+        is_begun = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+        if is_begun and not (args.resume or args.check_only):
+            raise ValueError(f"--output_dir is {folder}, which is not empty. Name another, or continue with --resume.")
+        if args.resume and not is_begun:
+            raise ValueError(f"--resume: there is no training in --output_dir {folder}. Name its folder.")
         data, report = read_and_check(args)
         if not args.check_only:
             train(args, data, report.action_options)
     except KeyboardInterrupt:
-        advice = "the same command with --resume continues from there."
-        parser.exit(130, interruption(args.output_dir, advice))
+        parser.exit(130, interruption(args.output_dir, "the same command with --resume"))
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 

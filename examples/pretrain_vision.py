@@ -130,8 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         pretrain(model, pretraining, args)
     except KeyboardInterrupt:
-        advice = "the same command continues from there."
-        parser.exit(130, interruption(args.output_dir, advice, pretraining.kept))
+        parser.exit(130, interruption(args.output_dir, "the same command", pretraining.kept))
 
 
 def pretrain(model: PoseRegressor, pretraining: Any, args: argparse.Namespace) -> None:

@@ -590,8 +590,7 @@ def main(argv: list[str] | None = None) -> None:
         if trainer.is_world_process_zero():
             print(f"Best checkpoint: {trainer.state.best_model_checkpoint}, saved in {folder}")
     except KeyboardInterrupt:
-        advice = "the same command with --resume_from_checkpoint last continues from there."
-        parser.exit(130, interruption(folder, advice))
+        parser.exit(130, interruption(folder, "the same command with --resume_from_checkpoint last"))
 
 
 if __name__ == "__main__":

@@ -103,13 +103,13 @@ def check_learning_rate(args: Any) -> None:
         raise ValueError(f"--learning_rate is {args.learning_rate}, expected a number above 0.")
 
 
-def interruption(output_dir: str | Path, advice: str, addition: str = "") -> str:
-    """The line that says what an interrupted training keeps; `advice` says how to continue from a checkpoint."""
+def interruption(output_dir: str | Path, command: str, addition: str = "") -> str:
+    """The line that says what an interrupted training keeps; `command` continues from a checkpoint."""
     for bar in list(tqdm._instances):
         bar.close()  # else it prints itself again, after the line
-    line = f"Interrupted before the first checkpoint in {output_dir}, so no weights are kept."
+    line = f"Interrupted before the first checkpoint in {output_dir}, so no weights are kept: {command} starts again."
     for checkpoint in find_checkpoints(Path(output_dir)):
         with contextlib.suppress(OSError):
             if STATE in read_checksums(checkpoint / SUMS):  # else it was being written
-                line = f"Interrupted. {checkpoint} is kept: {advice}"
+                line = f"Interrupted. {checkpoint} is kept: {command} continues from there."
     return f"\n{line} {addition}".rstrip(" ") + "\n"

@@ -30,7 +30,7 @@ from smolandfast.training import (
     inspect_dataset,
     tiny,
 )
-from smolandfast.training.held_out import predict_chunks
+from smolandfast.training.held_out import predict_chunks, split_episodes
 
 FPS, JOINTS, SIZE = 10, ["pan.pos", "lift.pos", "gripper.pos"], 64
 EXAMPLES = Path(my_robot.__file__).parent
@@ -218,6 +218,9 @@ def test_training_resumes_and_never_overwrites(recording, trained, tmp_path, cap
         run("--dataset", recording, "--output_dir", folder, *SHORT)
     assert "is not empty" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == weights
+    with pytest.raises(SystemExit):
+        run("--dataset", recording, "--output_dir", folder, "--resume", *SHORT, "--max_steps", 1)
+    assert "--max_steps is 1, but" in capsys.readouterr().err
     run("--dataset", recording, "--output_dir", folder, "--resume", *SHORT, "--max_steps", 3)
     state = json.loads((folder / "checkpoint-3/trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [1, 2, 3]
@@ -263,8 +266,18 @@ def test_the_check_alone_writes_nothing_and_takes_one_episode(tmp_path, names, c
             edit_table(root / "data/chunk-000/file-000.parquet", **{name: [row[:dim] for row in column]})
         (root / "meta/info.json").write_text(json.dumps(info))
     run("--dataset", root, "--output_dir", tmp_path / "mine", "--check_only")
-    assert "recommended: scale" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "recommended: scale" in printed
+    assert ("WARNING: The dimensions of the action have no names" in printed) == (names is None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arm"]
+
+
+def test_one_episode_of_each_task_is_trained_on(recording, monkeypatch):
+    data = LeRobotChunkDataset(recording, 1, [0, 1, 2, 4], cache_dir=False)  # of two tasks, one has a single episode
+    monkeypatch.setattr(data, "text", lambda i: "rare" if data.episode_index[i] == 4 else "common")
+    assert split_episodes(data, 2) == ([0, 4], [1, 2])
+    with pytest.raises(ValueError, match="held_out_episodes is 3 of 4, expected 1 to 2"):
+        split_episodes(data, 3)
 
 
 def test_episodes_can_be_left_out(recording, tmp_path, capsys):
@@ -285,12 +298,15 @@ def test_episodes_can_be_left_out(recording, tmp_path, capsys):
     [
         (["--max_step", 3, "--batches", 4], "--batches"),
         (["--dataset", "no/such/folder"], "--dataset is no/such/folder"),
-        (["--held_out_episodes", 12], "held_out_episodes is 12 of 12"),
-        (["--exclude_episodes", 12], "exclude_episodes is .12., expected some of 0 to 11"),
+        (["--held_out_episodes", 11], "held_out_episodes is 11 of 12, expected 1 to 10"),
+        (["--exclude_episodes", 12], "exclude_episodes is .12., expected some of 0 to 11, not all"),
+        (["--exclude_episodes", *range(12)], "exclude_episodes is .*, expected some of 0 to 11, not all"),
         (["--relative_exclude_joints", "thumb"], "'thumb'.*gripper.pos"),
         (["--chunk_size", 4, "--n_action_steps", 5], "n_action_steps is 5"),
-        (["--image_size", 100], "100 pixels is not a multiple"),
-        (["--fast_scale", 0], "scale is 0"),
+        (["--image_size", 100], "image_size is 100, expected a multiple of 32"),
+        (["--fast_scale", "nan"], "fast_scale is nan"),
+        (["--seed", -1], "seed is -1"),
+        (["--resume"], "--resume: there is no training in --output_dir"),
         (["--max_steps", -3], "max_steps is -3"),
         (["--batch_size", 0], "batch_size is 0"),
         (["--num_workers", -1], "num_workers is -1"),
@@ -304,11 +320,15 @@ def test_bad_options_are_refused_by_name(recording, tmp_path, options, words, ca
     assert not list((tmp_path / "mine").glob("*"))
 
 
-def test_a_missing_package_is_named_with_its_extra():
-    code = f"import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, {str(EXAMPLES)!r}); import my_robot"
+@pytest.mark.parametrize(
+    "script, package, command",
+    [("my_robot", "matplotlib", 'pip install -e ".[robot]"'), ("drive", "draccus", 'pip install "lerobot[feetech]==')],
+)
+def test_a_missing_package_is_named_with_what_installs_it(script, package, command):
+    code = f"import sys; sys.modules['{package}'] = None; sys.path.insert(0, {str(EXAMPLES)!r}); import {script}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "matplotlib" in result.stderr and 'pip install -e ".[robot]"' in result.stderr
+    assert package in result.stderr and command in result.stderr
 
 
 @pytest.mark.skipif(not SO101.is_dir(), reason="the SO-101 recording is not at hand: it is not part of the repository")

@@ -194,7 +194,7 @@ class AtomicCheckpointTrainer(Trainer):
             raise ValueError(
                 f"{path.parent} was trained with another processor: its processor_fingerprint is {fingerprint}, this "
                 f"training's is {expected}. Resume with the same data and options as before, or start a new training "
-                "from it: train.py has --init_from for that, with a new --output_dir."
+                "in another folder (train.py: from these weights with --init_from)."
             )
 
     def _run_epoch(self, *args, **kwargs) -> None:

@@ -4,6 +4,7 @@ Not imported by `smolandfast.training`, since it needs matplotlib.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from textwrap import shorten
 
 import numpy as np
@@ -57,19 +58,27 @@ def split_episodes(dataset: LeRobotChunkDataset, num_held_out: int | None = None
     """Indices of the episodes to train on, and of those to hold out, which are spread over the tasks.
 
     Args:
-        num_held_out: By default a tenth of the episodes; of fewer than thirty 3, but at most a quarter.
+        num_held_out: By default a tenth of the episodes; of fewer than thirty 3, but at most a quarter, and at least
+            one.
 
     Raises:
-        ValueError: No episode would be left to train on.
+        ValueError: No episode of a task would be left to train on.
     """
-    episodes = dataset.episode_index[sorted(dataset.episode_starts, key=dataset.text)]
-    count = len(episodes)
+    starts = sorted(dataset.episode_starts.tolist(), key=dataset.text)
+    others = [start for last, start in pairwise(starts) if dataset.text(start) == dataset.text(last)]
+    count, most = len(starts), len(others)  # one episode of each task is trained on
     held = max(min(3, count // 4), count // 10, 1) if num_held_out is None else num_held_out
-    if not 0 < held < count:
-        fix = "Record at least two episodes."
-        raise ValueError(f"held_out_episodes is {held} of {count}, expected 1 or more, and fewer than all. {fix}")
-    chosen = ((np.arange(held) + 0.5) * count / held).astype(int)
-    return sorted(np.delete(episodes, chosen).tolist()), sorted(episodes[chosen].tolist())
+    if not 0 < held <= most:
+        fix = "Hold out fewer." if held <= count and most else "Record more episodes of each task."
+        raise ValueError(
+            f"held_out_episodes is {held} of {count}, expected 1 to {most}: one of each task is trained on. {fix}"
+        )
+    chosen = {others[int(i)] for i in (np.arange(held) + 0.5) * most / held}
+    parts = (
+        [dataset.episode_index[i] for i in starts if (i in chosen) == is_held_out] for is_held_out in (False, True)
+    )
+    train, held_out = (sorted(map(int, part)) for part in parts)
+    return train, held_out
 
 
 def predict_chunks(

@@ -259,6 +259,11 @@ def _describe_dimensions(
     lines = [f"{'':32}{'min':>10}{'1 %':>10}{'99 %':>10}{'max':>10}  clipped"]
     parts = (("state", dataset.state_names, dataset.states), ("action", dataset.action_names, dataset.actions))
     for part, names, values in parts:
+        if names is None:
+            warnings.append(
+                f"The dimensions of the {part} have no names, so they cannot be matched with a robot's joints. Name "
+                "them in meta/info.json, as LeRobot does."
+            )
         for i, column in enumerate(values.T.astype(np.float64)):
             name = f"{part} {names[i] if names else i}"
             low, q01, q99, high = np.quantile(column, [0, 0.01, 0.99, 1])
