@@ -16,9 +16,11 @@ import io
 import math
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import interrupt  # noqa: F401 - before the slow imports
 import numpy as np
@@ -27,6 +29,7 @@ from lerobot.configs import parser
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.utils.errors import DeviceNotConnectedError
 from lerobot.utils.import_utils import register_third_party_plugins
+from PIL import Image
 
 from smolandfast.deployment.loop import ControlLoop
 from smolandfast.deployment.runtime import DeployedPolicy
@@ -46,7 +49,7 @@ class DriveConfig:
     task: str = ""  # the instruction; by default the policy's default task
     duration: float = 60.0  # seconds, 0: until Ctrl-C
     fps: float | None = None  # control rate, needed only if the policy does not know that of its demonstrations
-    look_only: bool = False  # connect, predict once, print, and do not move
+    look_only: bool = False  # connect, predict once, print, save the images, and do not move
     allow_unknown_task: bool = False  # go on with a task that the policy was not trained on
     allow_other_start: bool = False  # go on from a position outside the demonstrated range
     max_first_step: float | None = None  # robot units that a joint's first action may be away (a quarter of its range)
@@ -158,6 +161,11 @@ class Arm:
             if not least - margin <= value <= most + margin:
                 outside.append(f"{name} is {value:.4g}, demonstrated {bounds}")
         print(f"Log-probability {report['log_probability'][0]:.2f}", flush=True)
+        if self.config.look_only:
+            folder = Path(tempfile.mkdtemp(prefix="look-"))
+            for name in self.cameras.values():
+                Image.fromarray(np.asarray(observation[name])).save(folder / f"{name}.png")
+            print(f"Images: {folder}")
         if outside and not self.config.allow_other_start:
             fix = "Move the arm by hand, check its calibration and units, or pass --allow_other_start=true."
             raise Refusal(f"Not a position of the demonstrations: {'; '.join(outside)}. {fix}")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fakes import IMAGES, NAMES, FakeArm, FakeCamera, FakeServos, calibration
 from lerobot.utils.errors import DeviceNotConnectedError
+from PIL import Image
 
 from smolandfast import FastActionTokenizer, Normalizer, SmolAndFastForActionPrediction, compute_statistics
 from smolandfast.deployment.export import export_policy
@@ -72,6 +73,7 @@ def run(deployed, tmp_path, monkeypatch, capsys):
     """Run the script on the made-up arm; further `--options` replace those for one second of driving."""
     monkeypatch.setattr(FakeArm, "calls", [])
     monkeypatch.setattr(drive, "RETURN_SECONDS", 0.1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def run(*arguments: str, robot: str = "fake_arm") -> SimpleNamespace:
         options = {"policy": deployed, "robot.type": robot, "robot.calibration_dir": tmp_path}
@@ -123,6 +125,10 @@ def test_cameras_and_joints_are_matched_by_name(run, deployed):
     expected = dict(zip(NAMES, report["actions"][0, 0], strict=True))
     assert first_actions(ended.out) == pytest.approx(expected, abs=0.01)
     assert f"Log-probability {report['log_probability'][0]:.2f}" in ended.out
+    folder = Path(ended.out.partition("Images: ")[2].strip())
+    assert sorted(path.name for path in folder.iterdir()) == ["front.png", "wrist.png"]
+    for name in ("wrist", "front"):
+        np.testing.assert_array_equal(np.asarray(Image.open(folder / f"{name}.png")), IMAGES[name])
     swapped = policy.report([IMAGES["wrist"], IMAGES["front"]], TASKS[0], START)
     assert not np.array_equal(swapped["log_probability"], report["log_probability"])  # the cameras matter
 
