@@ -12,7 +12,6 @@ steps between; train on it with `--sample_every 4`.
 """
 
 import argparse
-import importlib
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -21,8 +20,7 @@ from typing import Any
 
 import interrupt  # noqa: F401 - before the slow imports
 import numpy as np
-from envs import Benchmark
-from evaluate import check_counts, error_line, load_benchmark, map_in_processes, write_json
+from evaluate import check_counts, error_line, map_in_processes, parse_with_part, write_json
 from lerobot_writer import write_dataset
 from tqdm import tqdm
 
@@ -52,29 +50,19 @@ def read_part(path: Path, image_keys: tuple[str, ...], draw_every: int) -> Itera
         yield episode | {"task": str(episode["task"])} | {key: episode[key][shown] for key in image_keys}
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace, Benchmark, type]:
-    """The parser, the arguments, the benchmark and its `Demonstrations`, which adds options."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", choices=BENCHMARKS, required=True, help="whose expert plays")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--draw_every", type=int, help="steps from one image to the next (metaworld: 1, so101: 8)")
     parser.add_argument("--num_processes", type=int, default=os.cpu_count(), help="(all cores)")
-    chooser = argparse.ArgumentParser(add_help=False)
-    chooser.add_argument("--benchmark", choices=BENCHMARKS)
-    name = chooser.parse_known_args(argv)[0].benchmark
-    if name is None:
-        parser.parse_args(argv)  # ends with the help, or with an error line
-    benchmark = load_benchmark(parser, name)
-    demonstrations = importlib.import_module(f"envs.{name}.demonstrations").Demonstrations
-    demonstrations.add_options(parser)
-    parser.set_defaults(**demonstrations.defaults)
-    args = parser.parse_args(argv)
-    check_counts(parser, args, draw_every=1, num_processes=1, **demonstrations.counts)
-    return parser, args, benchmark, demonstrations
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, args, benchmark, demonstrations_class = parse_arguments(argv)
+    parser = make_parser()
+    args, benchmark, demonstrations_class = parse_with_part(parser, argv, BENCHMARKS, "Demonstrations")
+    check_counts(parser, args, draw_every=1, num_processes=1, **demonstrations_class.counts)
     demonstrations = demonstrations_class(args)
     folder = args.output_dir.with_name(args.output_dir.name + ".parts")
     with error_line(parser, "--output_dir: "):

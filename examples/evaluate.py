@@ -11,6 +11,7 @@ random stream, and rounding inside the model can depend on the batch.
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -186,6 +187,28 @@ def load_benchmark(parser: argparse.ArgumentParser, name: str) -> Benchmark:
     """[`envs.get_benchmark`], or an error line."""
     with error_line(parser, "--benchmark: "):
         return get_benchmark(name)
+
+
+def parse_with_part(
+    parser: argparse.ArgumentParser, argv: list[str] | None, benchmarks: Sequence[str], part: str
+) -> tuple[argparse.Namespace, Benchmark, type]:
+    """The arguments, the benchmark, and its class `part`, such as `Pretraining`, which has options and defaults.
+
+    Args:
+        parser: Has `--benchmark`, with a default or required.
+        benchmarks: Its choices.
+        part: Is in `envs/<benchmark>/<part in lower case>.py`.
+    """
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--benchmark", default=parser.get_default("benchmark"))
+    name = chooser.parse_known_args(argv)[0].benchmark
+    if name not in benchmarks:
+        parser.parse_args(argv)  # ends with the help, or with an error line
+    benchmark = load_benchmark(parser, name)
+    chosen = getattr(importlib.import_module(f"envs.{name}.{part.lower()}"), part)
+    chosen.add_options(parser)
+    parser.set_defaults(**chosen.defaults)
+    return parser.parse_args(argv), benchmark, chosen
 
 
 def find_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -138,8 +138,8 @@ def train(args: Arguments, data: LeRobotChunkDataset, action_options: dict) -> N
     parts = split_episodes(data, args.held_out_episodes)
     train_data, held_out = (LeRobotChunkDataset(data.root, args.chunk_size, episodes) for episodes in parts)
     choose_training(args, len(train_data))
-    for checkpoint in find_checkpoints(folder):
-        if int(checkpoint.name.rpartition("-")[2]) > args.max_steps:
+    for checkpoint in find_checkpoints(folder)[-1:]:
+        if int(checkpoint.name.removeprefix("checkpoint-")) > args.max_steps:
             raise ValueError(f"--max_steps is {args.max_steps}, but {checkpoint} is further. Give more steps.")
 
     # The FAST tokenizer is fitted to all episodes, so that the limits of its actions are those of all.

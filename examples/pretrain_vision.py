@@ -13,7 +13,6 @@ an interrupted run, give the same command again; only `--max_steps` may differ.
 """
 
 import argparse
-import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import interrupt  # noqa: F401 - before the slow imports
 import torch
 from envs import BENCHMARKS, Benchmark
-from evaluate import load_benchmark
+from evaluate import parse_with_part
 from safetensors.torch import save_file
 from torch import nn
 from training_runs import (
@@ -89,9 +88,8 @@ def save_vision(model: nn.Module, folder: str) -> None:
         save_file(tensors, path)
 
 
-def make_parser(name: str, description: str | None) -> tuple[argparse.ArgumentParser, Benchmark, type]:
-    """The parser with a benchmark's own options, the benchmark, and its `Pretraining`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht", help="simulator of the images (pusht)")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--max_steps", type=int)
@@ -99,19 +97,12 @@ def make_parser(name: str, description: str | None) -> tuple[argparse.ArgumentPa
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--vision_weights", help="vision.safetensors of an earlier run, or a policy, to continue from")
     parser.add_argument("--seed", type=int, default=0, help="changes the scenes too (0)")
-    benchmark = load_benchmark(parser, name)
-    pretraining = importlib.import_module(f"envs.{name}.pretraining").Pretraining
-    pretraining.add_options(parser)
-    parser.set_defaults(**pretraining.defaults)
-    return parser, benchmark, pretraining
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    chooser = argparse.ArgumentParser(add_help=False)
-    chooser.add_argument("--benchmark", choices=BENCHMARKS, default="pusht")
-    name = chooser.parse_known_args(argv)[0].benchmark
-    parser, benchmark, pretraining_class = make_parser(name, __doc__)
-    args = parser.parse_args(argv)
+    parser = make_parser()
+    args, benchmark, pretraining_class = parse_with_part(parser, argv, BENCHMARKS, "Pretraining")
     try:
         check_learning_rate(args)
         check_numbers(args, max_steps=(1, math.inf), batch_size=(1, math.inf), **pretraining_class.limits)

@@ -262,7 +262,8 @@ def fit_statistics_and_tokenizer(
         return states, chunks
 
     states, chunks = take(evenly_spaced(len(frames), MAX_FITTED_CHUNKS))
-    measure = partial(compute_statistics, reference_dims=normalizer_options(dataset, args)["reference_dims"])
+    normalizer_kwargs = normalizer_options(dataset, args)
+    measure = partial(compute_statistics, reference_dims=normalizer_kwargs["reference_dims"])
     with naming_option("--dataset_root"):
         statistics = measure(states, chunks)
     if len(states) < len(frames):
@@ -274,7 +275,7 @@ def fit_statistics_and_tokenizer(
     rotations = benchmark.rotations(**options)
     states, chunks = (np.concatenate([x, *(move(x) for move in rotations)]) for x in (states, chunks))
     with naming_option("--use_relative_actions"):
-        normalizer = Normalizer(statistics, **normalizer_options(dataset, args))
+        normalizer = Normalizer(statistics, **normalizer_kwargs)
     normalized = normalizer.normalize_actions(chunks, normalizer.state_bins(states))
     with naming_option("--fast_scale, --fast_vocab_size"):
         tokenizer = FastActionTokenizer.fit(normalized, args.fast_scale, args.fast_vocab_size, normalizer.action_scale)

@@ -189,7 +189,7 @@ def test_the_readmes_ten_lines_play(ten_lines, monkeypatch):
     with warnings_of(sys.modules[type(names["processor"]).__module__]) as messages:
         result = rollout(PUSHT, predict, [1002, 1005], names["model"].config.n_action_steps)
     assert not messages
-    assert np.mean(result.max_rewards) > 0.6  # both are solved, for 1.0; 0.08 is holding still
+    assert np.mean(result.max_rewards) > 0.8  # both are solved, for 1.0; 0.08 is holding still
 
 
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": True}])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 import re
 import shutil
 
@@ -16,6 +15,7 @@ import metaworld
 import mujoco
 import pretrain_vision
 import train
+from conftest import in_this_process
 from envs.metaworld import BENCHMARK, DIFFICULTIES, TASKS, MetaworldScene
 from envs.metaworld.demonstrations import LEAD_IN, demonstrate
 from envs.metaworld.simulator import ARM_MESHES, MT10, shift_image, shift_points
@@ -26,16 +26,6 @@ from report import kind_of_ending
 from rollouts import Episode, rollout
 
 from smolandfast.training import LeRobotChunkDataset
-
-
-def in_this_process(num_processes, function, items):
-    """Replaces `map_in_processes`, as starting a process takes five seconds; what travels to one is pickled here too.
-
-    `test_pusht.py` starts real ones.
-    """
-    for item in items:
-        call = pickle.loads(pickle.dumps((function, item)))
-        yield pickle.loads(pickle.dumps(call[0](call[1])))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHUNK_SIZE, TASK, make_processor, save_policy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_fuzz import fuzz, junk, odd_arrays, odd_images
@@ -217,7 +217,7 @@ def test_any_observation_is_refused_with_the_words_of_the_processor_or_taken(dep
 POLICIES: dict[Path, DeployedPolicy] = {}
 
 
-@fuzz
+@settings(fuzz, max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1), sharpness=st.sampled_from([0.0, 1.0, 1e30]))
 def test_any_scores_are_written_as_a_whole_chunk(deployed, seed, sharpness):
     policy, rng = POLICIES.setdefault(deployed, DeployedPolicy(deployed)), np.random.default_rng(seed)
@@ -453,7 +453,7 @@ def test_a_chunk_that_is_cut_short_keeps_its_low_frequencies(deployed):
             policy.predict(image, TASK, state, **wrong)
 
 
-@fuzz
+@settings(fuzz, max_examples=50)
 @given(max_tokens=st.integers(1, 30), seed=st.integers(0, 100))
 def test_what_is_not_written_of_a_chunk_is_zero(deployed, max_tokens, seed):
     """The frequencies of a chunk cut short are those of the whole one, then zeros."""

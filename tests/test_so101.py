@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import SHARED
+from conftest import SHARED, in_this_process
 
 pytest.importorskip("envs.so101", exc_type=ImportError)  # also without OSMesa
 import collect
@@ -26,10 +26,6 @@ from PIL import Image
 from rollouts import rollout
 
 from smolandfast.training import LeRobotChunkDataset
-
-
-def in_this_process(num_processes, function, items):
-    return map(function, items)
 
 
 @pytest.fixture(scope="module")

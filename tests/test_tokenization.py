@@ -134,7 +134,7 @@ def test_every_coefficient_between_the_extremes_can_be_written(one_coefficient):
         assert_close(one_coefficient.decode_actions(batch), actions)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None)
 @given(data=st.data())
 def test_chunks_of_integer_coefficients_come_back_exactly(fitted, data):
     in_range = st.integers(fitted.min_coefficient, fitted.max_coefficient)
@@ -144,7 +144,7 @@ def test_chunks_of_integer_coefficients_come_back_exactly(fitted, data):
     assert_close(fitted.decode_actions(fitted.encode_actions(chunks)), chunks)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=50)
 @given(data=st.data(), horizon=st.integers(1, 16), action_dim=st.integers(1, 4), scale=st.floats(1, 100))
 def test_the_round_trip_is_off_by_half_a_unit_of_each_coefficient_at_most(data, horizon, action_dim, scale):
     chunks = data.draw(arrays(np.float64, (4, horizon, action_dim), elements=st.floats(-1, 1), fill=st.nothing()))
@@ -338,7 +338,7 @@ def test_a_tokenizer_that_was_not_fitted_says_how_to_measure_it(fast_plus, tmp_p
         tokenizer.save_pretrained(tmp_path)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=20)
 @given(data=st.data(), horizon=st.integers(1, 8), action_dim=st.integers(1, 3))
 def test_fitting_in_batches_changes_nothing(data, horizon, action_dim):
     elements = st.floats(-1, 1, width=32)
@@ -357,7 +357,7 @@ def test_fitting_in_batches_changes_nothing(data, horizon, action_dim):
                 np.testing.assert_allclose(batched.fit_report[name], value, rtol=1e-9, atol=1e-15)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=20)
 @given(data=st.data(), bound=st.integers(1, 30))
 def test_a_large_data_set_is_fitted_on_evenly_spaced_chunks_and_every_chunk_can_be_written(data, bound):
     chunks = data.draw(arrays(np.float32, (30, 4, 2), elements=st.floats(-1, 1, width=32), fill=st.nothing()))
@@ -406,7 +406,7 @@ def test_quantiles_fit_whatever_the_outliers_and_the_report_says_what_was_clippe
     assert (clipped[3] > 0) == (fault != "nothing")
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data(), horizon=st.sampled_from([1, 10, 100]), action_dim=st.integers(1, 3))
 def test_quantiles_never_need_more_symbols_than_twice_the_range(data, horizon, action_dim):
     """So any demonstrations fit a vocabulary of 1,024, with room for merges."""

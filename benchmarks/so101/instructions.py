@@ -17,7 +17,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 import numpy as np
 from envs.so101 import BENCHMARK
-from envs.so101.simulator import COLORS, LIFTED, SO101Scene
+from envs.so101.simulator import COLORS, LIFTED, SO101Scene, cube_poses
 from evaluate import find_backend, installed_versions, rollout_in_processes, write_json
 from rollouts import RolloutResult, success_rate
 
@@ -49,7 +49,7 @@ def lifted_others(result: RolloutResult) -> list[bool]:
     """Whether each episode lifted a cube that was not named."""
     lifted = []
     for episode in result.episodes:
-        heights = np.array(episode.poses)[:, 3:].reshape(-1, len(COLORS), 7)[:, :, 2].max(axis=0)
+        heights = cube_poses(np.array(episode.poses))[:, :, 2].max(axis=0)
         others = [i for i, color in enumerate(COLORS) if color != episode.task]
         lifted.append(bool((heights[others] > LIFTED).any()))
     return lifted

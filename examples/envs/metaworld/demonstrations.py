@@ -135,8 +135,8 @@ class Demonstrations:
                 _scene.close()
             _scene = MetaworldScene(task)
         first = (FIRST_SEED if policy is None else FIRST_CORRECTION) + list(TASKS).index(task) * 100_000
+        player = None if policy is None else load(policy)
         for seed in range(first + int(number) * 50, first + int(number) * 50 + 50):
-            player = None if policy is None else load(policy)
             episode = demonstrate(_scene, seed, max_steps, self.draw_every, player)
             if episode is not None:
                 return [episode | {"task": TASKS[task]}]

@@ -8,10 +8,9 @@ import mujoco
 import numpy as np
 from so101_nexus.lerobot_dataset import sim_qpos_to_dataset_row
 
-from .simulator import SO101Scene
+from .simulator import HALF_CUBE, SO101Scene
 
 HOVER, LIFT = 0.07, 0.10  # from the cube's centre to the fingertips, metres: along the gripper, and upwards
-LOWEST = 0.0125  # of a cube's centre, metres
 OPEN = 0.5  # of the gripper's range, on the way to the cube
 MAX_STEP, MAX_GRIPPER_STEP = np.radians(5.0), np.radians(10.0)  # in a step of 40 ms
 GAIN, MIN_STEP = 0.4, np.radians(0.4)  # near its goal, a joint moves by GAIN times the distance, plus MIN_STEP
@@ -98,7 +97,7 @@ class Expert:
             return
         yaw, pan = 2 * np.arctan2(quaternion[3], quaternion[0]), np.arctan2(y, x)
         roll = yaw + np.round((pan - yaw) / (np.pi / 2)) * np.pi / 2  # the faces that need the least turning
-        at, solve = np.array([x, y, max(z, LOWEST)]), self.kinematics.solve
+        at, solve = np.array([x, y, max(z, HALF_CUBE)]), self.kinematics.solve
         self.grasp, _ = solve(np.array([-pan, *ARM_ABOVE]), at, roll)
         self.hover, _ = solve(self.grasp, at - HOVER * self.kinematics.approach(self.grasp), roll)
         self.lift, _ = solve(self.hover, at + [0, 0, LIFT])

@@ -13,10 +13,9 @@ from training_runs import EpochDataset, naming_option
 
 from smolandfast.training import LeRobotChunkDataset
 
-from .simulator import COLORS, IMAGE_KEYS, TASKS, WRIST_FOV, SO101Scene
+from .simulator import COLORS, IMAGE_KEYS, TASKS, WRIST_FOV, SO101Scene, cube_poses
 
 METRES = 0.1  # a unit of the predictions
-POSE_SIZE = 7  # of a cube: position and quaternion
 NUM_FRONT, NUM_CUBE = 3 * (1 + len(COLORS)), 5
 NUM_WRIST = NUM_CUBE * len(COLORS)
 ANGLE_WEIGHT = 0.2  # of a cube's angle in the loss, against its position
@@ -31,7 +30,7 @@ class Labels:
 
     def front(self, poses: np.ndarray) -> np.ndarray:
         """Positions of the fingertips and the cubes in metres `(12,)`, from [`SO101Scene.poses`]."""
-        return np.concatenate([poses[:3], *(cube[:3] for cube in poses[3:].reshape(-1, POSE_SIZE))])
+        return np.concatenate([poses[:3], cube_poses(poses)[:, :3].ravel()])
 
     def wrist(self, state: np.ndarray, poses: np.ndarray) -> np.ndarray:
         """Of each cube the position in the gripper's frame, in metres, and cosine and sine of four times its angle.
@@ -44,7 +43,7 @@ class Labels:
         """
         axes, tips, camera_axes, camera = self.scene.gripper_view(state)
         labels, turned = np.full((len(COLORS), NUM_CUBE), np.nan), np.arctan2(axes[1, 0], axes[0, 0])
-        for label, cube in zip(labels, poses[3:].reshape(-1, POSE_SIZE), strict=True):
+        for label, cube in zip(labels, cube_poses(poses), strict=True):
             right, up, back = (cube[:3] - camera) @ camera_axes
             if back < 0 and max(abs(right), abs(up)) < -back * math.tan(math.radians(WRIST_FOV / 2)):
                 angle = 4 * (2 * np.arctan2(cube[6], cube[3]) - turned)  # a quarter turn looks the same

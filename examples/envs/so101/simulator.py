@@ -27,7 +27,8 @@ MAX_EPISODE_STEPS = 100  # the expert needs 28 to 40
 CONTROL_HZ = 25
 ACTION_DIM = STATE_DIM = len(JOINTS)
 IMAGE_SIZE = 128  # pixels along each side of the policy's images
-LIFTED = 0.0125 + 0.05  # metres, height of the centre of a cube that counts as lifted
+HALF_CUBE = 0.0125  # metres, height of the centre of a cube on the table
+LIFTED = HALF_CUBE + 0.05  # of one that counts as lifted
 # Metres, of the simplified arm's cells in images and films; a pixel of the front camera is about five millimetres.
 CELL_SIZE, FILM_CELL_SIZE = 0.003, 0.002
 # The wrist camera's position in metres and tilt in degrees, in the gripper's frame, and both fields of view.
@@ -67,6 +68,7 @@ class SO101Scene:
         )
         self._cameras = (_free_camera(**front), "wrist_cam")
         self._renderers: dict[int, Renderer] = {}  # by size in pixels
+        self._scratch = mujoco.MjData(self.model)  # of `gripper_view`
 
     def reset(self, seed: int, start: np.ndarray | None = None) -> None:
         """Place the cubes at random, the arm at rest or at `start`: joints `(6,)` in LeRobot's units."""
@@ -120,13 +122,13 @@ class SO101Scene:
             Axes of the gripper `(3, 3)`, one a column, and the position between its fingertips in metres `(3,)`; then
             those of the wrist camera, which looks along the opposite of its third axis.
         """
-        data = mujoco.MjData(self.model)
+        data = self._scratch
         data.qpos[self.env._qpos_addrs] = self._as_radians(state)
         mujoco.mj_kinematics(self.model, data)
         mujoco.mj_camlight(self.model, data)
         tips, camera = self.env._tcp_site_id, self.env._wrist_cam_id
         axes = data.site_xmat[tips].reshape(3, 3), data.cam_xmat[camera].reshape(3, 3)
-        return axes[0], data.site_xpos[tips], axes[1], data.cam_xpos[camera]
+        return axes[0].copy(), data.site_xpos[tips].copy(), axes[1].copy(), data.cam_xpos[camera].copy()
 
     def images(self) -> list[np.ndarray]:
         return [self._render(camera, IMAGE_SIZE, CELL_SIZE, None) for camera in self._cameras]
@@ -161,3 +163,8 @@ def _free_camera(lookat: np.ndarray, distance: float, azimuth: float, elevation:
     camera.type, camera.lookat[:] = mujoco.mjtCamera.mjCAMERA_FREE, lookat
     camera.distance, camera.azimuth, camera.elevation = distance, azimuth, elevation
     return camera
+
+
+def cube_poses(poses: np.ndarray) -> np.ndarray:
+    """Position and quaternion of the cubes in the order of `COLORS`, `(..., 3, 7)`, of [`SO101Scene.poses`]."""
+    return poses[..., 3:].reshape(*poses.shape[:-1], len(COLORS), 7)
