@@ -1,5 +1,6 @@
 """SO-101: one scene for three instructions, an expert that lifts the named cube, and demonstrations as LeRobot's."""
 
+import argparse
 import dataclasses
 import json
 import shutil
@@ -17,10 +18,10 @@ import pretrain_vision
 import train
 from envs import check_policy
 from envs.so101 import BENCHMARK, SO101Scene
-from envs.so101.demonstrations import random_start
+from envs.so101.demonstrations import Demonstrations, random_start
 from envs.so101.expert import Expert
 from envs.so101.pretraining import Labels
-from envs.so101.simulator import COLORS, IMAGE_KEYS, JOINTS, LIFTED, TASKS
+from envs.so101.simulator import COLORS, IMAGE_KEYS, JOINTS, LIFTED, TASKS, cube_poses
 from model_card import CardFacts, write_card
 from PIL import Image
 from rollouts import rollout
@@ -193,6 +194,27 @@ def test_each_scene_is_demonstrated_with_all_three_instructions_from_one_start(c
     # Between drawn images the last one is repeated.
     images = [dataset.image(i).astype(float) for i in range(17)]
     assert np.abs(images[15] - images[8]).max() < 12 < np.abs(images[16] - images[15]).max()
+
+
+def test_the_expert_takes_over_from_a_policy(monkeypatch):
+    wanted = np.array([-40.0, -20, 20, 60, 0, 50])
+    seen = []
+
+    def predict(images, states, texts):
+        seen.append((len(images[0]), *texts))
+        return np.tile(wanted, (1, 16, 1))
+
+    monkeypatch.setattr("envs.so101.demonstrations.load_player", lambda folder: (predict, 8))
+    demonstrations = Demonstrations(argparse.Namespace(draw_every=8, scenes=1, policy="here"))
+    episodes = demonstrations.play("scene-000000")
+    assert [episode["task"] for episode in episodes] == list(TASKS.values())
+    assert set(seen) == {(2, task) for task in TASKS.values()} and len(seen) <= 3 * 10
+    for episode, color in zip(episodes, COLORS, strict=True):
+        poses = episode["observation.environment_state"]
+        assert cube_poses(poses[-1])[COLORS.index(color), 2] > LIFTED
+        assert len(episode["observation.images.wrist"]) == -(-len(poses) // 8)
+    starts = [episode["observation.state"][0] for episode in episodes]
+    assert any(np.abs(start - wanted).max() < 5 for start in starts)  # where the policy went
 
 
 def test_collecting_goes_on_where_it_was_stopped(collected, tmp_path, monkeypatch, cache):

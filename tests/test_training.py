@@ -24,17 +24,12 @@ from pretrain_vision import OUTPUTS
 from pretrain_vision import main as pretrain_vision
 from safetensors.torch import load_file, save
 from test_checkpoint_safety import write_demonstrations
-from train import (
-    GroupedByLength,
-    PolicyArguments,
-    PolicyTrainer,
-    VariedDemonstrations,
-    fit_embeddings,
-    make_policy,
-    parse_args,
-)
-from train import fit_statistics_and_tokenizer as fit
+from train import PolicyTrainer, parse_args
 from train import main as train
+from train_arguments import PolicyArguments
+from train_data import GroupedByLength, VariedDemonstrations
+from train_policy import fit_embeddings, make_policy
+from train_policy import fit_statistics_and_tokenizer as fit
 from training_runs import EpochSetter
 from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
@@ -734,8 +729,9 @@ def test_statistics_are_of_all_chunks_and_the_tokenizer_is_fitted_to_some(monkey
         return take(indices)
 
     dataset.action_chunks = counted
-    monkeypatch.setattr("train.MAX_FITTED_CHUNKS", 300)
-    monkeypatch.setattr("train.CHUNKS_AT_ONCE", 100)
+    monkeypatch.setattr("train_policy.MAX_FITTED_CHUNKS", 300)
+    for module in ("train_data", "train_policy"):
+        monkeypatch.setattr(f"{module}.CHUNKS_AT_ONCE", 100)
     some, fitted = fit(dataset, args, PUSHT)
     for name in ("observation.state", "action", "relative_action"):
         for limit in ("min", "max"):

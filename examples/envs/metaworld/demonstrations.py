@@ -9,13 +9,11 @@ With `--policy`, that policy plays the first 0 to 159 steps, and the demonstrati
 """
 
 import argparse
-import functools
 
 import numpy as np
-from evaluate import load_policy, make_predict
 from lerobot_writer import IMAGE_KEY, OUTCOMES
-from rollouts import Predict
 
+from ..takeover import Player, load_player, play
 from .simulator import CONTROL_HZ, IMAGE_SIZE, MT10, TASKS, MetaworldScene
 
 FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluations have lower seeds
@@ -45,13 +43,13 @@ def demonstrate(
     seed: int,
     max_steps: int,
     draw_every: int = 1,
-    policy: tuple[Predict, int] | None = None,
+    player: Player | None = None,
 ) -> dict[str, np.ndarray] | None:
     """Let the expert play one episode. Returns None if it does not succeed within `max_steps`.
 
     Args:
         draw_every: Steps from one rendered image to the next.
-        policy: A `predict` and its `n_action_steps`, which play first. If they succeed, None is returned.
+        player: A policy that plays first. If it succeeds, None is returned.
 
     Returns:
         Arrays of T steps by feature: `observation.state` `(T, 4)`, `observation.environment_state` `(T, 21)` (see
@@ -64,9 +62,9 @@ def demonstrate(
         start, length = rng.integers(80), rng.integers(5, 13)
         shoves[start : start + length] = rng.uniform(-1, 1, 3)
     # Without a policy, play first without rendering, and render only episodes that succeed.
-    for draw in (False, True) if policy is None else (True,):
+    for draw in (False, True) if player is None else (True,):
         scene.reset(seed)
-        if policy is not None and play_policy(scene, *policy, num_steps=int(rng.integers(LEAD_IN))):
+        if player is not None and play(scene, player, int(rng.integers(LEAD_IN)), TASKS[scene.task]):
             return None
         images, steps, success = [], [], False
         for t in range(max_steps):
@@ -86,23 +84,6 @@ def demonstrate(
     names = ("observation.state", "observation.environment_state", "action", *OUTCOMES)
     arrays = {name: np.array(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)}
     return arrays | {IMAGE_KEY: np.array(images)}
-
-
-def play_policy(scene: MetaworldScene, predict: Predict, n_action_steps: int, num_steps: int) -> bool:
-    """Let a policy play. Returns whether the episode is over."""
-    for start in range(0, num_steps, n_action_steps):
-        chunk = predict([scene.images()], scene.state[None], [TASKS[scene.task]])[0]
-        for action in chunk[: min(n_action_steps, num_steps - start)]:
-            _, success, truncated = scene.step(action)
-            if success or truncated:
-                return True
-    return False
-
-
-@functools.cache
-def load(checkpoint: str) -> tuple[Predict, int]:
-    model, processor = load_policy(checkpoint)
-    return make_predict(model, processor), model.config.n_action_steps
 
 
 class Demonstrations:
@@ -135,7 +116,7 @@ class Demonstrations:
                 _scene.close()
             _scene = MetaworldScene(task)
         first = (FIRST_SEED if policy is None else FIRST_CORRECTION) + list(TASKS).index(task) * 100_000
-        player = None if policy is None else load(policy)
+        player = None if policy is None else load_player(policy)
         for seed in range(first + int(number) * 50, first + int(number) * 50 + 50):
             episode = demonstrate(_scene, seed, max_steps, self.draw_every, player)
             if episode is not None:

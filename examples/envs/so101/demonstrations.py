@@ -1,4 +1,7 @@
-"""Demonstrations of SO-101's expert: scenes in which all three instructions are played from one start."""
+"""Demonstrations of SO-101's expert: scenes in which all three instructions are played from one start.
+
+With `--policy`, that policy plays the first 0 to 79 steps, and the demonstration begins where the expert takes over.
+"""
 
 import argparse
 import functools
@@ -6,10 +9,12 @@ import logging
 
 import numpy as np
 
+from ..takeover import load_player, play
 from .expert import Expert, Kinematics
 from .simulator import COLORS, CONTROL_HZ, IMAGE_KEYS, IMAGE_SIZE, JOINTS, LIFTED, TASKS, SO101Scene
 
-FIRST_SEED = 1_000_000  # evaluations have lower seeds
+FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluations have lower seeds
+LEAD_IN = 80  # the policy plays fewer steps than this before the expert takes over
 MAX_STEPS = 110  # of a demonstration
 STEPS_AFTER = 10  # that a demonstration goes on after its success
 POSE = ["x", "y", "z", "qw", "qx", "qy", "qz"]
@@ -57,25 +62,23 @@ def random_start(scene: SO101Scene, seed: int) -> np.ndarray | None:
 
 
 def demonstrate(
-    scene: SO101Scene, seed: int, start: np.ndarray | None, first_images: list[np.ndarray], draw_every: int
+    scene: SO101Scene, draw_every: int, first_images: list[np.ndarray] | None = None
 ) -> dict[str, np.ndarray] | None:
-    """Let the expert play one episode. Returns None if the cube is not lifted, or falls in the last steps.
+    """Let the expert play on. Returns None if the cube is not lifted, or falls in the last steps.
 
     Args:
-        start: See [`SO101Scene.reset`].
-        first_images: The images at the start, which are the same for all three tasks.
         draw_every: Steps from one rendered image to the next.
+        first_images: The images at the start, where they are known.
 
     Returns:
         Arrays of T steps by feature: `observation.state` `(T, 6)`, `observation.environment_state` `(T, 24)` (see
         [`SO101Scene.poses`]), `action` `(T, 6)`; and the rendered images, every `draw_every`-th of each camera.
     """
-    scene.reset(seed, start)
     expert, steps, images, end = Expert(scene), [], [], None
     for t in range(MAX_STEPS):
         action = expert.action()
         if t % draw_every == 0:
-            images.append(scene.images() if t > 0 else first_images)
+            images.append(scene.images() if t > 0 or first_images is None else first_images)
         steps.append((scene.state, scene.poses, action.astype(np.float32)))
         _, success, _ = scene.step(action)
         if success and end is None:
@@ -106,22 +109,27 @@ class Demonstrations:
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--scenes", type=int, default=10_000, help="each with all three instructions (10,000)")
+        parser.add_argument("--policy", help="checkpoint of a policy that plays until the expert takes over")
 
     def __init__(self, args: argparse.Namespace):
         self.draw_every = args.draw_every
         self.parts = [f"scene-{number:06d}" for number in range(args.scenes)]
-        self.options = {}
+        self.options = {"policy": args.policy}
 
     def play(self, part: str) -> list[dict]:
         """The demonstrations of one scene that succeed."""
         logging.getLogger("so101_nexus").setLevel(logging.ERROR)
-        scene, seed, episodes = load_scene(), FIRST_SEED + int(part.removeprefix("scene-")), []
-        start = random_start(scene, seed)
+        policy, scene, episodes = self.options["policy"], load_scene(), []
+        seed = (FIRST_SEED if policy is None else FIRST_CORRECTION) + int(part.removeprefix("scene-"))
+        start, lead_ins = random_start(scene, seed), np.random.default_rng(seed).integers(LEAD_IN, size=len(COLORS))
         scene.reset(seed, start)
-        first_images = scene.images()
-        for color in COLORS:
+        first_images = scene.images() if policy is None else None
+        for color, lead_in in zip(COLORS, lead_ins.tolist(), strict=True):
             scene.task = color
-            episode = demonstrate(scene, seed, start, first_images, self.draw_every)
+            scene.reset(seed, start)
+            if policy is not None and play(scene, load_player(policy), lead_in, TASKS[color]):
+                continue
+            episode = demonstrate(scene, self.draw_every, first_images)
             if episode is not None:
                 episodes.append(episode | {"task": TASKS[color]})
         return episodes
