@@ -206,7 +206,8 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             parser.exit(1, f"train.py: error: {one_line(error)}\n")
         if trainer.is_world_process_zero():
-            print(f"Best checkpoint: {trainer.state.best_model_checkpoint}, saved in {folder}")
+            best = trainer.state.best_model_checkpoint
+            print(f"Best checkpoint: {best}, saved in {folder}" if best else f"The last step is saved in {folder}")
     except KeyboardInterrupt:
         parser.exit(130, interruption(folder, "the same command with --resume_from_checkpoint last"))
 
