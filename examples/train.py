@@ -10,6 +10,7 @@ highest success rate is saved in the output folder at the end. That folder has t
 `--resume_from_checkpoint last` continues an earlier training in it.
 """
 
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from evaluate import make_predict
 from huggingface_hub.utils import httpx  # httpx2 since release 2.0
 from model_card import CardFacts, write_card
 from rollouts import RolloutResult, rollout
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from train_arguments import PARTS, PolicyArguments, make_parser, one_line, parse_arguments
 from train_data import GroupedByLength, VariedDemonstrations, choose_eval_tasks, read_demonstrations
 from train_policy import make_policy
@@ -63,6 +64,13 @@ class PolicyTrainer(AtomicCheckpointTrainer):
         batch_size, seed = self._train_batch_size, self.args.data_seed
         return GroupedByLength(self.train_dataset, self.processing_class, batch_size, seed)
 
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # of the training's batches
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # Each `generate()` would need all processes. (With an optimizer, as here, Trainer refuses both at the start.)
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
@@ -80,8 +88,9 @@ class PolicyTrainer(AtomicCheckpointTrainer):
         played = RolloutResult(self.benchmark, episodes, num_chunks=1, predict_seconds=0.0).metrics()
         names = ("avg_max_reward", "avg_sum_reward", "pc_success", "mean_over_tasks", "mean_over_groups")
         scores = {f"eval_{name}": played[name] for name in names if played.get(name) is not None}
-        # The reward, at most 1, ranks checkpoints of equal success.
-        scores["eval_score"] = played["pc_success"] + played.get("avg_max_reward", 0.0)
+        # Ranks checkpoints of equal success, at most 1: the reward where it is comparable, or else the likelihood.
+        tie = played.get("avg_max_reward", math.exp(-metrics["eval_loss"]))
+        scores["eval_score"] = played["pc_success"] + tie
         self.log(scores)
         return metrics | scores
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -286,6 +287,10 @@ def test_a_policy_is_trained_and_evaluated_on_several_tasks(
     options += "--sample_every 2 --max_shift 3 --oversample hard --batch_by_length "
     options += "--held_out_episodes 1 --per_device_train_batch_size 4 --report_to none --eval_tasks reach"
     train.main([*options.split(), "--dataset_root", str(demonstrations), "--output_dir", str(output)])
+    history = json.loads((output / "checkpoint-2/trainer_state.json").read_text())["log_history"]
+    logged = {name: value for entry in history for name, value in entry.items()}
+    # Among checkpoints that solve nothing, the likelihood decides.
+    assert logged["eval_score"] == pytest.approx(logged["eval_pc_success"] + math.exp(-logged["eval_loss"]))
     arguments = "--benchmark metaworld --tasks reach push --episodes 1 --n_action_steps 6 --num_envs 1 --full_render "
     arguments += f"--checkpoint {output} --output_dir"
     evaluate.main([*arguments.split(), str(tmp_path / "eval"), "--record", "1"])
