@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,9 +131,10 @@ def test_a_correction_begins_where_the_policy_stopped_and_is_the_experts(drawer)
         asked.append((images[0][0].shape, texts))
         return np.tile(np.float32([0, 0, 1, -1]), (1, 12, 1))
 
-    seed = next(s for s in range(100) if demonstrate(scene, s, 250, 8, player=(rise, 8)))
+    riser = SimpleNamespace(predict=rise, n_action_steps=8)
+    seed = next(s for s in range(100) if demonstrate(scene, s, 250, 8, policy=riser))
     asked.clear()
-    episode = demonstrate(scene, seed, 250, 8, player=(rise, 8))
+    episode = demonstrate(scene, seed, 250, 8, policy=riser)
     assert len(asked) > 1 and set(map(str, asked)) == {str(((128, 128, 3), [TASKS["drawer-close"]]))}
     scene.reset(seed)
     while not np.array_equal(scene.state, episode["observation.state"][0]):
@@ -140,8 +142,8 @@ def test_a_correction_begins_where_the_policy_stopped_and_is_the_experts(drawer)
         assert len(asked) * 8 <= LEAD_IN + 8
     np.testing.assert_array_equal(scene.expert_action(), episode["action"][0])
     # What the policy solves itself needs no correction.
-    solver = expert_policy([scene])
-    assert any(demonstrate(scene, s, 250, 8, player=(solver, 1)) is None for s in range(3))
+    solver = SimpleNamespace(predict=expert_policy([scene]), n_action_steps=1)
+    assert any(demonstrate(scene, s, 250, 8, policy=solver) is None for s in range(3))
 
 
 def test_a_picture_that_is_moved_shows_points_that_are_moved_with_it():

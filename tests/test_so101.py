@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -204,7 +205,8 @@ def test_the_expert_takes_over_from_a_policy(monkeypatch):
         seen.append((len(images[0]), *texts))
         return np.tile(wanted, (1, 16, 1))
 
-    monkeypatch.setattr("envs.so101.demonstrations.load_player", lambda folder: (predict, 8))
+    policy = SimpleNamespace(predict=predict, n_action_steps=8)
+    monkeypatch.setattr("envs.so101.demonstrations.load_once", lambda folder: policy)
     demonstrations = Demonstrations(argparse.Namespace(draw_every=8, scenes=1, policy="here"))
     episodes = demonstrations.play("scene-000000")
     assert [episode["task"] for episode in episodes] == list(TASKS.values())

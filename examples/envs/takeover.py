@@ -2,26 +2,18 @@
 
 import functools
 
-from evaluate import load_policy, make_predict
-from rollouts import Predict
+from evaluate import LoadedPolicy, load_predict
 
 from . import Scene
 
-Player = tuple[Predict, int]  # a policy's `predict` and its `n_action_steps`
+load_once = functools.cache(load_predict)
 
 
-@functools.cache
-def load_player(checkpoint: str) -> Player:
-    model, processor = load_policy(checkpoint)
-    return make_predict(model, processor), model.config.n_action_steps
-
-
-def play(scene: Scene, player: Player, num_steps: int, instruction: str) -> bool:
+def play_policy(scene: Scene, policy: LoadedPolicy, num_steps: int, instruction: str) -> bool:
     """Let the policy play. Returns whether the episode is over."""
-    predict, n_action_steps = player
-    for start in range(0, num_steps, n_action_steps):
-        chunk = predict([scene.images()], scene.state[None], [instruction])[0]
-        for action in chunk[: min(n_action_steps, num_steps - start)]:
+    for start in range(0, num_steps, policy.n_action_steps):
+        chunk = policy.predict([scene.images()], scene.state[None], [instruction])[0]
+        for action in chunk[: min(policy.n_action_steps, num_steps - start)]:
             _, success, truncated = scene.step(action)
             if success or truncated:
                 return True

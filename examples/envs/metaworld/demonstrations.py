@@ -11,9 +11,10 @@ With `--policy`, that policy plays the first 0 to 159 steps, and the demonstrati
 import argparse
 
 import numpy as np
+from evaluate import LoadedPolicy
 from lerobot_writer import IMAGE_KEY, OUTCOMES
 
-from ..takeover import Player, load_player, play
+from ..takeover import load_once, play_policy
 from .simulator import CONTROL_HZ, IMAGE_SIZE, MT10, TASKS, MetaworldScene
 
 FIRST_SEED, FIRST_CORRECTION = 1_000_000, 100_000_000  # evaluations have lower seeds
@@ -43,13 +44,13 @@ def demonstrate(
     seed: int,
     max_steps: int,
     draw_every: int = 1,
-    player: Player | None = None,
+    policy: LoadedPolicy | None = None,
 ) -> dict[str, np.ndarray] | None:
     """Let the expert play one episode. Returns None if it does not succeed within `max_steps`.
 
     Args:
         draw_every: Steps from one rendered image to the next.
-        player: A policy that plays first. If it succeeds, None is returned.
+        policy: Plays first. If it succeeds, None is returned.
 
     Returns:
         Arrays of T steps by feature: `observation.state` `(T, 4)`, `observation.environment_state` `(T, 21)` (see
@@ -62,9 +63,9 @@ def demonstrate(
         start, length = rng.integers(80), rng.integers(5, 13)
         shoves[start : start + length] = rng.uniform(-1, 1, 3)
     # Without a policy, play first without rendering, and render only episodes that succeed.
-    for draw in (False, True) if player is None else (True,):
+    for draw in (False, True) if policy is None else (True,):
         scene.reset(seed)
-        if player is not None and play(scene, player, int(rng.integers(LEAD_IN)), TASKS[scene.task]):
+        if policy is not None and play_policy(scene, policy, int(rng.integers(LEAD_IN)), TASKS[scene.task]):
             return None
         images, steps, success = [], [], False
         for t in range(max_steps):
@@ -110,15 +111,15 @@ class Demonstrations:
         """The first of fifty demonstrations that succeeds."""
         global _scene
         task, _, number = part.rpartition("-")
-        max_steps, policy = self.options["max_steps"], self.options["policy"]
+        max_steps, checkpoint = self.options["max_steps"], self.options["policy"]
+        policy = None if checkpoint is None else load_once(checkpoint)
         if _scene is None or _scene.task != task:
             if _scene is not None:
                 _scene.close()
             _scene = MetaworldScene(task)
         first = (FIRST_SEED if policy is None else FIRST_CORRECTION) + list(TASKS).index(task) * 100_000
-        player = None if policy is None else load_player(policy)
         for seed in range(first + int(number) * 50, first + int(number) * 50 + 50):
-            episode = demonstrate(_scene, seed, max_steps, self.draw_every, player)
+            episode = demonstrate(_scene, seed, max_steps, self.draw_every, policy)
             if episode is not None:
                 return [episode | {"task": TASKS[task]}]
         raise ValueError(f"{task} failed 50 times in {max_steps} steps, or the policy solved it. Raise --max_steps.")

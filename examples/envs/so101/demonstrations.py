@@ -9,7 +9,7 @@ import logging
 
 import numpy as np
 
-from ..takeover import load_player, play
+from ..takeover import load_once, play_policy
 from .expert import Expert, Kinematics
 from .simulator import COLORS, CONTROL_HZ, IMAGE_KEYS, IMAGE_SIZE, JOINTS, LIFTED, TASKS, SO101Scene
 
@@ -119,15 +119,17 @@ class Demonstrations:
     def play(self, part: str) -> list[dict]:
         """The demonstrations of one scene that succeed."""
         logging.getLogger("so101_nexus").setLevel(logging.ERROR)
-        policy, scene, episodes = self.options["policy"], load_scene(), []
+        checkpoint, scene, episodes = self.options["policy"], load_scene(), []
+        policy = None if checkpoint is None else load_once(checkpoint)
         seed = (FIRST_SEED if policy is None else FIRST_CORRECTION) + int(part.removeprefix("scene-"))
-        start, lead_ins = random_start(scene, seed), np.random.default_rng(seed).integers(LEAD_IN, size=len(COLORS))
+        start = random_start(scene, seed)
+        lead_ins = np.random.default_rng((seed, 1)).integers(LEAD_IN, size=len(COLORS))  # whatever the start
         scene.reset(seed, start)
         first_images = scene.images() if policy is None else None
         for color, lead_in in zip(COLORS, lead_ins.tolist(), strict=True):
             scene.task = color
             scene.reset(seed, start)
-            if policy is not None and play(scene, load_player(policy), lead_in, TASKS[color]):
+            if policy is not None and play_policy(scene, policy, lead_in, TASKS[color]):
                 continue
             episode = demonstrate(scene, self.draw_every, first_images)
             if episode is not None:
