@@ -36,7 +36,8 @@ LEROBOT_VERSION ?= 0.6.1
 PYTHON_SO101 ?= python3.12
 SO101_NEXUS ?= so101-nexus==0.10.0 mujoco==3.17.0
 
-.PHONY: demo demo-metaworld test test-all test-oldest test-newest test-lerobot test-so101 core metaworld-tests lock fuzz lint bench clean
+.PHONY: demo demo-metaworld demo-so101 test test-all test-oldest test-newest test-lerobot test-so101 core \
+	metaworld-tests lock fuzz lint bench clean
 
 demo: $(FOR_EXAMPLES)
 	$(VENV)/bin/python examples/evaluate.py --checkpoint checkpoints/pusht-tiny --episodes 10 --seed 1000 --output_dir outputs/demo
@@ -46,6 +47,11 @@ demo-metaworld: $(FOR_METAWORLD)
 	$(VENV)/bin/python examples/evaluate.py --benchmark metaworld --checkpoint checkpoints/metaworld-tiny --tasks \
 		door-open drawer-close window-open faucet-close handle-press button-press reach coffee-button \
 		--episodes 1 --record 1 --output_dir outputs/demo-metaworld
+
+# Needs OSMesa too, and Python 3.12: PYTHON_SO101 is the interpreter.
+demo-so101: .venv-so101/installed
+	.venv-so101/bin/python examples/evaluate.py --benchmark so101 --checkpoint checkpoints/so101-tiny \
+		--episodes 6 --record 6 --output_dir outputs/demo-so101
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(TESTS)

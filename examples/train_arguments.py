@@ -97,6 +97,7 @@ class PolicyArguments:
     sample_every: int = HfArg(default=1, help="frames between the starts of samples: see collect.py")
     mirror_probability: float = HfArg(default=0.0, help="share of samples mirrored about the target's axis")
     turn_probability: float = HfArg(default=0.0, help="share of samples that are turned or mirrored")
+    recolor_probability: float = HfArg(default=0.0, help="share of samples in which objects swap their colours")
     max_shift: int = HfArg(default=0, help="largest shift of image, state and actions, in image pixels")
     max_angle: float = HfArg(default=0.0, help="half of the samples are rotated by up to this, degrees")
     reword_probability: float = HfArg(default=0.0, help="share of samples whose instruction is reworded")
@@ -110,7 +111,13 @@ class PolicyArguments:
     eval_seed: int = HfArg(default=100_000, help="first seed of those episodes")
 
 
-VARIATIONS = ("mirror_probability", "turn_probability", "max_shift", "max_angle")  # of the demonstrations
+VARIATIONS = (
+    "mirror_probability",
+    "turn_probability",
+    "recolor_probability",
+    "max_shift",
+    "max_angle",
+)  # of the demonstrations
 PARTS = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
 OWN_OPTIMIZER = (
     "this script makes its own optimizer, Muon with AdamW (tiny) or AdamW (256M). Drop it, and set "
@@ -137,7 +144,7 @@ RANGES = [
     (COUNTS, lambda value: 1 <= value < math.inf, "1 or more"),
     (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
     (("fast_scale", "num_train_epochs"), lambda value: 0 < value < math.inf, "a number above 0"),
-    (("mirror_probability", "turn_probability"), lambda value: 0 <= value <= 1, "0 to 1"),
+    (("mirror_probability", "turn_probability", "recolor_probability"), lambda value: 0 <= value <= 1, "0 to 1"),
     (("reword_probability", "min_lr_rate"), lambda value: 0 <= value <= 1, "0 to 1"),
     (("label_smoothing_factor",), lambda value: 0 <= value < 1, "0 or more, below 1"),
     (("max_angle",), lambda value: 0 <= value <= 180, "0 to 180"),

@@ -33,8 +33,8 @@ class VariedDemonstrations(EpochDataset):
         self.indices = np.repeat(self.indices, repeats)
         self.vary, self.options = benchmark.vary, variation_options(args, benchmark)
         sizes, size = list(dataset.image_sizes.values()), benchmark.image_size
-        if any(self.options.values()) and sizes != [(size, size)]:
-            reason = f"The data set has images of {sizes} (height, width), and only one of {size}x{size} can be varied"
+        if any(self.options.values()) and set(sizes) != {(size, size)}:
+            reason = f"The data set has images of {sizes} (height, width), and only {size}x{size} can be varied"
             raise ValueError(f"{reason}. Set {', '.join('--' + name for name in VARIATIONS)} to 0.")
         self.reword_probability = args.reword_probability
         unknown = [task for task in dataset.tasks if not self.wordings.get(task)]
@@ -57,8 +57,7 @@ class VariedDemonstrations(EpochDataset):
         sample = {**self.dataset[int(self.indices[i])], "text": text}
         if not any(self.options.values()):
             return sample
-        image, state, actions = self.vary(sample["images"][0], sample["state"], sample["actions"], rng, **self.options)
-        return {**sample, "images": [image], "state": state, "actions": actions}
+        return self.vary(sample, rng, **self.options)
 
 
 def variation_options(args: PolicyArguments, benchmark: Benchmark) -> dict[str, float]:

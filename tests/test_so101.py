@@ -15,6 +15,7 @@ pytest.importorskip("envs.so101", exc_type=ImportError)  # also without OSMesa
 import collect
 import evaluate
 import instructions
+import mujoco
 import pretrain_vision
 import train
 from envs import check_policy
@@ -23,6 +24,7 @@ from envs.so101.demonstrations import Demonstrations, random_start
 from envs.so101.expert import Expert
 from envs.so101.pretraining import Labels
 from envs.so101.simulator import COLORS, IMAGE_KEYS, JOINTS, LIFTED, TASKS, cube_poses
+from envs.so101.variation import PAN_AXIS, recolor_image, turn_image, turn_joints, turn_positions, vary_demonstration
 from model_card import CardFacts, write_card
 from PIL import Image
 from rollouts import rollout
@@ -75,17 +77,77 @@ def test_the_instruction_is_all_that_differs_between_the_tasks_of_a_seed(scenes)
     assert not np.array_equal(scene.images()[0], seen[0][0]) and not np.array_equal(scene.poses, seen[0][-1])
 
 
+def find_cubes(image):
+    """Row and column of the middle of each cube in a front image: `(3, 2)`."""
+    image, middles = image.astype(float), []
+    for color in COLORS:
+        channel = ["red", "green", "blue"].index(color)
+        middles.append(np.argwhere(2 * image[..., channel] - image.sum(axis=-1) > 40).mean(axis=0))
+    return np.array(middles)
+
+
 def test_the_front_image_shows_each_cube_where_it_is(scenes):
     scenes["red"].reset(7)
-    image = scenes["red"].images()[0].astype(float)
-    for i, color in enumerate(COLORS):
-        channel = ["red", "green", "blue"].index(color)
-        rows, columns = np.nonzero(2 * image[..., channel] - image.sum(axis=-1) > 40)
-        x, y = scenes["red"].cube(color)[:2]
-        seen = np.array([-rows.mean(), -columns.mean()])  # x points up in the image, y to the left
-        if i == 0:
-            first, origin = seen, np.array([x, y])
-        np.testing.assert_allclose(seen - first, (np.array([x, y]) - origin) * 170, atol=1.5)  # pixels a metre
+    places = np.array([scenes["red"].cube(color)[:2] for color in COLORS])  # x points up in the image, y to the left
+    seen = -find_cubes(scenes["red"].images()[0])
+    np.testing.assert_allclose(seen - seen[0], (places - places[0]) * 170, atol=1.5)  # pixels a metre
+
+
+@pytest.mark.parametrize("angle", [12.0, -15.0])
+def test_a_turned_front_image_shows_the_turned_scene(scenes, angle):
+    scene = scenes["red"]
+    scene.reset(4)
+    images, state, tips = scene.images(), scene.state, scene.fingertips
+    np.testing.assert_allclose(scene.data.xanchor[scene.env._joint_ids[0], :2], PAN_AXIS, atol=1e-6)
+    half, quaternion = np.radians(-angle) / 2, np.zeros(4)
+    for slot, color in zip(scene.env._slots, COLORS, strict=True):
+        cube = scene.cube(color)
+        mujoco.mju_mulQuat(quaternion, np.array([np.cos(half), 0, 0, np.sin(half)]), cube[3:])
+        pose = np.concatenate([turn_positions(cube[:3], angle), quaternion])
+        scene.data.qpos[slot.qpos_addr : slot.qpos_addr + 7] = pose
+    scene.data.qpos[scene.env._qpos_addrs] = scene._as_radians(turn_joints(state, angle))
+    mujoco.mj_forward(scene.model, scene.data)
+    np.testing.assert_allclose(scene.fingertips, turn_positions(tips, angle), atol=1e-4)
+    turned = turn_image(images[0], angle)
+    np.testing.assert_allclose(find_cubes(turned), find_cubes(scene.images()[0]), atol=0.7)
+    assert np.abs(find_cubes(turned) - find_cubes(images[0])).max() > 5
+    assert np.abs(scene.images()[1].astype(float) - images[1]).mean() < 4  # only the light differs
+
+
+def test_varied_demonstrations_are_turned_and_recoloured_as_a_whole(scenes):
+    scene, actions = scenes["red"], np.arange(12, dtype=np.float32).reshape(2, 6)
+    scene.reset(4)
+    images, state, angles, texts = scene.images(), scene.state, [], []
+    sample = {"images": images, "text": TASKS["red"], "state": state, "actions": actions}
+    for seed in range(30):
+        varied = vary_demonstration(sample, np.random.default_rng(seed), max_angle=15.0, recolor_probability=0.5)
+        angles.append(varied["state"][0] - state[0])
+        texts.append(varied["text"])
+        turn = np.tile([angles[-1], 0, 0, 0, 0, 0], (2, 1))
+        np.testing.assert_allclose(varied["actions"] - actions, turn, atol=1e-4)
+        np.testing.assert_array_equal(varied["state"][1:], state[1:])
+        # The named cube is where the red one was, after the turn.
+        color = next(color for color in COLORS if TASKS[color] == varied["text"])
+        turned = turn_image(images[0], angles[-1])
+        places = find_cubes(varied["images"][0])[COLORS.index(color)], find_cubes(turned)[0]
+        np.testing.assert_allclose(*places, atol=0.7)
+        assert varied["images"][1].shape == (128, 128, 3)
+    assert 4 <= angles.count(0) <= 26 and 5 < np.abs(angles).max() <= 15 and set(texts) == set(TASKS.values())
+    unvaried = vary_demonstration(sample, np.random.default_rng(0), max_angle=0.0, recolor_probability=0.0)
+    for image, same in zip(unvaried["images"], images, strict=True):
+        np.testing.assert_array_equal(image, same)
+
+
+def test_recolouring_swaps_the_cubes_and_leaves_the_arm(scenes):
+    scenes["red"].reset(4)
+    for image in scenes["red"].images():
+        there = recolor_image(image, np.array([1, 2, 0]))  # red -> blue -> green -> red
+        np.testing.assert_array_equal(recolor_image(there, np.array([2, 0, 1])), image)
+        is_arm = (image[..., 0] == image[..., 1]) & (image[..., 2] == 0)
+        np.testing.assert_array_equal(there[is_arm], image[is_arm])
+    front = scenes["red"].images()[0]
+    swapped = find_cubes(recolor_image(front, np.array([1, 2, 0])))
+    np.testing.assert_allclose(swapped, find_cubes(front)[[2, 0, 1]], atol=0.5)
 
 
 def test_renderers_do_not_disturb_each_other():

@@ -76,8 +76,8 @@ class Benchmark:
     packages: tuple[str, ...]  # their releases are part of the results
     card: dict[str, str]  # for the model card: title, env_id, success, citation
     image_keys: tuple[str, ...] = ("observation.image",)  # the cameras, as data sets name them
-    # (image, state, actions, random generator, **options) -> image, state and actions of a varied scene of one camera
-    vary: Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
+    # (sample with images, text, state and actions; random generator, **options) -> that of a varied scene
+    vary: Callable[..., dict[str, Any]] | None = None
     variations: tuple[str, ...] = ()  # the options of `train.py` that `vary` takes
     # (**options) -> moves of states and chunks: those that the statistics include, and those for fitting FAST alone
     symmetries: Callable[..., list[Move]] = no_moves

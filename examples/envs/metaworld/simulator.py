@@ -9,6 +9,7 @@ Needs `metaworld` and, without a screen, Debian's `libosmesa6` with `MUJOCO_GL=o
 
 import functools
 import warnings
+from typing import Any
 
 import metaworld
 import numpy as np
@@ -102,15 +103,14 @@ def shift_points(points: np.ndarray, right: int, down: int) -> np.ndarray:
     return (points + depths[..., None] * (right * RIGHT + down * DOWN) / FOCAL_LENGTH).astype(np.float32)
 
 
-def vary_demonstration(
-    image: np.ndarray, state: np.ndarray, actions: np.ndarray, rng: np.random.Generator, max_shift: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Move image and state sideways by up to `max_shift` pixels; heights stay the same.
+def vary_demonstration(sample: dict[str, Any], rng: np.random.Generator, max_shift: int) -> dict[str, Any]:
+    """Move image and state of a sample sideways by up to `max_shift` pixels; heights stay the same.
 
     Actions stay as they are: a pixel is about a centimetre, and would turn them by half a degree.
     """
-    right = int(rng.integers(-max_shift, max_shift + 1))
-    return shift_image(image, right, 0), np.append(shift_points(state[:3], right, 0), state[3:]), actions
+    right, state = int(rng.integers(-max_shift, max_shift + 1)), sample["state"]
+    state = np.append(shift_points(state[:3], right, 0), state[3:])
+    return {**sample, "images": [shift_image(sample["images"][0], right, 0)], "state": state}
 
 
 @functools.cache

@@ -4,6 +4,7 @@ A scene is a 96x96 image and points in the simulator's coordinates, [0, 512]^2 w
 """
 
 from functools import partial
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -111,12 +112,11 @@ def vary_scene(
     return image, points.astype(np.float32)
 
 
-def vary_demonstration(
-    image: np.ndarray, state: np.ndarray, actions: np.ndarray, rng: np.random.Generator, **options: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[`vary_scene`] for an image, the pusher's position `(2,)` and its target positions `(H, 2)`."""
-    image, points = vary_scene(image, np.concatenate([state[None], actions]), rng, **options)
-    return image, points[0], points[1:]
+def vary_demonstration(sample: dict[str, Any], rng: np.random.Generator, **options: float) -> dict[str, Any]:
+    """[`vary_scene`] for a sample of one image, with the pusher's position `(2,)` and target positions `(H, 2)`."""
+    points = np.concatenate([sample["state"][None], sample["actions"]])
+    image, points = vary_scene(sample["images"][0], points, rng, **options)
+    return {**sample, "images": [image], "state": points[0], "actions": points[1:]}
 
 
 def symmetries(mirror_probability: float, turn_probability: float, **others: float) -> list[Move]:

@@ -12,6 +12,7 @@ from .simulator import (
     TASKS,
     SO101Scene,
 )
+from .variation import turns, vary_demonstration
 
 CITATION = """@software{so101nexus,
   title = {SO101-Nexus},
@@ -38,6 +39,8 @@ BENCHMARK = Benchmark(
         "relative_exclude_joints": ["gripper.pos"],
         "fast_scale": 20.0,
         "fast_vocab_size": 1024,
+        "max_angle": 15.0,
+        "recolor_probability": 0.8,
         "max_steps": 6_000,
         "eval_steps": 2_000,
         "save_steps": 2_000,
@@ -49,6 +52,9 @@ BENCHMARK = Benchmark(
         "success": "the named cube held 5 cm above its start",
         "citation": CITATION,
     },
+    vary=vary_demonstration,
+    variations=("max_angle", "recolor_probability"),
+    symmetries=turns,
     has_full_render=True,
     hold=hold_position,
 )

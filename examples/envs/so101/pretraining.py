@@ -14,10 +14,12 @@ from training_runs import EpochDataset, naming_option
 from smolandfast.training import LeRobotChunkDataset
 
 from .simulator import COLORS, IMAGE_KEYS, TASKS, WRIST_FOV, SO101Scene, cube_poses
+from .variation import draw_angle, draw_order, recolor_image, turn_image, turn_positions
 
 METRES = 0.1  # a unit of the predictions
 NUM_FRONT, NUM_CUBE = 3 * (1 + len(COLORS)), 5
 NUM_WRIST = NUM_CUBE * len(COLORS)
+MAX_ANGLE, RECOLOR_PROBABILITY = 15.0, 0.8  # of images that are varied, see `variation.py`
 ANGLE_WEIGHT = 0.2  # of a cube's angle in the loss, against its position
 
 
@@ -52,11 +54,14 @@ class Labels:
 
 
 class Images(EpochDataset):
-    """The images of some frames, first those of the front camera, with their labels `(27,)`."""
+    """The images of some frames, first those of the front camera, with their labels `(27,)`.
 
-    def __init__(self, frames: LeRobotChunkDataset, rows: np.ndarray, labels: np.ndarray):
+    With a `seed`, cubes swap their colours and front images are turned, another way in every epoch.
+    """
+
+    def __init__(self, frames: LeRobotChunkDataset, rows: np.ndarray, labels: np.ndarray, seed: int | None = None):
         super().__init__()
-        self.frames, self.rows, self.labels = frames, rows, labels  # of `rows`: `(n, 27)`
+        self.frames, self.rows, self.labels, self.seed = frames, rows, labels, seed  # labels of `rows`: `(n, 27)`
 
     def __len__(self) -> int:
         return 2 * len(self.rows)
@@ -66,6 +71,13 @@ class Images(EpochDataset):
         labels = self.labels[i].copy()
         labels[slice(NUM_FRONT, None) if camera == 0 else slice(NUM_FRONT)] = np.nan
         image = self.frames.image(int(self.rows[i]), IMAGE_KEYS[camera])
+        if self.seed is not None:
+            rng = np.random.default_rng((self.seed, self.epoch, camera, i))
+            angle, order = draw_angle(rng, MAX_ANGLE), draw_order(rng, RECOLOR_PROBABILITY)
+            image = recolor_image(turn_image(image, angle) if camera == 0 else image, order)
+            cubes = np.argsort(order)  # that now have the first, second and third colour
+            tips, places = np.split(turn_positions(labels[:NUM_FRONT].reshape(-1, 3), angle), [1])
+            labels = np.concatenate([tips, places[cubes], labels[NUM_FRONT:].reshape(-1, NUM_CUBE)[cubes]], axis=None)
         return {"pixel_values": torch.from_numpy(image), "labels": torch.from_numpy(labels)}
 
 
@@ -97,7 +109,10 @@ class Pretraining:
         is_trained = rows < first_held_out
         seen = ~np.isnan(labels[is_trained])
         self.mean = np.nansum(labels[is_trained], axis=0) / np.maximum(seen.sum(axis=0), 1)
-        self.sets = tuple(Images(frames, rows[part], labels[part]) for part in (is_trained, ~is_trained))
+        self.sets = (
+            Images(frames, rows[is_trained], labels[is_trained], args.seed),
+            Images(frames, rows[~is_trained], labels[~is_trained]),
+        )
 
     def make_sets(self) -> tuple[Images, Images]:
         return self.sets

@@ -33,6 +33,8 @@ LIFTED = HALF_CUBE + 0.05  # of one that counts as lifted
 CELL_SIZE, FILM_CELL_SIZE = 0.003, 0.002
 # The wrist camera's position in metres and tilt in degrees, in the gripper's frame, and both fields of view.
 WRIST_POSITION, WRIST_TILT, WRIST_FOV, FRONT_FOV = (0, 0.04, -0.04), -28.6, 75, 45
+SPAWN_CENTER, MIN_RADIUS, MAX_RADIUS = (0.15, 0.0), 0.16, 0.28  # of the cubes, metres
+FRONT_CAMERA = compute_overhead_camera_params(SPAWN_CENTER, MAX_RADIUS, fov_deg=FRONT_FOV, aspect=1)
 FILM_VIEW = {"lookat": (0.22, 0, 0.06), "distance": 0.75, "azimuth": 140, "elevation": -30}
 
 
@@ -51,8 +53,9 @@ class SO101Scene:
         config = PickConfig(
             objects=[CubeObject(color=color) for color in COLORS],
             n_distractors=len(COLORS) - 1,
-            spawn_min_radius=0.16,
-            spawn_max_radius=0.28,
+            spawn_center=SPAWN_CENTER,
+            spawn_min_radius=MIN_RADIUS,
+            spawn_max_radius=MAX_RADIUS,
             spawn_angle_half_range_deg=45,
             physics=PhysicsConfig(control_period_s=1 / CONTROL_HZ),
             observations=[JointPositions()],
@@ -63,10 +66,7 @@ class SO101Scene:
         camera, tilt = self.env._wrist_cam_id, np.array([np.radians(WRIST_TILT), 0, 0])
         mujoco.mju_euler2Quat(self.model.cam_quat[camera], tilt, "XYZ")
         self.model.cam_pos[camera], self.model.cam_fovy[camera] = WRIST_POSITION, WRIST_FOV
-        front = compute_overhead_camera_params(
-            config.spawn_center, config.spawn_max_radius, fov_deg=FRONT_FOV, aspect=1
-        )
-        self._cameras = (_free_camera(**front), "wrist_cam")
+        self._cameras = (_free_camera(**FRONT_CAMERA), "wrist_cam")
         self._renderers: dict[int, Renderer] = {}  # by size in pixels
         self._scratch = mujoco.MjData(self.model)  # of `gripper_view`
 
