@@ -55,6 +55,7 @@ BENCHMARK = Benchmark(
     vary=vary_demonstration,
     variations=("max_angle", "recolor_probability"),
     symmetries=turns,
+    film_every=2,
     has_full_render=True,
     hold=hold_position,
 )
