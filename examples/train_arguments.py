@@ -111,13 +111,8 @@ class PolicyArguments:
     eval_seed: int = HfArg(default=100_000, help="first seed of those episodes")
 
 
-VARIATIONS = (
-    "mirror_probability",
-    "turn_probability",
-    "recolor_probability",
-    "max_shift",
-    "max_angle",
-)  # of the demonstrations
+VARIED_SHARES = ("mirror_probability", "turn_probability", "recolor_probability")
+VARIATIONS = (*VARIED_SHARES, "max_shift", "max_angle")  # of the demonstrations
 PARTS = ("vision_learning_rate", "connector_learning_rate", "text_learning_rate")
 OWN_OPTIMIZER = (
     "this script makes its own optimizer, Muon with AdamW (tiny) or AdamW (256M). Drop it, and set "
@@ -144,7 +139,7 @@ RANGES = [
     (COUNTS, lambda value: 1 <= value < math.inf, "1 or more"),
     (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
     (("fast_scale", "num_train_epochs"), lambda value: 0 < value < math.inf, "a number above 0"),
-    (("mirror_probability", "turn_probability", "recolor_probability"), lambda value: 0 <= value <= 1, "0 to 1"),
+    (VARIED_SHARES, lambda value: 0 <= value <= 1, "0 to 1"),
     (("reword_probability", "min_lr_rate"), lambda value: 0 <= value <= 1, "0 to 1"),
     (("label_smoothing_factor",), lambda value: 0 <= value < 1, "0 or more, below 1"),
     (("max_angle",), lambda value: 0 <= value <= 180, "0 to 180"),

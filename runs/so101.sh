@@ -4,7 +4,7 @@
 #     bash runs/so101.sh outputs/so101-run
 #
 # Needs the environment of docs/so101.md. Stopped at any moment, the same command goes on: finished steps are left out,
-# an interrupted one continues. LOG.md says in what the shipped policy was made differently.
+# an interrupted one continues. LOG.md says how the shipped policy was made differently.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?Name a folder for what is made: bash runs/so101.sh outputs/so101-run}

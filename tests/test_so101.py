@@ -22,9 +22,17 @@ from envs import check_policy
 from envs.so101 import BENCHMARK, SO101Scene
 from envs.so101.demonstrations import Demonstrations, random_start
 from envs.so101.expert import Expert
-from envs.so101.pretraining import Labels
+from envs.so101.pretraining import NUM_FRONT, Images, Labels
 from envs.so101.simulator import COLORS, IMAGE_KEYS, JOINTS, LIFTED, TASKS, cube_poses
-from envs.so101.variation import PAN_AXIS, recolor_image, turn_image, turn_joints, turn_positions, vary_demonstration
+from envs.so101.variation import (
+    CHANNELS,
+    PAN_AXIS,
+    recolor_image,
+    turn_image,
+    turn_joints,
+    turn_positions,
+    vary_demonstration,
+)
 from model_card import CardFacts, write_card
 from PIL import Image
 from rollouts import rollout
@@ -80,8 +88,7 @@ def test_the_instruction_is_all_that_differs_between_the_tasks_of_a_seed(scenes)
 def find_cubes(image):
     """Row and column of the middle of each cube in a front image: `(3, 2)`."""
     image, middles = image.astype(float), []
-    for color in COLORS:
-        channel = ["red", "green", "blue"].index(color)
+    for channel in CHANNELS:
         middles.append(np.argwhere(2 * image[..., channel] - image.sum(axis=-1) > 40).mean(axis=0))
     return np.array(middles)
 
@@ -316,6 +323,36 @@ def test_labels_say_where_the_cubes_are(collected, cache):
     for _ in range(20):
         scene.step(np.array([90, -90, 90, 38, 0, 0.0]))
     assert np.isnan(labels.wrist(scene.state, scene.poses)).all()
+
+
+def test_labels_follow_varied_images(scenes):
+    def colors_of(wrist_image, label):
+        """Which colours are in the wrist image, and which are labelled there."""
+        image = wrist_image.astype(float)
+        is_seen = [bool((2 * image[..., channel] - image.sum(axis=-1) > 20).any()) for channel in CHANNELS]
+        return is_seen, (~np.isnan(label[NUM_FRONT:].reshape(3, -1)[:, 0])).tolist()
+
+    scene, make, num_checked, colors = scenes["red"], Labels(), 0, set()
+    for seed in range(6):
+        scene.reset(seed, random_start(scene, 2))  # in the air
+        images = dict(zip(IMAGE_KEYS, scene.images(), strict=True))
+        label = np.array([*make.front(scene.poses), *make.wrist(scene.state, scene.poses)], dtype=np.float32)
+        is_seen, is_labelled = colors_of(images[IMAGE_KEYS[1]], label)
+        if is_seen != is_labelled or all(is_seen):  # a finger hides one, or one's edge is seen
+            continue
+        frames = SimpleNamespace(image=lambda row, key, images=images: images[key])
+        samples = Images(frames, np.array([0]), label[None], seed=0)
+        for epoch in range(8):
+            samples.set_epoch(epoch)
+            front, wrist = ({name: value.numpy() for name, value in samples[i].items()} for i in (0, 1))
+            places = front["labels"][3:NUM_FRONT].reshape(3, 3)[:, :2]
+            seen = -find_cubes(front["pixel_values"])
+            np.testing.assert_allclose(seen - seen[0], (places - places[0]) * 170, atol=2.5)
+            is_seen, is_labelled = colors_of(wrist["pixel_values"], wrist["labels"])
+            assert is_seen == is_labelled
+            num_checked += 1
+            colors.add(tuple(is_seen))
+    assert num_checked >= 8 and len(colors) > 1
 
 
 def test_the_vision_tower_is_pretrained_on_both_cameras(collected, tmp_path, cache):

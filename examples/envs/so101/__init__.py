@@ -12,7 +12,7 @@ from .simulator import (
     TASKS,
     SO101Scene,
 )
-from .variation import turns, vary_demonstration
+from .variation import MAX_ANGLE, RECOLOR_PROBABILITY, turns, vary_demonstration
 
 CITATION = """@software{so101nexus,
   title = {SO101-Nexus},
@@ -39,8 +39,8 @@ BENCHMARK = Benchmark(
         "relative_exclude_joints": ["gripper.pos"],
         "fast_scale": 20.0,
         "fast_vocab_size": 1024,
-        "max_angle": 15.0,
-        "recolor_probability": 0.8,
+        "max_angle": MAX_ANGLE,
+        "recolor_probability": RECOLOR_PROBABILITY,
         "max_steps": 6_000,
         "eval_steps": 2_000,
         "save_steps": 2_000,

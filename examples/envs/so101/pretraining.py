@@ -14,12 +14,19 @@ from training_runs import EpochDataset, naming_option
 from smolandfast.training import LeRobotChunkDataset
 
 from .simulator import COLORS, IMAGE_KEYS, TASKS, WRIST_FOV, SO101Scene, cube_poses
-from .variation import draw_angle, draw_order, recolor_image, turn_image, turn_positions
+from .variation import (
+    MAX_ANGLE,
+    RECOLOR_PROBABILITY,
+    draw_angle,
+    draw_order,
+    recolor_image,
+    turn_image,
+    turn_positions,
+)
 
 METRES = 0.1  # a unit of the predictions
 NUM_FRONT, NUM_CUBE = 3 * (1 + len(COLORS)), 5
 NUM_WRIST = NUM_CUBE * len(COLORS)
-MAX_ANGLE, RECOLOR_PROBABILITY = 15.0, 0.8  # of images that are varied, see `variation.py`
 ANGLE_WEIGHT = 0.2  # of a cube's angle in the loss, against its position
 
 

@@ -1,7 +1,7 @@
 """Demonstrations of SO-101 turned about the axis of the shoulder's pan, which is vertical, and with other colours.
 
-The front camera looks straight down, so its image turns as the scene does: exactly on the table, and by a pixel off at
-a height of ten centimetres. What the wrist camera sees stays the same. Where cubes swap their colours, the instruction
+The front camera looks straight down, so its image turns as the scene does: within a pixel on the table, less exactly
+above it. What the wrist camera sees stays the same. Where cubes swap their colours, the instruction
 names the new colour of the same cube.
 """
 
@@ -15,6 +15,7 @@ from envs import Move
 
 from .simulator import COLORS, FRONT_CAMERA, FRONT_FOV, IMAGE_SIZE, TASKS
 
+MAX_ANGLE, RECOLOR_PROBABILITY = 15.0, 0.8  # by default
 PAN_AXIS = np.array([0.0388353, 0.0])  # of the simulator's arm: x and y in metres
 MARGIN = IMAGE_SIZE // 2  # pixels by which an image's edge is repeated before it is turned
 CHANNELS = np.array([("red", "green", "blue").index(color) for color in COLORS])
@@ -23,9 +24,10 @@ PIXELS_PER_METRE = IMAGE_SIZE / (2 * FRONT_CAMERA["distance"] * np.tan(np.radian
 
 def turn_image(image: np.ndarray, angle: float) -> np.ndarray:
     """A front image `(128, 128, 3)` of the scene that is turned with the arm by `angle` degrees of pan."""
-    up, left = PIXELS_PER_METRE * (
-        PAN_AXIS - FRONT_CAMERA["lookat"][:2]
-    )  # the image's top is along x, its left along y
+    if angle == 0:
+        return image
+    # In the image, x points up and y to the left.
+    up, left = PIXELS_PER_METRE * (PAN_AXIS - FRONT_CAMERA["lookat"][:2])
     centre = MARGIN + IMAGE_SIZE / 2 - left, MARGIN + IMAGE_SIZE / 2 - up
     padded = Image.fromarray(np.pad(image, ((MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0)), mode="edge"))
     turned = padded.rotate(-angle, Image.Resampling.BILINEAR, center=centre)
@@ -74,7 +76,8 @@ def vary_demonstration(
             f"A demonstration's task is {sample['text']!r}, expected one of {list(TASKS.values())}. {fix}"
         )
     return {
-        "images": [recolor_image(turn_image(front, angle) if angle else front, order), recolor_image(wrist, order)],
+        **sample,
+        "images": [recolor_image(turn_image(front, angle), order), recolor_image(wrist, order)],
         "text": TASKS[COLORS[order[COLORS.index(color)]]],
         "state": turn_joints(sample["state"], angle),
         "actions": turn_joints(sample["actions"], angle),
