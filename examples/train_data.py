@@ -115,7 +115,12 @@ def read_demonstrations(
     if not (args.dataset_root or repo_id):
         raise ValueError(f"--dataset_root is missing, and {benchmark.name} has no data set on the Hub. Name a folder.")
     roots = args.dataset_root or [download_dataset(repo_id)]
-    read = partial(LeRobotChunkDataset, chunk_size=args.chunk_size, frame_stride=args.frame_stride)
+    read = partial(
+        LeRobotChunkDataset,
+        chunk_size=args.chunk_size,
+        frame_stride=args.frame_stride,
+        cache_every=args.sample_every,
+    )
     if len(benchmark.image_keys) > 1:  # the name of a single camera does not matter
         read = partial(read, image_keys=benchmark.image_keys)
     train_sets, eval_set = [], None

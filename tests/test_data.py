@@ -512,6 +512,23 @@ def test_a_full_disk_is_found_before_anything_is_written(tiny, cache, monkeypatc
     shades_of(LeRobotChunkDataset(tiny, 1, cache_dir=cache), 0)
 
 
+def test_only_every_nth_frame_of_an_episode_takes_room_in_the_cache(tiny, cache, monkeypatch, no_decoding):
+    whole = LeRobotChunkDataset(tiny, 1, cache_dir=False)
+    dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache, cache_every=3)
+    expected, slot = sample_images(whole), 32 * 32 * 3 + 4
+    needed = 2 * (2 + 3 + 2) * slot  # two cameras; of 5, 7 and 4 frames
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Mock(free=needed - 1))
+    with pytest.raises(OSError, match="GB free"):
+        dataset[0]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Mock(free=needed))
+    np.testing.assert_array_equal(sample_images(dataset), expected)
+    slots = [path.read_bytes()[i : i + slot] for path in cache.iterdir() for i in range(0, path.stat().st_size, slot)]
+    assert sum(map(any, slots)) == needed // slot
+    no_decoding()
+    for i in (0, 3, 5, 8, 11, 12, 15):
+        np.testing.assert_array_equal(dataset[i]["images"], expected[i])
+
+
 def test_a_disk_that_is_full_later_is_a_clear_error(tiny, cache):
     dataset = LeRobotChunkDataset(tiny, 1, cache_dir=cache)
     dataset[0]

@@ -102,6 +102,8 @@ class LeRobotChunkDataset(_ChunkedFrames):
         cache_dir: Folder of the decoded frames; `smolandfast` in `$XDG_CACHE_HOME` or `~/.cache` by default. It may be
             deleted at any time. A file whose path, size or modification time changed is decoded again. False keeps no
             frames.
+        cache_every: Only every so many frames of an episode are kept in the cache; the others, which take no room
+            there, are decoded each time.
         frame_stride: Frames from one action of a chunk to the next. With 2, a policy that executes an action every
             1 / fps seconds moves at twice the demonstrated speed.
 
@@ -130,8 +132,10 @@ class LeRobotChunkDataset(_ChunkedFrames):
         image_keys: Sequence[str] | None = None,
         cache_dir: str | Path | Literal[False] | None = None,
         frame_stride: int = 1,
+        cache_every: int = 1,
     ):
         self.chunk_size = check_whole(chunk_size, "chunk_size")
+        self._cache_every = check_whole(cache_every, "cache_every")
         self.frame_stride = check_whole(frame_stride, "frame_stride")
         self.root = Path(root).expanduser()
         self.info = read_info(self.root)
@@ -171,7 +175,7 @@ class LeRobotChunkDataset(_ChunkedFrames):
         Raises:
             ValueError: It makes anything but 8-bit RGB images.
         """
-        self._reader = FrameReader(list(self._clips.values()), self._cache, resizer)
+        self._reader = FrameReader(list(self._clips.values()), self._cache, resizer, self._cache_every)
 
     def image(self, i: int, key: str | None = None) -> np.ndarray:
         """The frame of one camera, the first by default: uint8 `(H, W, 3)`."""

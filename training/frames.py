@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 AGAIN = "Download or convert the data set again."
 INFO = "meta/info.json"
-OTHER_CACHE = "Free some, choose another cache_dir, or decode frames each time with cache_dir=False."
+OTHER_CACHE = "Free some, choose another cache_dir (XDG_CACHE_HOME), or decode frames each time with cache_dir=False."
 MAX_CACHED_BYTES = 100_000  # a frame, of all cameras; larger ones are decoded each time
 MAX_OPEN_VIDEOS = 8  # in each thread
 MAX_ENCODED_BYTES = 2**27  # of images in parquet that are in memory, in each thread
@@ -228,10 +228,17 @@ class FrameReader:
         spans: The frames that may be asked for: image files, the index of the first frame and the number of frames.
         folder: Of the cache; None for none.
         resize: None returns images as recorded.
+        cache_every: Of each span, the cache keeps every so many frames, from the first on.
     """
 
-    def __init__(self, spans: list[tuple[ImageFile, int, int]], folder: Path | None, resize: Resizer | None):
-        self.spans, self.folder, self.resize, self.has_room = spans, folder, resize, False
+    def __init__(
+        self,
+        spans: list[tuple[ImageFile, int, int]],
+        folder: Path | None,
+        resize: Resizer | None,
+        cache_every: int = 1,
+    ):
+        self.folder, self.resize, self.has_room = folder, resize, False
         files = dict.fromkeys(file for file, _, _ in spans)
         shapes = {file.key: (*file.size, 3) for file in files}  # files of one camera have one size
         if resize is not None:
@@ -239,15 +246,18 @@ class FrameReader:
         if folder is None or sum(map(math.prod, shapes.values())) > MAX_CACHED_BYTES:
             files = ()
         self.targets = {file: (str(folder / self._name(file)), shapes[file.key]) for file in files}
+        self.is_kept = {file: np.zeros(file.n_frames, dtype=bool) for file in self.targets}
+        for file, start, length in spans if self.targets else ():
+            self.is_kept[file][start : start + length : cache_every] = True
 
     def read(self, file: ImageFile, i: int) -> np.ndarray:
         """Frame `i` of a file: uint8 `(H, W, 3)`, the caller's own."""
-        if file not in self.targets:
+        if file not in self.targets or not self.is_kept[file][i]:
             ((_, image),) = file.decode(i, lambda j: j == i)
             return self._resized(image)
         image = _load(*self.targets[file], i)
         if image is None:
-            for j, frame in file.decode(i, lambda j: j == i or not any(self._are_filled(file, j, 1))):
+            for j, frame in file.decode(i, lambda j: j == i or self._is_missing(file, j)):
                 image = self._resized(frame)
                 self._store(file, j, image)
         return image
@@ -265,17 +275,20 @@ class FrameReader:
             raise ValueError(f"resizer {self.resize!r} made {found}, expected uint8 (height, width, 3). Correct it.")
         return resized
 
-    def _are_filled(self, file: ImageFile, start: int, length: int) -> Iterator[bool]:
+    def _is_missing(self, file: ImageFile, i: int) -> bool:
+        return self.is_kept[file][i] and not any(self._are_filled(file, [i]))
+
+    def _are_filled(self, file: ImageFile, frames: Iterable[int]) -> Iterator[bool]:
         """Whether something was written for each of these frames."""
         path, shape = self.targets[file]
         size = math.prod(shape)
         try:
             with io.FileIO(path) as slots:
-                for i in range(start, start + length):
+                for i in frames:
                     slots.seek(i * (size + CHECKSUM_BYTES) + size)
                     yield any(slots.read(CHECKSUM_BYTES))
         except FileNotFoundError:
-            yield from [False] * length
+            yield from (False for _ in frames)
 
     def _store(self, file: ImageFile, i: int, image: np.ndarray) -> None:
         path, _ = self.targets[file]
@@ -298,9 +311,9 @@ class FrameReader:
         if self.has_room:
             return
         needed = 0
-        for file, start, length in self.spans:
-            slot = math.prod(self.targets[file][1]) + CHECKSUM_BYTES
-            needed += slot * (length - sum(self._are_filled(file, start, length)))
+        for file, (_, shape) in self.targets.items():
+            frames = np.flatnonzero(self.is_kept[file]).tolist()
+            needed += (math.prod(shape) + CHECKSUM_BYTES) * (len(frames) - sum(self._are_filled(file, frames)))
         free = shutil.disk_usage(self.folder).free
         need = f"Decoded frames need up to {needed / 1e9:.3g} GB in {self.folder}, which has {free / 1e9:.3g} GB free."
         if needed > free:

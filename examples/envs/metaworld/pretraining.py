@@ -101,7 +101,7 @@ class Pretraining:
         with naming_option("--output_dir"):
             make_own_folder(self.folder, ["*.npz", ".*.npz.*"])  # the last are unfinished files
         with naming_option("--dataset_root"):
-            self.frames = LeRobotChunkDataset(args.dataset_root, 1)
+            self.frames = LeRobotChunkDataset(args.dataset_root, 1, cache_every=args.sample_every)
             self.frame_labels = self.frames.vectors("observation.environment_state")[:, LABELS]
 
     def make_sets(self) -> tuple[Scenes, Scenes]:

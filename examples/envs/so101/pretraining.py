@@ -104,7 +104,7 @@ class Pretraining:
 
     def __init__(self, args: argparse.Namespace):
         with naming_option("--dataset_root"):
-            frames = LeRobotChunkDataset(args.dataset_root, 1, image_keys=IMAGE_KEYS)
+            frames = LeRobotChunkDataset(args.dataset_root, 1, image_keys=IMAGE_KEYS, cache_every=args.sample_every)
             poses = frames.vectors("observation.environment_state")
         rows = np.flatnonzero(frames.frame_index % args.sample_every == 0)
         first_held_out = frames.episode_starts[-args.held_out_episodes :][0]
