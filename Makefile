@@ -94,7 +94,7 @@ core:
 metaworld-tests:
 	@echo $(METAWORLD_TESTS)
 
-# Writes requirements/ anew: the newest releases that pyproject.toml allows, and its floors.
+# Writes requirements/ again: the newest releases that pyproject.toml allows, and its floors.
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install uv==0.13.9

@@ -3,9 +3,10 @@
     python examples/collect.py --benchmark metaworld --output_dir outputs/metaworld --episodes 50
     python examples/collect.py --benchmark so101 --output_dir outputs/so101 --scenes 10000
 
-What is demonstrated, and its options, is in `envs/<benchmark>/demonstrations.py`. What is finished is kept in
-`<output_dir>.parts`. The same command continues after an interruption, and more `--episodes` or `--scenes` add to the
-demonstrations. An existing data set is never overwritten: rename it first.
+What is demonstrated, and its options, is in `envs/<benchmark>/demonstrations.py`. Finished parts are kept in
+`<output_dir>.parts`, which may be deleted once the data set is complete. The same command continues after an
+interruption, and more `--episodes` or `--scenes` add to the demonstrations. An existing data set is never overwritten:
+rename it first.
 
 Rendering takes most of the time. With `--draw_every 4`, every fourth step is rendered and its image is repeated in the
 steps between; train on it with `--sample_every 4`.
@@ -20,7 +21,9 @@ from typing import Any
 
 import interrupt  # noqa: F401 - before the slow imports
 import numpy as np
-from evaluate import check_counts, error_line, map_in_processes, parse_with_part, write_json
+from envs import check_policy
+from envs.takeover import load_once
+from evaluate import check_counts, error_line, find_checkpoint, map_in_processes, parse_with_part, write_json
 from lerobot_writer import write_dataset
 from tqdm import tqdm
 
@@ -63,6 +66,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args, benchmark, demonstrations_class = parse_with_part(parser, argv, BENCHMARKS, "Demonstrations")
     check_counts(parser, args, draw_every=1, num_processes=1, **demonstrations_class.counts)
+    if args.policy is not None:
+        find_checkpoint(parser, args, "policy")
+        with error_line(parser, f"--policy {args.policy} cannot be used: "):
+            policy = load_once(args.policy)
+            check_policy(benchmark, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
     demonstrations = demonstrations_class(args)
     folder = args.output_dir.with_name(args.output_dir.name + ".parts")
     with error_line(parser, "--output_dir: "):

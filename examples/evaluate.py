@@ -211,15 +211,16 @@ def parse_with_part(
     return parser.parse_args(argv), benchmark, chosen
 
 
-def find_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Stop with an error line unless `--checkpoint` is a Hub id, or the folder of a checkpoint or deployed policy."""
-    args.checkpoint = os.path.expanduser(args.checkpoint)
-    folder = Path(args.checkpoint)
+def find_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, option: str = "checkpoint") -> None:
+    """Stop with an error line unless the option is a Hub id, or the folder of a checkpoint or deployed policy."""
+    name = os.path.expanduser(getattr(args, option))
+    setattr(args, option, name)
+    folder = Path(name)
     # `org/name` is not a Hub id if the folder `org` exists: a mistyped path must not download from the Hub.
     if not folder.is_dir() and (len(folder.parts) != 2 or folder.parent.is_dir()):
-        parser.error(f"--checkpoint {args.checkpoint} is not a folder. {FIND_CHECKPOINT}")
+        parser.error(f"--{option} {name} is not a folder. {FIND_CHECKPOINT}")
     if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", POLICY)):
-        parser.error(f"--checkpoint {args.checkpoint} has no config.json. {FIND_CHECKPOINT}")
+        parser.error(f"--{option} {name} has no config.json. {FIND_CHECKPOINT}")
 
 
 def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, benchmark: Benchmark) -> None:
@@ -295,7 +296,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=sorted(BACKENDS), help="runs a deployed policy (onnxruntime)")
     parser.add_argument("--max_tokens", type=int, help="tokens to generate of a chunk, for a deployed policy (all)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", help="cpu or a GPU (the GPU, if there is one)")
+    parser.add_argument("--device", help="cpu or a GPU (for one process the GPU, if there is one)")
     return parser
 
 
@@ -322,7 +323,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--checkpoint {args.checkpoint} is not a deployed policy. Drop --backend and --max_tokens.")
     else:
         check_checkpoint(parser, args, benchmark)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() and args.num_processes == 1 else "cpu")
     if args.num_processes > 1 and args.device != "cpu":
         parser.error(f"--num_processes is {args.num_processes}, but --device {args.device} has one policy. Give 1.")
     try:

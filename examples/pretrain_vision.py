@@ -6,8 +6,9 @@
     python examples/pretrain_vision.py --benchmark metaworld --dataset_root outputs/metaworld --output_dir outputs/mw
 
 SmolVLM's vision tower is pretrained; the tiny one is not, and it learns little from the policy's loss alone. Labels
-come from the simulator: `Pretraining` in `envs/<benchmark>/pretraining.py` renders the scenes. The output is
-`vision.safetensors`, the weights of the vision tower and the connector, for `train.py --vision_weights`. The second
+come from the simulator: `Pretraining` in `envs/<benchmark>/pretraining.py` renders scenes, or reads demonstrations.
+The output is `vision.safetensors`, the weights of the vision tower and the connector, for `train.py --vision_weights`,
+which is written in the end. The second
 command continues from there, with more scenes in which the T is near its target, where one pixel matters. To continue
 an interrupted run, give the same command again; only `--max_steps` may differ.
 """
@@ -34,7 +35,7 @@ from training_runs import (
     naming_option,
     read_weights,
 )
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from smolandfast.files_smolandfast import atomic_write
 from smolandfast.training import AtomicCheckpointTrainer, bf16_is_faster, make_muon, make_tiny_vision
@@ -62,13 +63,6 @@ class PoseRegressor(nn.Module):
         tokens = self.connector(self.vision_model(pixels).last_hidden_state)
         predictions = self.head(tokens.flatten(1)).float()
         return {"loss": self.loss(predictions, labels), "predictions": predictions}
-
-
-class SaveVision(TrainerCallback):
-    """Writes `vision.safetensors` with each checkpoint."""
-
-    def on_save(self, args, state, control, model, **kwargs):
-        save_vision(model, args.output_dir)
 
 
 def load_vision(model: nn.Module, path: str) -> None:
@@ -120,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     try:
         pretrain(model, pretraining, args)
+    except OSError as error:  # the disk is full
+        parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, interruption(args.output_dir, "the same command", pretraining.kept))
 
@@ -151,10 +147,10 @@ def pretrain(model: PoseRegressor, pretraining: Any, args: argparse.Namespace) -
         eval_dataset=eval_set,
         compute_metrics=pretraining.metrics,
         optimizers=(make_muon(model, groups), None),
-        callbacks=[EpochSetter(), SaveVision()],
+        callbacks=[EpochSetter()],
     )
     trainer.train(resume_from_checkpoint="last")
-    save_vision(model, args.output_dir)  # a run killed during its last save may not have written it
+    save_vision(model, args.output_dir)  # last: runs/*.sh take it for the sign that this has finished
 
 
 if __name__ == "__main__":

@@ -66,6 +66,9 @@ def variation_options(args: PolicyArguments, benchmark: Benchmark) -> dict[str, 
         if getattr(args, name) and name not in benchmark.variations:
             value = getattr(args, name)
             raise ValueError(f"--{name} is {value}, which {benchmark.name} does not support. Set it to 0.")
+    if args.max_angle > benchmark.largest_angle:
+        expected = f"at most {benchmark.largest_angle:g} for {benchmark.name}"
+        raise ValueError(f"--max_angle is {args.max_angle:g}, expected {expected}. Lower it.")
     return {name: getattr(args, name) for name in benchmark.variations}
 
 

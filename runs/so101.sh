@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to a policy like checkpoints/so101-tiny, and its figures.
+# Collect demonstrations, train a policy like checkpoints/so101-tiny, and measure it.
 #
 #     bash runs/so101.sh outputs/so101-run
 #
-# Needs the environment of docs/so101.md. Stopped at any moment, the same command goes on: finished steps are left out,
-# an interrupted one continues. LOG.md says how the shipped policy was made differently.
+# Needs the environment of docs/so101.md. After an interruption, run the same command again: finished steps are left out,
+# and an interrupted collection or training continues. LOG.md says how the shipped policy was made differently.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?Name a folder for what is made: bash runs/so101.sh outputs/so101-run}

@@ -1,4 +1,4 @@
-# What the scripts of this folder share: steps that are left out once they are finished. Sourced, with data, out and python.
+# What the scripts of this folder share: steps that are left out once they are finished. Sourced, with out and python.
 
 step() { # FOLDER FILE SCRIPT OPTION...: run a script that ends with $out/FOLDER/FILE, unless that is there
     local folder=$out/$1 file=$2 script=$3
@@ -11,7 +11,7 @@ step() { # FOLDER FILE SCRIPT OPTION...: run a script that ends with $out/FOLDER
     fi
 }
 
-train() { # FOLDER OPTION...: a policy whose vision tower is frozen, without episodes between; training_args.bin is last
+train() { # FOLDER OPTION...: train a policy, vision tower frozen, without evaluation; training_args.bin is its last file
     local folder=$1 resume=()
     shift
     if [ -n "$(ls -A "$out/$folder" 2>/dev/null)" ]; then

@@ -211,6 +211,18 @@ def test_collecting_goes_on_where_it_was_stopped(demonstrations, tmp_path, capsy
     assert "'draw_every': 2, 'max_steps': 250, 'policy': None}" in capsys.readouterr().err
 
 
+def test_a_policy_that_cannot_take_part_is_refused_before_anything_is_written(tmp_path, capsys):
+    options = f"--benchmark metaworld --tasks reach --episodes 2 --output_dir {tmp_path / 'data'} --policy"
+    for policy, message in (
+        ("typo/of/it", "--policy .*typo/of/it is not a folder"),
+        ("checkpoints/pusht-tiny", "--policy .*pusht-tiny cannot be used: .* 2 action dimensions, metaworld 4"),
+    ):
+        with pytest.raises(SystemExit):
+            collect.main([*options.split(), policy])
+        assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
 def expert_policy(scenes):
     """A `predict` that asks the scenes' experts: chunks of one action."""
 

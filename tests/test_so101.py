@@ -18,7 +18,7 @@ import instructions
 import mujoco
 import pretrain_vision
 import train
-from envs import check_policy
+from envs import BENCHMARKS, check_policy
 from envs.so101 import BENCHMARK, SO101Scene
 from envs.so101.demonstrations import Demonstrations, random_start
 from envs.so101.expert import Expert
@@ -36,6 +36,7 @@ from envs.so101.variation import (
 from model_card import CardFacts, write_card
 from PIL import Image
 from rollouts import rollout
+from test_runs import ROOT, run  # noqa: F401 - a fixture
 
 from smolandfast.training import LeRobotChunkDataset
 
@@ -355,15 +356,17 @@ def test_labels_follow_varied_images(scenes):
     assert num_checked >= 8 and len(colors) > 1
 
 
-def test_the_vision_tower_is_pretrained_on_both_cameras(collected, tmp_path, cache):
+def test_the_vision_tower_is_pretrained_on_both_cameras(collected, tmp_path, cache, capsys):
     options = f"--benchmark so101 --dataset_root {collected[0]} --batch_size 8 --output_dir {tmp_path / 'vision'}"
     pretrain_vision.main([*options.split(), "--max_steps", "2", "--held_out_episodes", "3"])
     assert (tmp_path / "vision/vision.safetensors").is_file()
     state = json.loads((tmp_path / "vision/checkpoint-2/trainer_state.json").read_text())
     for name in ("fingertips", "cubes", "cubes_from_wrist"):
         assert 0 < state["log_history"][-1][f"eval_{name}_mm"] < 1000
+    count = len(LeRobotChunkDataset(collected[0], 1).episode_starts)
     with pytest.raises(SystemExit):
-        pretrain_vision.main([*options.split()[:-1], str(tmp_path / "other"), "--held_out_episodes", "5"])
+        pretrain_vision.main([*options.split()[:-1], str(tmp_path / "other"), "--held_out_episodes", str(count)])
+    assert f"--held_out_episodes is {count}, and there are no more" in capsys.readouterr().err
 
 
 def test_a_policy_of_two_cameras_is_trained_and_evaluated(collected, tmp_path, cache, monkeypatch, capsys):
@@ -383,7 +386,9 @@ def test_a_policy_of_two_cameras_is_trained_and_evaluated(collected, tmp_path, c
     assert all(Image.open(tmp_path / f"{key}.png").size == (128, 128) for key in IMAGE_KEYS)
     monkeypatch.setattr("evaluate.map_in_processes", in_this_process)
     names = ["as trained", "wrist camera black"]
-    instructions.main(f"--checkpoint {output} --scenes 1 --output_dir {tmp_path} --conditions".split() + names)
+    for name in names:  # the second is added to the first
+        arguments = f"--checkpoint {output} --scenes 1 --output_dir {tmp_path} --conditions".split()
+        instructions.main([*arguments, name])
     conditions = json.loads((tmp_path / "so101_instructions.json").read_text())["conditions"]
     assert list(conditions) == names
     assert [conditions[name]["solved"]["n_episodes"] for name in names] == [3, 3]
@@ -402,3 +407,60 @@ def test_a_policy_of_two_cameras_is_trained_and_evaluated(collected, tmp_path, c
     with pytest.raises(SystemExit):
         train.main([*options.split(), "--output_dir", str(tmp_path / "other")])
     assert "--dataset_root is missing, and so101 has no data set on the Hub" in capsys.readouterr().err
+
+
+def test_a_cube_that_was_not_named_counts_as_another(scenes):
+    lying = np.concatenate([np.zeros(3), np.tile([0.2, 0, 0.0125, 1, 0, 0, 0], 3)])
+    lifted = np.tile(lying, (4, 1))
+    lifted[2, 3 + 7 + 2] = LIFTED + 0.001  # the blue one, for a moment
+    episodes = [SimpleNamespace(task=task, poses=poses) for task in COLORS for poses in ([lying], lifted)]
+    others = instructions.lifted_others(SimpleNamespace(episodes=episodes))
+    assert others == [False, True, False, False, False, True]
+
+
+def test_all_cubes_have_the_named_colour_where_colours_say_nothing():
+    scene = instructions.OneColor("blue")
+    scene.reset(7)
+    image = scene.images()[0].astype(float)
+    has_color = [(2 * image[..., channel] - image.sum(axis=-1) > 40).any() for channel in CHANNELS]
+    assert has_color == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--scenes 0", "--scenes is 0. Give at least 1"),
+        ("--seed -1", "--seed is -1. Give at least 0"),
+        ("--checkpoint typo/of/it", "--checkpoint typo/of/it is not a folder"),
+        (f"--checkpoint {ROOT / 'checkpoints/pusht-tiny'}", "2 action dimensions, so101 6"),
+    ],
+)
+def test_instructions_are_not_measured_with_bad_arguments(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        instructions.main([*options.split(), "--output_dir", str(tmp_path)])
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_demonstrations_are_not_turned_beyond_the_arms_reach(collected, tmp_path, capsys):
+    options = f"--benchmark so101 --max_angle 61 --dataset_root {collected[0]} --output_dir {tmp_path / 'policy'}"
+    with pytest.raises(SystemExit):
+        train.main(options.split() + ["--held_out_episodes", "1"])
+    assert "--max_angle is 61, expected at most 60 for so101" in capsys.readouterr().err
+
+
+def test_the_run_gives_its_scripts_options_that_they_have(run):  # noqa: F811
+    _, commands = run("so101.sh")
+    assert [command[0] for command in commands if "train.py" not in command[0]] == [
+        "examples/collect.py",
+        "examples/pretrain_vision.py",
+        "examples/collect.py",
+        "examples/export_checkpoint.py",
+        "examples/evaluate.py",
+    ]
+    for script, *options in commands:
+        if script == "examples/collect.py":
+            evaluate.parse_with_part(collect.make_parser(), options, collect.BENCHMARKS, "Demonstrations")
+        elif script == "examples/pretrain_vision.py":
+            evaluate.parse_with_part(pretrain_vision.make_parser(), options, BENCHMARKS, "Pretraining")
+        elif script == "examples/evaluate.py":
+            evaluate.make_parser().parse_args(options)

@@ -38,6 +38,7 @@ from smolandfast import FastActionTokenizer, SmolAndFastProcessor
 from smolandfast.prompt_smolandfast import PROMPT
 from smolandfast.training import (
     ActionDataCollator,
+    AtomicCheckpointTrainer,
     LeRobotChunkDataset,
     make_muon,
     make_optimizer,
@@ -787,6 +788,22 @@ def test_vision_pretraining_goes_on_from_its_own_weights_only(narrow_preset, tmp
         with pytest.raises(SystemExit) as end:
             run_pretraining(monkeypatch, output_dir=tmp_path / "three", vision_weights=tmp_path / "bad.safetensors")
         assert end.value.code == 2 and f"bad.safetensors {message}" in capsys.readouterr().err
+
+
+def test_an_interrupted_pretraining_has_not_written_its_output(narrow_preset, tmp_path, monkeypatch):
+    class Interrupted(AtomicCheckpointTrainer):
+        def train(self, **kwargs):
+            super().train(**kwargs)  # writes the last checkpoint
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pretrain_vision.AtomicCheckpointTrainer", Interrupted)
+        with pytest.raises(SystemExit) as end:
+            run_pretraining(patch, output_dir=tmp_path)
+    assert end.value.code == 130 and (tmp_path / "checkpoint-2").is_dir()
+    assert not (tmp_path / "vision.safetensors").exists()  # runs/*.sh take it for finished
+    run_pretraining(monkeypatch, output_dir=tmp_path)
+    assert (tmp_path / "vision.safetensors").is_file()
 
 
 def test_pretraining_continues_its_own_folder_and_refuses_any_other(narrow_preset, capsys, tmp_path, monkeypatch):

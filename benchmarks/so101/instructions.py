@@ -3,8 +3,8 @@
     python benchmarks/so101/instructions.py --checkpoint checkpoints/so101-tiny --scenes 200 --seed 20000
 
 Plays each scene with all three instructions; then, to see what the policy relies on, with other words, with an
-instruction that names no cube, with images of full quality, and with one camera black. Writes
-`so101_instructions.json`.
+instruction that names no cube, with cubes that all have the named colour, with images of full quality, and with one
+camera black. Writes `so101_instructions.json`.
 """
 
 import argparse
@@ -16,10 +16,32 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 import numpy as np
+from envs import check_policy
 from envs.so101 import BENCHMARK
 from envs.so101.simulator import COLORS, LIFTED, SO101Scene, cube_poses
-from evaluate import find_backend, installed_versions, rollout_in_processes, write_json
+from evaluate import (
+    check_counts,
+    error_line,
+    find_backend,
+    find_checkpoint,
+    installed_versions,
+    load_predict,
+    rollout_in_processes,
+    write_json,
+)
 from rollouts import RolloutResult, success_rate
+
+from smolandfast.files_smolandfast import read_json
+
+
+class OneColor(SO101Scene):
+    """A scene in which all cubes have the named colour. A policy that lifts any of them solves a third."""
+
+    def __init__(self, task: str):
+        super().__init__(task)
+        slots = self.env._slots
+        for slot in slots:
+            self.model.geom_rgba[slot.geom_ids] = self.model.geom_rgba[slots[COLORS.index(task)].geom_ids]
 
 
 class WithoutCamera(SO101Scene):
@@ -39,6 +61,7 @@ CONDITIONS = {
     "as trained": BENCHMARK,
     "other words": replace(BENCHMARK, tasks={color: f"Grab the {color} one." for color in COLORS}),
     "no colour": replace(BENCHMARK, tasks=dict.fromkeys(COLORS, "Pick up the cube.")),
+    "one colour": replace(BENCHMARK, make_scene=OneColor),
     "full quality": replace(BENCHMARK, make_scene=partial(SO101Scene, full_render=True)),
     "front camera black": replace(BENCHMARK, make_scene=partial(WithoutCamera, camera=0)),
     "wrist camera black": replace(BENCHMARK, make_scene=partial(WithoutCamera, camera=1)),
@@ -77,20 +100,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
-    results = {"checkpoint": args.checkpoint, "seed": args.seed, "versions": installed_versions(BENCHMARK)}
-    results["conditions"] = {}
+    check_counts(parser, args, scenes=1, seed=0, num_envs=1, num_processes=1)
+    find_checkpoint(parser, args)
+    backend = find_backend(args.checkpoint)
+    with error_line(parser, f"--checkpoint {args.checkpoint} cannot be used: "):
+        policy = load_predict(args.checkpoint, backend)
+        check_policy(BENCHMARK, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
+    measured = {name: getattr(args, name) for name in ("checkpoint", "seed", "scenes", "num_envs")}
+    measured |= {"n_action_steps": policy.n_action_steps, "versions": installed_versions(BENCHMARK)}
+    path = args.output_dir / "so101_instructions.json"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = measured | {"conditions": {}}
+    if path.exists():  # other conditions of the same measurement are kept
+        earlier = read_json(path)
+        results = earlier if {name: earlier.get(name) for name in measured} == measured else results
     options = {"seeds": range(args.seed, args.seed + args.scenes), "num_envs": args.num_envs}
-    options["load_options"] = {"backend": find_backend(args.checkpoint)}
+    options |= {"n_action_steps": policy.n_action_steps, "load_options": {"backend": backend}}
     for name in args.conditions:
-        policy = args.num_processes, args.checkpoint
-        rates = measure(rollout_in_processes(*policy, CONDITIONS[name], COLORS, **options))
+        rates = measure(rollout_in_processes(args.num_processes, args.checkpoint, CONDITIONS[name], COLORS, **options))
         results["conditions"][name] = rates
+        write_json(path, results)
         solved, all_three, other = (rates[key]["pc_success"] for key in ("solved", "all_three", "other_lifted"))
         print(
             f"{name}: {solved:.1f} % solved, {all_three:.1f} % of scenes with all three, {other:.1f} % lifted another"
         )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "so101_instructions.json", results)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Compare deployed policies with PyTorch: equal chunks, milliseconds, memory, start-up time, size on disk.
 
     python benchmarks/speed/deployment.py speed
+    python benchmarks/speed/deployment.py speed --checkpoint checkpoints/so101-tiny
     python benchmarks/speed/deployment.py speed_256m --rounds 3     # SmolVLM2-256M's shapes, random weights
     python benchmarks/speed/deployment.py equal
 
 Both sides alternate in one process; each figure is a median. Nothing else should run on the machine. Needs
 `pip install -e ".[examples,deployment]"`; OpenVINO is measured if it is installed. Writes
-`benchmarks/results/deployment_<part>.json` and `.md`.
+`benchmarks/results/deployment_<part>.json` and `.md`, with the name of another `--checkpoint` than the default.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from smolandfast.deployment.runtime import DeployedPolicy
 from smolandfast.training import make_tiny_processor
 
 ROOT = Path(__file__).resolve().parents[2]
+DEFAULT = ROOT / "checkpoints/pusht-tiny"
 BACKENDS = [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
 WEIGHTS = ("float32", "int8")
 # Run in a new process, which prints the seconds to its first chunk and its peak memory.
@@ -42,7 +44,7 @@ START = r"""
 import json, re, sys, time
 start = time.perf_counter()
 import numpy as np
-image, state = np.zeros(({side}, {side}, 3), dtype=np.uint8), np.zeros({state_dim})
+images, state = [np.zeros(({side}, {side}, 3), dtype=np.uint8)] * {cameras}, np.zeros({state_dim})
 {load}
 {predict}
 seconds = time.perf_counter() - start
@@ -55,13 +57,15 @@ from smolandfast import SmolAndFastForActionPrediction, SmolAndFastProcessor
 model = SmolAndFastForActionPrediction.from_pretrained({folder!r})
 processor = SmolAndFastProcessor.from_pretrained({folder!r})
 """
-PREDICT_TORCH = "processor.post_process_actions(model.generate(**processor(images=image, text={task!r}, state=state)))"
+PREDICT_TORCH = (
+    "processor.post_process_actions(model.generate(**processor(images=images, text={task!r}, state=state)))"
+)
 LOAD_DEPLOYED = """
 sys.path.insert(0, {folder!r})
 from smolandfast_runtime import DeployedPolicy
 policy = DeployedPolicy({folder!r}, {backend!r})
 """
-PREDICT_DEPLOYED = "policy.predict(image, {task!r}, state)"
+PREDICT_DEPLOYED = "policy.predict(images, {task!r}, state)"
 
 
 def make_checkpoint_256m(folder: Path) -> None:
@@ -132,16 +136,20 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
     kinds = [(backend, weights) for backend in BACKENDS for weights in WEIGHTS]
     model, processor = load_policy(checkpoint, dtype=torch.float32)
     side = processor.image_processor.max_image_size["longest_edge"]
-    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    state, task = np.mean(processor.normalizer.state_bounds, axis=0), processor.default_task
+    cameras, rng = len(processor.image_keys), np.random.default_rng(0)
+    images = list(rng.integers(0, 256, (cameras, side, side, 3), dtype=np.uint8))
+    state = np.mean(processor.normalizer.state_bounds, axis=0)
+    task = processor.default_task or processor.training_tasks[0]
     figures = {}
+    if processor.fps is not None:
+        figures["budget, the actions executed of a chunk: ms"] = 1e3 * model.config.n_action_steps / processor.fps
     for threads in (1, 2):
         torch.set_num_threads(threads)
         predicts = {"PyTorch, float32": make_predict(model, processor)}
         predicts |= {
             f"{backend}, {weights}": load_predict(folders[weights], backend).predict for backend, weights in kinds
         }
-        times = seconds(*[lambda p=p: p([[image]], state[None], [task]) for p in predicts.values()], repeats=rounds)
+        times = seconds(*[lambda p=p: p([images], state[None], [task]) for p in predicts.values()], repeats=rounds)
         for name, duration in zip(predicts, times, strict=True):
             figures[f"{name}, threads {threads}: ms a chunk"] = duration * 1e3
             figures[f"{name}, threads {threads}: times PyTorch float32"] = times[0] / duration
@@ -151,7 +159,7 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
         load = LOAD_DEPLOYED.format(folder=str(folders[weights]), backend=backend)
         starts[f"{backend}, {weights}"] = load, PREDICT_DEPLOYED.format(task=task)
     for name, (load, predict) in starts.items():
-        code = START.format(load=load, predict=predict, side=side, state_dim=len(state))
+        code = START.format(load=load, predict=predict, side=side, cameras=cameras, state_dim=len(state))
         figures[f"{name}: s from start to the first chunk"], figures[f"{name}: MB of memory"] = measure_start(code)
     return figures
 
@@ -159,7 +167,7 @@ def measure_speed(checkpoint: str, folders: dict[str, Path], rounds: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("speed", "speed_256m", "equal"))
-    parser.add_argument("--checkpoint", default=str(ROOT / "checkpoints/pusht-tiny"))
+    parser.add_argument("--checkpoint", default=str(DEFAULT))
     parser.add_argument("--observations", type=int, default=1000, help="to compare chunks on (1000)")
     parser.add_argument("--export_dir", type=Path, help="keep the exported policies here, and reuse them")
     parser.add_argument("--rounds", type=int, default=30)
@@ -189,7 +197,10 @@ def main() -> None:
                 figures[f"installed, {backend}: MB"] = installed_megabytes(backend, "tokenizers", "numpy", "pillow")
     machine = describe_machine() | {name: version(name) for name in BACKENDS} | {"rounds": args.rounds}
     results = {name: float(value) for name, value in figures.items()}
-    write_table(RESULTS / f"deployment_{args.part}", machine, results)
+    name = f"deployment_{args.part}"
+    if args.checkpoint != str(DEFAULT):
+        name += f"_{Path(args.checkpoint).name}"
+    write_table(RESULTS / name, machine, results)
 
 
 if __name__ == "__main__":

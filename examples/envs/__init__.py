@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 BENCHMARKS = ("metaworld", "pusht", "so101")
-INSTALL = {  # what `pip install` needs
-    "metaworld": "-e '.[metaworld]'",
-    "pusht": "-e '.[examples]'",
-    "so101": "so101-nexus==0.10.0 mujoco==3.17.0",
+INSTALL = {
+    "metaworld": "run `pip install -e '.[metaworld]'`",
+    "pusht": "run `pip install -e '.[examples]'`",
+    "so101": "run `make demo-so101` and use .venv-so101, since it needs an environment of its own",
 }
 FRAME_SIZE = 384  # pixels along each side of a filmed scene
 
@@ -79,6 +79,7 @@ class Benchmark:
     # (sample with images, text, state and actions; random generator, **options) -> that of a varied scene
     vary: Callable[..., dict[str, Any]] | None = None
     variations: tuple[str, ...] = ()  # the options of `train.py` that `vary` takes
+    largest_angle: float = 180.0  # that `--max_angle` can have
     # (**options) -> moves of states and chunks: those that the statistics include, and those for fitting FAST alone
     symmetries: Callable[..., list[Move]] = no_moves
     rotations: Callable[..., list[Move]] = no_moves
@@ -101,7 +102,7 @@ def get_benchmark(name: str) -> Benchmark:
     try:
         return importlib.import_module(f"envs.{name}").BENCHMARK
     except ModuleNotFoundError as error:
-        raise ValueError(f"{name} needs {error.name}: run `pip install {INSTALL[name]}`.") from error
+        raise ValueError(f"{name} needs {error.name}: {INSTALL[name]}.") from error
     except ImportError as error:  # a system library; the message says what to install
         raise ValueError(str(error)) from error
 

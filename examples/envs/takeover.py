@@ -2,11 +2,15 @@
 
 import functools
 
-from evaluate import LoadedPolicy, load_predict
+from evaluate import LoadedPolicy, find_backend, load_predict
 
 from . import Scene
 
-load_once = functools.cache(load_predict)
+
+@functools.cache
+def load_once(checkpoint: str) -> LoadedPolicy:
+    """A checkpoint or a deployed policy."""
+    return load_predict(checkpoint, find_backend(checkpoint))
 
 
 def play_policy(scene: Scene, policy: LoadedPolicy, num_steps: int, instruction: str) -> bool:

@@ -54,6 +54,7 @@ BENCHMARK = Benchmark(
     },
     vary=vary_demonstration,
     variations=("max_angle", "recolor_probability"),
+    largest_angle=60.0,  # demonstrations pan by up to 45 degrees, and the arm cannot pan beyond 110
     symmetries=turns,
     film_every=2,
     has_full_render=True,

@@ -131,7 +131,7 @@ class Expert:
             return self.grasp, 0.0
         if from_way < np.radians(4.0) and opening > 0.4:
             return self.grasp, OPEN
-        if offset[2] < 0.045 and np.linalg.norm(offset[:2]) > 0.02 and tips[2] < 0.06:  # low, beside the cube
+        if offset[2] < 0.045 and np.linalg.norm(offset[:2]) > 0.02 and tips[2] < 0.06:  # low, next to the cube
             raised, _ = self.kinematics.solve(arm, np.array([tips[0], tips[1], 0.085]), iterations=10)
             return raised, OPEN
         return self.hover, OPEN

@@ -31,7 +31,7 @@ ANGLE_WEIGHT = 0.2  # of a cube's angle in the loss, against its position
 
 
 class Labels:
-    """Labels of images: what the front camera's show, then what the wrist camera's show; NaN is not learnt."""
+    """Labels of images: those of the front camera, then those of the wrist camera. NaN labels are ignored."""
 
     def __init__(self):
         self.scene = SO101Scene(next(iter(TASKS)))
@@ -83,8 +83,10 @@ class Images(EpochDataset):
             angle, order = draw_angle(rng, MAX_ANGLE), draw_order(rng, RECOLOR_PROBABILITY)
             image = recolor_image(turn_image(image, angle) if camera == 0 else image, order)
             cubes = np.argsort(order)  # that now have the first, second and third colour
-            tips, places = np.split(turn_positions(labels[:NUM_FRONT].reshape(-1, 3), angle), [1])
-            labels = np.concatenate([tips, places[cubes], labels[NUM_FRONT:].reshape(-1, NUM_CUBE)[cubes]], axis=None)
+            tips, positions = np.split(turn_positions(labels[:NUM_FRONT].reshape(-1, 3), angle), [1])
+            labels = np.concatenate(
+                [tips, positions[cubes], labels[NUM_FRONT:].reshape(-1, NUM_CUBE)[cubes]], axis=None
+            )
         return {"pixel_values": torch.from_numpy(image), "labels": torch.from_numpy(labels)}
 
 

@@ -1,10 +1,11 @@
 """The SO-101 arm in so101-nexus' MuJoCo simulator (PickLift): three cubes, of which the instruction names one.
 
 State and action are in LeRobot's units for an SO-101: five joints in degrees, the gripper from 0 (closed) to 100. An
-action is the target of the joints for the next 40 ms. The cubes lie 16 to 28 cm from a point 15 cm before the base,
-within 45 degrees of straight ahead. An episode is solved once the gripper holds the named cube 5 cm above its start.
+action is the target of the joints for the next 40 ms. The cubes lie 16 to 28 cm from a point 15 cm in front of the
+base, within 45 degrees of straight ahead. An episode is solved once the gripper holds the named cube 5 cm above its
+start.
 
-Needs `so101-nexus` and, without a screen, Debian's `libosmesa6` with `MUJOCO_GL=osmesa`.
+Needs `so101-nexus` and, on Linux, Debian's `libosmesa6`, or `MUJOCO_GL=egl` or `glfw`.
 """
 
 import mujoco
@@ -29,7 +30,7 @@ ACTION_DIM = STATE_DIM = len(JOINTS)
 IMAGE_SIZE = 128  # pixels along each side of the policy's images
 HALF_CUBE = 0.0125  # metres, height of the centre of a cube on the table
 LIFTED = HALF_CUBE + 0.05  # of one that counts as lifted
-# Metres, of the simplified arm's cells in images and films; a pixel of the front camera is about five millimetres.
+# Metres, of the simplified arm's cells in images and films; a pixel of the front camera is about six millimetres.
 CELL_SIZE, FILM_CELL_SIZE = 0.003, 0.002
 # The wrist camera's position in metres and tilt in degrees, in the gripper's frame, and both fields of view.
 WRIST_POSITION, WRIST_TILT, WRIST_FOV, FRONT_FOV = (0, 0.04, -0.04), -28.6, 75, 45
