@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -36,7 +37,9 @@ from envs.so101.variation import (
 from model_card import CardFacts, write_card
 from PIL import Image
 from rollouts import rollout
+from test_docs import commands
 from test_runs import ROOT, run  # noqa: F401 - a fixture
+from train_arguments import parse_arguments
 
 from smolandfast.training import LeRobotChunkDataset
 
@@ -448,19 +451,17 @@ def test_demonstrations_are_not_turned_beyond_the_arms_reach(collected, tmp_path
     assert "--max_angle is 61, expected at most 60 for so101" in capsys.readouterr().err
 
 
-def test_the_run_gives_its_scripts_options_that_they_have(run):  # noqa: F811
-    _, commands = run("so101.sh")
-    assert [command[0] for command in commands if "train.py" not in command[0]] == [
-        "examples/collect.py",
-        "examples/pretrain_vision.py",
-        "examples/collect.py",
-        "examples/export_checkpoint.py",
-        "examples/evaluate.py",
-    ]
-    for script, *options in commands:
+def test_the_run_and_the_page_give_scripts_options_that_they_have(run):  # noqa: F811
+    documented = [shlex.split(line)[1:] for line in commands("so101.md") if line.startswith("python examples/")]
+    assert len(documented) == 7
+    for script, *options in run("so101.sh")[1] + documented:
         if script == "examples/collect.py":
             evaluate.parse_with_part(collect.make_parser(), options, collect.BENCHMARKS, "Demonstrations")
         elif script == "examples/pretrain_vision.py":
             evaluate.parse_with_part(pretrain_vision.make_parser(), options, BENCHMARKS, "Pretraining")
         elif script == "examples/evaluate.py":
             evaluate.make_parser().parse_args(options)
+        elif script == "examples/train.py":
+            parse_arguments(options)
+        else:
+            assert script == "examples/export_checkpoint.py"
