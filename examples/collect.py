@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args, benchmark, demonstrations_class = parse_with_part(parser, argv, BENCHMARKS, "Demonstrations")
     check_counts(parser, args, draw_every=1, num_processes=1, **demonstrations_class.counts)
-    if args.policy is not None:
+    if getattr(args, "policy", None) is not None:  # not every expert can take over
         find_checkpoint(parser, args, "policy")
         with error_line(parser, f"--policy {args.policy} cannot be used: "):
             policy = load_once(args.policy)
