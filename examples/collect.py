@@ -21,9 +21,16 @@ from typing import Any
 
 import interrupt  # noqa: F401 - before the slow imports
 import numpy as np
-from envs import check_policy
-from envs.takeover import load_once
-from evaluate import check_counts, error_line, find_checkpoint, map_in_processes, parse_with_part, write_json
+from evaluate import (
+    check_counts,
+    error_line,
+    find_backend,
+    find_checkpoint,
+    load_checked,
+    map_in_processes,
+    parse_with_part,
+    write_json,
+)
 from lerobot_writer import write_dataset
 from tqdm import tqdm
 
@@ -58,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", choices=BENCHMARKS, required=True, help="whose expert plays")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--draw_every", type=int, help="steps from one image to the next (metaworld: 1, so101: 8)")
+    parser.add_argument("--policy", help="checkpoint of a policy that plays until the expert takes over")
     parser.add_argument("--num_processes", type=int, default=os.cpu_count(), help="(all cores)")
     return parser
 
@@ -66,11 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args, benchmark, demonstrations_class = parse_with_part(parser, argv, BENCHMARKS, "Demonstrations")
     check_counts(parser, args, draw_every=1, num_processes=1, **demonstrations_class.counts)
-    if getattr(args, "policy", None) is not None:  # not every expert can take over
+    if args.policy is not None:
         find_checkpoint(parser, args, "policy")
-        with error_line(parser, f"--policy {args.policy} cannot be used: "):
-            policy = load_once(args.policy)
-            check_policy(benchmark, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
+        load_checked(parser, benchmark, args.policy, "policy", backend=find_backend(args.policy))
     demonstrations = demonstrations_class(args)
     folder = args.output_dir.with_name(args.output_dir.name + ".parts")
     with error_line(parser, "--output_dir: "):

@@ -213,14 +213,24 @@ def parse_with_part(
 
 def find_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, option: str = "checkpoint") -> None:
     """Stop with an error line unless the option is a Hub id, or the folder of a checkpoint or deployed policy."""
-    name = os.path.expanduser(getattr(args, option))
-    setattr(args, option, name)
-    folder = Path(name)
+    checkpoint = os.path.expanduser(getattr(args, option))
+    setattr(args, option, checkpoint)
+    folder = Path(checkpoint)
     # `org/name` is not a Hub id if the folder `org` exists: a mistyped path must not download from the Hub.
     if not folder.is_dir() and (len(folder.parts) != 2 or folder.parent.is_dir()):
-        parser.error(f"--{option} {name} is not a folder. {FIND_CHECKPOINT}")
+        parser.error(f"--{option} {checkpoint} is not a folder. {FIND_CHECKPOINT}")
     if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", POLICY)):
-        parser.error(f"--{option} {name} has no config.json. {FIND_CHECKPOINT}")
+        parser.error(f"--{option} {checkpoint} has no config.json. {FIND_CHECKPOINT}")
+
+
+def load_checked(
+    parser: argparse.ArgumentParser, benchmark: Benchmark, checkpoint: str, option: str = "checkpoint", **options: Any
+) -> LoadedPolicy:
+    """[`load_predict`] of a policy for this benchmark, or an error line."""
+    with error_line(parser, f"--{option} {checkpoint} cannot be used: "):
+        policy = load_predict(checkpoint, **options)
+        check_policy(benchmark, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
+    return policy
 
 
 def check_checkpoint(parser: argparse.ArgumentParser, args: argparse.Namespace, benchmark: Benchmark) -> None:
@@ -343,9 +353,7 @@ def load_for(
     """The policy, and the options of [`load_predict`] that load it; or an error line."""
     options = {name: getattr(args, name) for name in ("backend", "device", "max_tokens")}
     options |= {"dtype": getattr(torch, args.dtype), **sampling_options(args)}
-    with error_line(parser, f"--checkpoint {args.checkpoint} cannot be used: "):
-        policy = load_predict(args.checkpoint, **options)
-        check_policy(benchmark, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
+    policy = load_checked(parser, benchmark, args.checkpoint, **options)
     args.n_action_steps = args.n_action_steps or policy.n_action_steps
     if args.n_action_steps > policy.chunk_size:
         parser.error(

@@ -7,10 +7,10 @@
 
 SmolVLM's vision tower is pretrained; the tiny one is not, and it learns little from the policy's loss alone. Labels
 come from the simulator: `Pretraining` in `envs/<benchmark>/pretraining.py` renders scenes, or reads demonstrations.
-The output is `vision.safetensors`, the weights of the vision tower and the connector, for `train.py --vision_weights`,
-which is written in the end. The second
-command continues from there, with more scenes in which the T is near its target, where one pixel matters. To continue
-an interrupted run, give the same command again; only `--max_steps` may differ.
+The output, written in the end, is `vision.safetensors`: the weights of the vision tower and the connector, for
+`train.py --vision_weights`. The second command continues from there, with more scenes in which the T is near its
+target, where one pixel matters. To continue an interrupted run, give the same command again; only `--max_steps` may
+differ.
 """
 
 import argparse

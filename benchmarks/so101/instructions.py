@@ -16,16 +16,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 import numpy as np
-from envs import check_policy
 from envs.so101 import BENCHMARK
 from envs.so101.simulator import COLORS, LIFTED, SO101Scene, cube_poses
 from evaluate import (
     check_counts,
-    error_line,
     find_backend,
     find_checkpoint,
     installed_versions,
-    load_predict,
+    load_checked,
     rollout_in_processes,
     write_json,
 )
@@ -103,9 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     check_counts(parser, args, scenes=1, seed=0, num_envs=1, num_processes=1)
     find_checkpoint(parser, args)
     backend = find_backend(args.checkpoint)
-    with error_line(parser, f"--checkpoint {args.checkpoint} cannot be used: "):
-        policy = load_predict(args.checkpoint, backend)
-        check_policy(BENCHMARK, policy.action_dim, policy.state_dim, policy.image_keys, policy.fps)
+    policy = load_checked(parser, BENCHMARK, args.checkpoint, backend=backend)
     measured = {name: getattr(args, name) for name in ("checkpoint", "seed", "scenes", "num_envs")}
     measured |= {"n_action_steps": policy.n_action_steps, "versions": installed_versions(BENCHMARK)}
     path = args.output_dir / "so101_instructions.json"

@@ -99,7 +99,6 @@ class Demonstrations:
         parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="MT10, or names of tasks (all 50)")
         parser.add_argument("--episodes", type=int, default=50, help="demonstrations of each task (50)")
         parser.add_argument("--max_steps", type=int, default=250, help="of a demonstration (250)")
-        parser.add_argument("--policy", help="checkpoint of a policy that plays until the expert takes over")
 
     def __init__(self, args: argparse.Namespace):
         self.draw_every = args.draw_every

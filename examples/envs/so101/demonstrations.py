@@ -109,7 +109,6 @@ class Demonstrations:
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--scenes", type=int, default=10_000, help="each with all three instructions (10,000)")
-        parser.add_argument("--policy", help="checkpoint of a policy that plays until the expert takes over")
 
     def __init__(self, args: argparse.Namespace):
         self.draw_every = args.draw_every
